@@ -1,0 +1,518 @@
+"""Draws with a trained LoRA and writes an HTML gallery.
+
+    python generate_megaman.py                                          # what megaman_lora.py has just
+    trained
+    python generate_megaman.py --prompts "mega man, running" --num_images_per_prompt 4
+
+A picture is decided by its job alone (prompt, seed, size, settings, adapter, base), so a repeated or
+interrupted run keeps what is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megaman import errors, files
+from megaman.errors import UserError, say
+from megaman.flags import parse_flags
+from megaman.lazy import Lazy
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from megaman.adapters import Adapter, MergedAdapter
+    from megaman.base import BaseModel
+    from megaman.pages import ImageRecord
+torch, adapters, base_models, pages = (
+    Lazy("torch"),
+    Lazy("megaman.adapters"),
+    Lazy("megaman.base"),
+    Lazy("megaman.pages"),
+)
+
+# ---------------------------------------------------------------- configuration
+
+TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
+BUILT_IN_PROMPTS = (
+    "mega man, standing, facing right, sky background",
+    "mega man, running, facing left, sand background",
+    "mega man, jumping, facing right, mint background",
+    "mega man, arms raised, rose background",
+    "mega man, crouching, facing left, violet background",
+    "mega man, running, black background, pixel art",
+    "mega man, standing, white background, pixel art",
+    "mega man, jumping, gray background, flat",
+    "mega man, blue robot, helmet, game character, high quality",
+    "mega man, futuristic armor, action pose, sci-fi, detailed",
+)
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """What to draw with."""
+
+    _argument_group_name = "adapter and base"
+    lora_path: str = _flag(
+        "./megaman_lora_output/lora_weights", "adapter: a folder, a .safetensors file or a hub id"
+    )
+    base_model: str | None = _flag(None, "base model; the one named in the adapter if not given")
+    lora_scale: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "strength of the adapter; several draw a strip, 0 is the base alone"},
+    )
+
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """What to draw."""
+
+    _argument_group_name = "prompts"
+    prompts: list[str] | None = _flag(None, "one prompt or more; ten of ours if none is given")
+    prompts_file: str | None = _flag(
+        None,
+        "a prompt a line; # comments; per line --n negative --w width --h height --d seed --s steps --l "
+        "guidance",
+    )
+    negative_prompt: str = _flag("blurry, low quality, distorted, deformed", "what to keep away from")
+    num_images_per_prompt: int = _flag(1, "pictures a prompt; their seeds count up from --seed")
+    seed: int = _flag(42, "seed of each prompt's first picture; 0 is a seed")
+
+
+@dataclass(frozen=True)
+class DrawingFlags:
+    """How to draw."""
+
+    _argument_group_name = "drawing"
+    num_inference_steps: int = _flag(25, "denoising steps")
+    guidance_scale: float = _flag(7.5, "how strictly to follow the prompt")
+    height: int | None = _flag(None, "pixels; the training resolution if not given")
+    width: int | None = _flag(None, "pixels; the training resolution if not given")
+    scheduler: Literal["dpm++", "euler", "euler_a", "ddim", "unipc"] = _flag("dpm++", "sampler")
+    batch_size: int | None = _flag(None, "pictures at a time; fitted to device and size if not given")
+    device: str = _flag("auto", "cuda, mps, cpu or auto")
+    mixed_precision: Literal["auto", "fp16", "bf16", "no"] = _flag(
+        "auto", "precision of the model; auto is fp16 on an NVIDIA card, else float32"
+    )
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """What is written."""
+
+    _argument_group_name = "output"
+    output_dir: str = _flag("./generated_megaman", "folder of the pictures and index.html")
+    no_metadata: bool = _flag(False, "write no settings into the PNGs")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
+    """Every setting of a run."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images_per_prompt", "num_inference_steps", "height", "width", "batch_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
+        _require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
+        _require(
+            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
+            f"--guidance_scale {self.guidance_scale}: must be 0 or more",
+        )
+        _require(
+            all(math.isfinite(scale) for scale in self.lora_scale),
+            f"--lora_scale {self.lora_scale}: must be finite numbers",
+        )
+        _require(
+            self.prompts is None or all(prompt.strip() for prompt in self.prompts),
+            "--prompts: one of them is empty",
+        )
+
+
+def _require(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise UserError(complaint, errors.USAGE)
+
+
+# ---------------------------------------------------------------- prompts to jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    lora_scale: float
+
+    @property
+    def batch_key(self) -> tuple[Any, ...]:
+        """What pictures drawn in one batch must share."""
+        return (
+            self.lora_scale,
+            self.width,
+            self.height,
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.scheduler,
+        )
+
+
+LINE_OPTIONS = {
+    "n": ("negative_prompt", str),
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("num_inference_steps", int),
+    "l": ("guidance_scale", float),
+}
+
+
+def read_prompts_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Prompts with their own settings, in kohya's notation: `mega man --d 7 --w 512`.
+
+    UserError (exit 3) with the line's number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"--prompts_file {path}: no such file", errors.DATA) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompts_file {path}: not UTF-8 at byte {error.start}; save it as UTF-8", errors.DATA
+        ) from error
+    found = [
+        (f"{path}, line {number}", line.strip())
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not found:
+        raise UserError(
+            f"--prompts_file {path}: holds no prompts, only blank lines and comments", errors.DATA
+        )
+    return [_parse_line(line, where) for where, line in found]
+
+
+def _parse_line(line: str, where: str) -> tuple[str, dict[str, Any]]:
+    prompt, *options = re.split(r"(?:^|\s)--([A-Za-z_]+)(?:\s+|$)", line)
+    settings: dict[str, Any] = {}
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        if name not in LINE_OPTIONS:
+            raise UserError(
+                f"{where}: unknown option --{name}; known are "
+                f"{', '.join('--' + known for known in LINE_OPTIONS)}",
+                errors.DATA,
+            )
+        key, kind = LINE_OPTIONS[name]
+        try:
+            settings[key] = kind(value.strip())
+        except ValueError as error:
+            raise UserError(f"{where}: --{name} {value.strip()!r} is not a number", errors.DATA) from error
+        if kind is not str and not 0 <= settings[key] < math.inf:
+            raise UserError(f"{where}: --{name} {value.strip()} must not be negative", errors.DATA)
+    if not prompt.strip():
+        raise UserError(f"{where}: options without a prompt", errors.DATA)
+    return prompt.strip(), settings
+
+
+def make_jobs(cfg: GenerateConfig, trigger: str, resolution: int) -> list[Job]:
+    """Every picture of the run, in the gallery's order: prompt by prompt, seed by seed, strength by
+    strength.
+    """
+    prompts: list[tuple[str, dict[str, Any]]] = [(prompt, {}) for prompt in cfg.prompts or ()]
+    if cfg.prompts_file is not None:
+        prompts += read_prompts_file(Path(cfg.prompts_file))
+    if not prompts:
+        prompts = [(prompt.replace(TRIGGER, trigger), {}) for prompt in BUILT_IN_PROMPTS]
+    size = {
+        "width": resolution if cfg.width is None else cfg.width,
+        "height": resolution if cfg.height is None else cfg.height,
+    }
+    common = {
+        name: getattr(cfg, name)
+        for name in ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler")
+    } | size
+    jobs = []
+    for prompt, own in prompts:
+        settings = common | own
+        first = settings.pop("seed")
+        for seed in range(first, first + cfg.num_images_per_prompt):
+            jobs += [Job(prompt=prompt, seed=seed, lora_scale=scale, **settings) for scale in cfg.lora_scale]
+    return list(dict.fromkeys(jobs))
+
+
+def job_hash(job: Job, adapter_hash: str, base_name: str, precision: str) -> str:
+    """Names everything that decides the picture's pixels."""
+    facts = json.dumps([asdict(job), adapter_hash, base_name, precision], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def file_name(job: Job, digest: str) -> str:
+    """A safe, short, speaking name; the prompt never decides a folder."""
+    slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower())[:40].strip("-") or "picture"
+    return f"{slug}-{job.seed}-{digest[:8]}.png"
+
+
+def batches(jobs: Sequence[Job], batch_size: int | None, device_type: str) -> Iterator[list[Job]]:
+    """Jobs that can be drawn together, in order; pictures of one strength before the next, since changing
+    it rewrites weights.
+    """
+    groups: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.batch_key, []).append(job)
+    for group in sorted(groups.values(), key=lambda group: group[0].lora_scale):
+        pixels = group[0].width * group[0].height
+        room = (
+            2**20 if device_type == "cuda" else 2**17
+        )  # pixels at a time: four of 512 px on a card, eight of 128 px on a CPU
+        size = max(1, min(16, room // pixels)) if batch_size is None else batch_size
+        yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+# ---------------------------------------------------------------- pipeline and adapter
+
+SAMPLER_NAMES = {
+    "dpm++": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "ddim": "DDIM",
+    "unipc": "UniPC",
+}  # as A1111 spells them
+
+
+def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
+    """The base model to load: the user's choice, else the one the adapter was trained on."""
+    if wanted is not None:
+        return wanted
+    name = adapter.metadata.get("base")
+    if not name:
+        raise UserError(
+            f"{lora_path}: does not say which base model it was trained on; name one with --base_model",
+            errors.MODEL,
+        )
+    if name == base_models.EMBEDDED or "/" in name:
+        return name
+    record = (
+        lora_path if lora_path.is_dir() else lora_path.parent
+    ).parent / "training_config.json"  # local, so it may hold a path
+    if record.is_file():
+        path = json.loads(record.read_text(encoding="utf-8")).get("pretrained_model_name", "")
+        if Path(path).name == name and Path(path).exists():
+            return path
+    raise UserError(
+        f"{lora_path}: was trained on the local base model {name!r}, which is not where it was; name it "
+        "with --base_model",
+        errors.MODEL,
+    )
+
+
+def check_sizes(jobs: Sequence[Job], base: BaseModel) -> None:
+    """UserError (exit 2) unless every size is a whole number of latent cells that the UNet can halve."""
+    cell = base.stride * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    for job in jobs:
+        if job.width % cell or job.height % cell:
+            raise UserError(
+                f"{job.width} x {job.height}: width and height must be multiples of {cell} for {base.name}",
+                errors.USAGE,
+            )
+
+
+def note_long_prompts(jobs: Sequence[Job], base: BaseModel) -> None:
+    """Says which prompts lose their end: the text encoder reads 75 tokens."""
+    room = base.tokenizer.model_max_length - 2
+    for prompt in dict.fromkeys(job.prompt for job in jobs):
+        count = len(base.tokenizer(prompt, add_special_tokens=False).input_ids)
+        if count > room:
+            say(f"note: a prompt of {count} tokens is cut after {room}: {prompt[:60]!r}…")
+
+
+def render(batch: Sequence[Job], base: BaseModel, merged: MergedAdapter) -> list[Image]:
+    """The pictures of one batch. Each has a generator of its own, so its neighbours don't matter."""
+    job = batch[0]
+    merged.set_scale(job.lora_scale)
+    pipeline = base_models.pipeline_of(base, job.scheduler)
+    return base_models.draw(
+        base,
+        pipeline,
+        prompt=[job.prompt for job in batch],
+        negative_prompt=[job.negative_prompt for job in batch],
+        num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        width=job.width,
+        height=job.height,
+        generator=[torch.Generator().manual_seed(job.seed) for job in batch],
+    )
+
+
+# ---------------------------------------------------------------- files
+
+
+def infotext(record: ImageRecord) -> str:
+    """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them."""
+    name = re.sub(r"[^\w.-]", "_", Path(record.adapter).stem)
+    settings = {
+        "Steps": record.num_inference_steps,
+        "Sampler": SAMPLER_NAMES[record.scheduler],
+        "CFG scale": record.guidance_scale,
+        "Seed": record.seed,
+        "Size": f"{record.width}x{record.height}",
+        "Model": re.sub(r"[,:\n]", "_", record.base_model),
+        "RNG": "CPU",
+        "Lora hashes": f'"{name}: {record.adapter_hash}"',
+    }
+    line = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    return (
+        f"{record.prompt} <lora:{name}:{record.lora_scale:g}>\nNegative prompt: "
+        f"{record.negative_prompt}\n{line}"
+    )
+
+
+def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: bool) -> None:
+    """A PNG, complete or absent, with A1111's `parameters` and our whole record."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if described:
+        info.add_text("parameters", infotext(record))
+        info.add_text("megaman", json.dumps(asdict(record), ensure_ascii=False))
+    with files.replacing(folder / record.file) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+
+
+def read_records(folder: Path) -> list[ImageRecord]:
+    """The records of metadata.jsonl whose pictures are there.
+
+    A damaged line loses its own picture's place only, and is said.
+    """
+    path = folder / "metadata.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(pages.ImageRecord(**json.loads(line)))
+        except (ValueError, TypeError):
+            say(
+                f"note: {path}, line {number} is damaged; its picture is drawn again or left out of the "
+                "gallery"
+            )
+    return [record for record in records if (folder / record.file).is_file()]
+
+
+def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:
+    """metadata.jsonl and index.html, both whole."""
+    files.write_text(
+        folder / "metadata.jsonl",
+        "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records),
+    )
+    files.write_text(folder / "index.html", pages.render_gallery(records))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def generate(cfg: GenerateConfig) -> Path:
+    """Draws everything that is not drawn yet and returns the gallery's page."""
+    lora_path = base_models.fetched_adapter(cfg.lora_path)
+    adapter = adapters.read_adapter(lora_path)
+    if cfg.prompts_file is not None:
+        read_prompts_file(Path(cfg.prompts_file))  # a mistake in it is told before the model loads
+    files.check_writable(Path(cfg.output_dir))
+
+    device = base_models.pick_device(cfg.device)
+    dtype = base_models.pick_dtype(cfg.mixed_precision, device)
+    base = base_models.load_base(base_of(adapter, lora_path, cfg.base_model), device=device, dtype=dtype)
+    merged = adapters.MergedAdapter(adapter, base.unet, base.text_encoder)
+    counts, strengths = merged.counts, ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
+    say(
+        f"adapter: {counts['unet']} UNet and {counts['text_encoder']} text-encoder modules of {lora_path}, "
+        f"strength {strengths}"
+    )
+    about = {
+        "adapter": adapter_name(lora_path),
+        "adapter_hash": adapter.digest,
+        "base_model": base.name,
+        "trigger": adapter.metadata.get("trigger", TRIGGER),
+        "precision": str(dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+    jobs = make_jobs(cfg, about["trigger"], adapter.metadata.get("resolution", base.native_resolution))
+    check_sizes(jobs, base)
+    note_long_prompts(jobs, base)
+    return draw_missing(jobs, cfg, base, merged, about)
+
+
+def draw_missing(
+    jobs: Sequence[Job], cfg: GenerateConfig, base: BaseModel, merged: MergedAdapter, about: dict[str, Any]
+) -> Path:
+    """Draws the jobs whose pictures are not in the output folder; the page grows with every batch."""
+    from tqdm import tqdm
+
+    output, device = Path(cfg.output_dir), base.unet.device
+    digests = {job: job_hash(job, about["adapter_hash"], base.name, about["precision"]) for job in jobs}
+    earlier = {record.job: record for record in read_records(output)}
+    finished = {job: earlier.pop(digest) for job, digest in digests.items() if digest in earlier}
+    missing = [job for job in jobs if job not in finished]
+    kept = len(jobs) - len(missing)
+    say(
+        f"pictures: {len(missing)} to draw, {kept} already there; {base.name} on {device}, "
+        f"{about['precision']}"
+    )
+    with tqdm(total=len(missing), desc="drawing", unit="picture", dynamic_ncols=True, disable=None) as bar:
+        for batch in batches(missing, cfg.batch_size, device.type):
+            started = time.monotonic()
+            images = render(batch, base, merged)
+            seconds = round((time.monotonic() - started) / len(batch), 3)
+            for job, image in zip(batch, images, strict=True):
+                finished[job] = record_of(job, digests[job], about, seconds)
+                save_picture(image, finished[job], output, described=not cfg.no_metadata)
+            write_records(output, [*(finished[job] for job in jobs if job in finished), *earlier.values()])
+            bar.update(len(batch))
+    write_records(output, [*(finished[job] for job in jobs), *earlier.values()])
+    return output / "index.html"
+
+
+def adapter_name(lora_path: Path) -> str:
+    """A name for people; a folder called lora_weights is named after its run. Never a path."""
+    path = lora_path.resolve()
+    return path.parent.name if path.name == "lora_weights" else path.name
+
+
+def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> ImageRecord:
+    """The picture's line of metadata.jsonl."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return pages.ImageRecord(
+        file=file_name(job, digest), job=digest, created=created, seconds=seconds, **asdict(job), **about
+    )
+
+
+def main() -> None:
+    """The command line."""
+    base_models.quiet_libraries()
+    groups = (AdapterFlags, PromptFlags, DrawingFlags, OutputFlags)
+    values, _ = parse_flags(groups, sys.argv[1:], description=__doc__.split("\n")[0])
+    page = generate(GenerateConfig(**values))
+    say(f"done: open {page} in a browser")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,373 @@
+"""The frozen Stable Diffusion under the adapter: where it comes from, on what device, in what precision.
+
+Knows diffusers.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaman.errors import MODEL, NUMBERS, USAGE, UserError, say
+
+if TYPE_CHECKING:  # the real imports take seconds, so the functions do them when they are called
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from PIL.Image import Image
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+EMBEDDED = "megaman/tiny_sd"
+EMBEDDED_FOLDER = Path(__file__).parent / "tiny_sd"
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
+}  # deleted from the hub in September 2024
+
+
+@dataclass
+class BaseModel:
+    """A Stable Diffusion's parts. Sizes are asked from the parts' configs, never assumed."""
+
+    name: str  # a hub id, or the name of a folder or file without its path
+    unet: "UNet2DConditionModel"
+    vae: "AutoencoderKL"  # always float32: half precision overflows in some VAEs
+    text_encoder: "CLIPTextModel | None"
+    tokenizer: "CLIPTokenizer"
+    scheduler: "DDPMScheduler"
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent cell: 8 for Stable Diffusion 1.5."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def native_resolution(self) -> int:
+        """The side in pixels that the UNet was trained for."""
+        return self.unet.config.sample_size * self.stride
+
+    def embed(self, texts: Sequence[str]) -> "Tensor":
+        """The text encoder's hidden states, (N,77,D), in the UNet's precision.
+
+        Longer texts are cut at the tokenizer's length.
+        """
+        import torch
+
+        if self.text_encoder is None:
+            raise RuntimeError("the text encoder was freed")
+        ids = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        with torch.no_grad():
+            return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.to(self.unet.dtype)
+
+    def free_encoders(self) -> None:
+        """Drops the text encoder and moves the VAE off the accelerator: neither takes part in a training
+        step.
+        """
+        self.text_encoder = None
+        self.vae.to("cpu")
+        if self.unet.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def quiet_libraries() -> None:
+    """Silences what the user can do nothing about. Called first in main, before a library is imported."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard looks for TensorFlow
+    for name in (
+        "xformers",
+        "torch.distributed",
+        "torch.distributed.elastic.multiprocessing.redirects",
+        "accelerate",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|diffusers|transformers|peft|accelerate|xformers)\b.*"
+    )
+
+
+def pick_device(wanted: str = "auto") -> "torch.device":
+    """cuda, else mps, else cpu; says so when an NVIDIA card lies idle under a torch without CUDA."""
+    import torch
+
+    if wanted != "auto":
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(
+                f"--device {wanted}: this torch ({torch.__version__}) finds no CUDA device. {_cuda_remedy()}",
+                USAGE,
+            )
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    if torch.version.cuda is None and _has_nvidia_card():
+        say(
+            f"warning: there is an NVIDIA card, but this torch ({torch.__version__}) was built without "
+            f"CUDA. {_cuda_remedy()}"
+        )
+    return torch.device("cpu")
+
+
+def _has_nvidia_card() -> bool:
+    windows = Path(os.environ.get("SYSTEMROOT", "C:/Windows"), "System32", "nvidia-smi.exe")
+    return Path("/proc/driver/nvidia/version").exists() or (os.name == "nt" and windows.exists())
+
+
+def _cuda_remedy() -> str:
+    return "README, «Windows with an NVIDIA card», has the line that installs torch with CUDA."
+
+
+def pick_dtype(wanted: str, device: "torch.device") -> "torch.dtype":
+    """The precision of the frozen weights for --mixed_precision fp16, bf16, no or auto; says so when the
+    device can't do what was asked.
+    """
+    import torch
+
+    if wanted == "auto":
+        wanted = "fp16" if device.type == "cuda" else "no"
+    if wanted == "fp16" and device.type != "cuda":
+        say(f"mixed_precision: fp16 needs an NVIDIA card; float32 is used on this {device.type}.")
+        wanted = "no"
+    if wanted == "bf16" and device.type == "mps":
+        say("mixed_precision: bf16 is not used on mps; float32 is.")
+        wanted = "no"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[wanted]
+
+
+def canonical_name(name: str) -> str:
+    """The base's name as an adapter may carry it: a hub id, or the last part of a path."""
+    if name == EMBEDDED or Path(name).resolve() == EMBEDDED_FOLDER:
+        return EMBEDDED
+    return Path(name).name if is_local(name) else MOVED.get(name, name)
+
+
+def is_local(name: str) -> bool:
+    """Whether the name is meant as a path and not as a hub id.
+
+    (`owner/model` is a hub id unless such a folder exists.)
+    """
+    path = Path(name).expanduser()
+    return (
+        path.exists()
+        or path.is_absolute()
+        or name.startswith((".", "~"))
+        or "\\" in name
+        or name.count("/") > 1
+        or path.suffix == ".safetensors"
+    )
+
+
+def load_base(name: str, *, device: "torch.device", dtype: "torch.dtype") -> BaseModel:
+    """The frozen base from the embedded folder, a diffusers folder, a single .safetensors file or the hub.
+
+    UserError (exit 4) if it can't.
+    """
+    import torch
+    from diffusers import DDPMScheduler
+
+    pipeline = _load_pipeline(name, dtype)
+    unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    for part in (unet, vae, text_encoder):
+        part.requires_grad_(False).eval().to(device)
+    if device.type == "cuda" or dtype == torch.bfloat16:
+        unet.to(
+            memory_format=torch.channels_last
+        )  # on a CPU, bfloat16 convolutions are several times slower without it
+    vae.to(torch.float32)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    return BaseModel(canonical_name(name), unet, vae, text_encoder, pipeline.tokenizer, scheduler)
+
+
+def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline":
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()  # of loading only: the bars of a download stay
+    transformers_logging.disable_progress_bar()
+    if name in MOVED:
+        say(f"base: {name} was deleted from the hub; its successor {MOVED[name]} is used.")
+        name = MOVED[name]
+    source = (
+        EMBEDDED_FOLDER
+        if canonical_name(name) == EMBEDDED
+        else Path(name).expanduser()
+        if is_local(name)
+        else name
+    )
+    if isinstance(source, Path):
+        _check_local(source)
+    kwargs = {
+        "torch_dtype": {"vae": torch.float32, "default": dtype},
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "use_safetensors": True,
+    }
+    try:
+        if isinstance(source, Path) and source.is_file():
+            return StableDiffusionPipeline.from_single_file(
+                str(source), torch_dtype=dtype, safety_checker=None, local_files_only=False
+            )
+        return StableDiffusionPipeline.from_pretrained(str(source), feature_extractor=None, **kwargs)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        TypeError,
+    ) as error:  # what diffusers and the hub raise for a base that won't load
+        raise UserError(_explanation(name, source, error), MODEL) from error
+
+
+def _check_local(source: Path) -> None:
+    """Refuses a path that can't be a base before diffusers takes it for a hub id."""
+    if source.is_dir():
+        index = source / "model_index.json"
+        if not index.is_file():
+            raise UserError(
+                f"{source}: not a diffusers model folder (no model_index.json). Name one, a .safetensors "
+                "checkpoint or a hub id.",
+                MODEL,
+            )
+        if "XL" in index.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(
+                f"{source}: a Stable Diffusion XL model; this tool trains Stable Diffusion 1.x.", MODEL
+            )
+    elif not source.exists():
+        raise UserError(
+            f"{source}: no such base model folder or file. Check --pretrained_model_name (or "
+            "--base_model), or try --preset demo.",
+            MODEL,
+        )
+    elif source.suffix != ".safetensors":
+        raise UserError(
+            f"{source}: only .safetensors checkpoints are read; pickle files (.ckpt, .bin, .pt) can run "
+            "code. Convert it first.",
+            MODEL,
+        )
+
+
+def _explanation(name: str, source: "Path | str", error: Exception) -> str:
+    """One sentence for what diffusers or the hub raised: gated, missing, offline or damaged."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = {type(link).__name__ for link in chain}
+    text = " ".join(str(error).split())
+    if isinstance(source, Path):
+        return (
+            f"{source}: this base model can't be loaded ({text[:200]}). Is it complete, and a Stable "
+            "Diffusion 1.x in safetensors?"
+        )
+    if kinds & {"GatedRepoError"}:
+        return (
+            f"{name}: this base model is gated. Accept its licence on its page, then log in with `hf "
+            "auth login`."
+        )
+    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+        return f"{name}: the hub knows no such model. Check --pretrained_model_name, or try --preset demo."
+    if kinds & {
+        "LocalEntryNotFoundError",
+        "ConnectError",
+        "ConnectionError",
+        "OfflineModeIsEnabled",
+        "ConnectTimeout",
+        "NetworkError",
+    }:
+        return (
+            f"{name}: the hub can't be reached and this base model is not on this machine. Connect, "
+            "name a local folder, or try --preset demo."
+        )
+    return f"{name}: this base model can't be loaded ({text[:200]}). Try again, or name a local folder."
+
+
+def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> "StableDiffusionPipeline":
+    """A pipeline of the base's own parts that draws with the sampler dpm++, euler, euler_a, ddim or unipc."""
+    import diffusers
+    from diffusers import StableDiffusionPipeline
+
+    names = {
+        "dpm++": "DPMSolverMultistepScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "euler_a": "EulerAncestralDiscreteScheduler",
+        "ddim": "DDIMScheduler",
+        "unipc": "UniPCMultistepScheduler",
+    }
+    sampler = getattr(diffusers, names[scheduler]).from_config(base.scheduler.config)
+    pipeline = StableDiffusionPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=base.unet,
+        scheduler=sampler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image]":
+    """The pictures of one batch, RGB. settings: the pipeline's own.
+
+    Latents are decoded one at a time, which halves the peak memory; UserError (exit 5) on non-finite
+    numbers.
+    """
+    import torch
+    from PIL import Image
+
+    latents = pipeline(output_type="latent", **settings).images
+    pictures = []
+    with torch.no_grad():
+        for latent in latents.split(1):
+            scaled = latent.to(base.vae.device, torch.float32) / base.vae.config.scaling_factor
+            pixels = base.vae.decode(scaled, return_dict=False)[0][0]
+            if not pixels.isfinite().all():
+                raise UserError(
+                    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), "
+                    "or a lower --lora_scale.",
+                    NUMBERS,
+                )
+            rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+            pictures.append(Image.fromarray(rounded.permute(1, 2, 0).numpy()))
+    return pictures
+
+
+def fetched_adapter(name: str) -> Path:
+    """The local path of an adapter: the path itself, or the folder that a hub id was fetched into.
+
+    UserError (exit 4) if the hub has none.
+    """
+    path = Path(name).expanduser()
+    if is_local(name) or name.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "adapter_config.json"]))
+    except (OSError, ValueError) as error:  # the hub's errors derive from these
+        raise UserError(
+            _explanation(name, name, error)
+            .replace("base model", "adapter")
+            .replace("--pretrained_model_name", "--lora_path"),
+            MODEL,
+        ) from error

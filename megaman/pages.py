@@ -1,0 +1,95 @@
+"""Pages that open from the disk, offline, without a server.
+
+Knows HTML and jinja2; whatever it is given is data and never markup.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATES = Path(__file__).parent / "templates"
+SMALL_PX = 128  # pictures up to this size are shown enlarged, with hard pixels
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """Everything about one generated picture: a line of metadata.jsonl, a card of the gallery."""
+
+    file: str  # beside the page
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    lora_scale: float
+    adapter: str  # file or folder name
+    adapter_hash: str
+    base_model: str
+    trigger: str
+    precision: str
+    job: str  # the hash of all that decides the pixels
+    created: str  # ISO 8601, UTC
+    seconds: float  # its share of the batch's time
+    versions: Mapping[str, str]
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["policy"] = _content_policy()
+    return environment
+
+
+def _content_policy() -> str:
+    """The page may show pictures beside it and run its own script, known by its hash; nothing else,
+    whatever a prompt contains.
+    """
+    script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; script-src "
+        f"'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def render_gallery(records: Sequence[ImageRecord]) -> str:
+    """The gallery, pictures grouped by prompt in the order given.
+
+    Works without JavaScript as a plain page of pictures.
+    """
+    groups: dict[str, list[ImageRecord]] = {}
+    for record in records:
+        groups.setdefault(record.prompt, []).append(record)
+    script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template("gallery.html.j2")
+        .render(groups=groups, records=records, script=script, small_px=SMALL_PX)
+    )
+
+
+def render_samples(
+    prompts: Sequence[str], samples: Mapping[int, Sequence[str]], size: tuple[int, int]
+) -> str:
+    """How the sample pictures evolve: a row a prompt, a column a step. samples: step -> a file a prompt;
+    size: width and height in pixels.
+    """
+    return (
+        _environment()
+        .get_template("samples.html.j2")
+        .render(prompts=prompts, samples=samples, size=size, small_px=SMALL_PX)
+    )

@@ -1,0 +1,497 @@
+"""Rebuilds the embedded base from nothing: pictures -> tokenizer -> VAE -> latents -> UNet and text encoder
+-> diffusers folder.
+
+    pip install -r requirements_megaman_lora.txt open_clip_torch==3.3.0 --no-deps   (its BPE table is all that
+    is used)
+    python -m megaman.tiny_sd.build --work build_tiny_sd
+
+Seeded, and resumable at every stage: run the same command again after an interruption. Two CPU cores need
+about 80 minutes.
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from megaman.tiny_sd.figures import (
+    BACKGROUNDS,
+    FILLERS,
+    HERO_WORDS,
+    caption,
+    contact_sheet,
+    draw,
+    random_figure,
+)
+
+SIDE_PX = 64
+CAPTIONS_EACH = 4  # caption variants drawn for each picture
+HELD_OUT = 500  # the last pictures are never trained on
+EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
+SECONDS_BETWEEN_SAVES = 240
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the code."""
+
+    pictures: int = 30_000
+    vae_steps: int = 14_000
+    unet_steps: int = 5_000
+    seed: int = 2026
+
+
+# ---------------------------------------------------------------- pictures and captions
+
+
+def render(recipe: Recipe, work: Path) -> tuple[Tensor, list[str]]:
+    """All pictures as uint8 (N,3,64,64) and CAPTIONS_EACH captions a picture, in order; kept in the work
+    folder.
+    """
+    file, captions_file = work / "pictures.safetensors", work / "captions.json"
+    if not captions_file.exists():
+        rng = random.Random(recipe.seed)
+        pixels, captions = np.empty((recipe.pictures, SIDE_PX, SIDE_PX, 3), np.uint8), []
+        for i in range(recipe.pictures):
+            figure = random_figure(rng)
+            pixels[i] = np.asarray(draw(figure, SIDE_PX))
+            captions += [caption(figure, rng) for _ in range(CAPTIONS_EACH)]
+        save_file({"pictures": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}, file)
+        captions_file.write_text(json.dumps(captions))
+    captions = json.loads(captions_file.read_text())
+    told = [text for text in captions if any(word in text for word in HERO_WORDS)]
+    if told:
+        raise SystemExit(f"error: the base must not know the hero, but a caption reads {told[0]!r}")
+    return load_file(file)["pictures"], captions
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def write_tokenizer(folder: Path, words: list[str], whole_words: int = 6000) -> None:
+    """CLIP's own byte-pair merges, cut to those that it uses on our words and on its own commonest words.
+
+    (MIT, OpenAI CLIP.)
+    """
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "error: the tokenizer is cut from CLIP's table: pip install open_clip_torch==3.3.0 --no-deps"
+        )
+    packed = (Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    table = gzip.decompress(packed).decode("utf-8")
+    merges = [tuple(line.split()) for line in table.split("\n")[1:48895]]
+    whole = ["".join(pair).removesuffix("</w>") for pair in merges if pair[1].endswith("</w>")]
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    used: set[tuple[str, str]] = set()
+    for word in [*words, *whole[:whole_words]]:
+        used |= _merges_of(word, ranks)
+    kept = [pair for pair in merges if pair in used]
+    letters = _byte_letters()
+    vocabulary = [
+        *letters,
+        *(f"{c}</w>" for c in letters),
+        *("".join(pair) for pair in kept),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False), encoding="utf-8"
+    )
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(map(" ".join, kept)) + "\n", encoding="utf-8"
+    )
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>"}
+    settings |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _merges_of(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
+    parts, used = [*word[:-1], word[-1] + "</w>"], set()
+    while True:
+        pairs = [(ranks[pair], pair) for pair in pairwise(parts) if pair in ranks]
+        if not pairs:
+            return used
+        _, best = min(pairs)
+        used.add(best)
+        at = next(i for i, pair in enumerate(pairwise(parts)) if pair == best)
+        parts[at : at + 2] = ["".join(best)]
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte, in CLIP's order."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(rest))]
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Captions as int64 (N,77), padded as Stable Diffusion pads."""
+    return tokenizer(
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+# ---------------------------------------------------------------- resumable training
+
+
+class Progress:
+    """What an interrupted stage needs to go on: parameters, Adam's moments, the average, the step.
+
+    One safetensors file.
+    """
+
+    def __init__(self, file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
+        self.file, self.model, self.optimizer, self.ema = file, model, optimizer, ema
+        self.saved_at = time.monotonic()
+
+    def restore(self) -> int:
+        """The step to go on from; 0 for a fresh start."""
+        if not self.file.exists():
+            return 0
+        tensors = load_file(self.file)
+        for i, parameter in enumerate(self.model.parameters()):
+            parameter.data.copy_(tensors[f"parameter.{i}"])
+            self.ema.shadow_params[i].copy_(tensors[f"average.{i}"])
+            moments = {
+                key: tensors[f"{key}.{i}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}.{i}" in tensors
+            }
+            if moments:
+                self.optimizer.state[parameter] = moments
+        self.ema.optimization_step = step = int(tensors["at"])
+        return step
+
+    def save(self, step: int, *, now: bool = False) -> None:
+        """Writes the state if the last one is old enough, or at once."""
+        if not now and time.monotonic() - self.saved_at < SECONDS_BETWEEN_SAVES:
+            return
+        tensors = {"at": torch.tensor(step)}
+        for i, parameter in enumerate(self.model.parameters()):
+            tensors |= {f"parameter.{i}": parameter.data, f"average.{i}": self.ema.shadow_params[i]}
+            tensors |= {f"{key}.{i}": value for key, value in self.optimizer.state[parameter].items()}
+        partial = self.file.with_suffix(".partial")
+        save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial)
+        partial.replace(self.file)
+        self.saved_at = time.monotonic()
+
+
+def cosine(step: int, total: int, warmup: int = 200, floor: float = 0.03) -> float:
+    """Factor of the learning rate at a step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def steps(progress: Progress, total: int) -> Iterator[int]:
+    """The steps still to do, with the learning rate set, the step taken (clipped) and the state saved
+    around the caller's backward.
+    """
+    peaks = [group["lr"] for group in progress.optimizer.param_groups]
+    start = progress.restore()
+    for step in range(start, total):
+        for group, peak in zip(progress.optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * cosine(step, total)
+        progress.optimizer.zero_grad(set_to_none=True)
+        yield step
+        nn.utils.clip_grad_norm_(list(progress.model.parameters()), 1.0)
+        progress.optimizer.step()
+        progress.ema.step(list(progress.model.parameters()))
+        progress.save(step + 1)
+    if start < total:
+        progress.save(total, now=True)
+    progress.ema.copy_to(list(progress.model.parameters()))
+
+
+# ---------------------------------------------------------------- VAE
+
+
+def new_vae() -> AutoencoderKL:
+    """0.65 M parameters, 4 latent channels, 64 px -> 16 x 16; without attention, so that it can learn on
+    crops.
+    """
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=SIDE_PX, mid_block_add_attention=False, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def train_vae(recipe: Recipe, pictures: Tensor, work: Path, device: torch.device) -> AutoencoderKL:
+    """The trained VAE, with its scaling factor measured.
+
+    32 px crops first (many small steps), whole pictures for the last fifth.
+    """
+    torch.manual_seed(recipe.seed)
+    vae = new_vae().to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    progress = Progress(
+        work / "vae.safetensors",
+        vae,
+        optimizer,
+        EMAModel(vae.parameters(), decay=0.998, use_ema_warmup=True, power=0.75),
+    )
+    trained = pictures[:-HELD_OUT]
+    for step in steps(progress, recipe.vae_steps):
+        rng = np.random.default_rng((recipe.seed, 1, step))
+        whole = step >= recipe.vae_steps * 4 // 5
+        batch = trained[rng.integers(0, len(trained), 8)].to(device).float() / 127.5 - 1
+        if not whole:
+            x, y = rng.integers(0, SIDE_PX - 32, 2)
+            batch = batch[..., y : y + 32, x : x + 32]
+        posterior = vae.encode(batch).latent_dist
+        error = vae.decode(posterior.sample()).sample - batch
+        loss = error.square().mean() + 0.3 * error.abs().mean() + 1e-6 * posterior.kl().mean()
+        loss.backward()
+        if step % 500 == 0:
+            print(f"vae step {step}: loss {loss.item():.4f}", flush=True)
+    vae.eval().requires_grad_(False)
+    held_out = pictures[-HELD_OUT:].to(device).float() / 127.5 - 1
+    print(f"vae: held-out PSNR {psnr(vae, held_out):.2f} dB", flush=True)
+    vae.register_to_config(scaling_factor=round(1 / vae.encode(held_out).latent_dist.mean.std().item(), 5))
+    return vae
+
+
+def psnr(vae: AutoencoderKL, images: Tensor) -> float:
+    """Decibels of the round trip, the mean over the pictures. images (N,3,64,64) in [-1, 1]."""
+    back = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    errors = ((back - images) / 2).square().mean(dim=(1, 2, 3))
+    return (-10 * errors.log10()).mean().item()
+
+
+@torch.no_grad()
+def latents_of(vae: AutoencoderKL, pictures: Tensor, work: Path, device: torch.device) -> Tensor:
+    """The scaled posterior means of all pictures, (N,4,16,16); kept in the work folder."""
+    file = work / "latents.safetensors"
+    if not file.exists():
+        parts = [
+            vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu()
+            for part in pictures.split(128)
+        ]
+        save_file({"latents": torch.cat(parts) * vae.config.scaling_factor}, file)
+    return load_file(file)["latents"]
+
+
+# ---------------------------------------------------------------- UNet and text encoder
+
+
+class Denoiser(nn.Module):
+    """UNet and text encoder, trained as one."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel(
+            sample_size=SIDE_PX // 4, in_channels=4, out_channels=4,
+            block_out_channels=(64, 96, 128), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+        )  # fmt: skip
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=128, intermediate_size=512, projection_dim=128,
+            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu",
+            bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+        ))  # fmt: skip
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """noisy (B,4,16,16), timesteps (B,), ids (B,77) -> the predicted noise (B,4,16,16)."""
+        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+def new_scheduler() -> DDPMScheduler:
+    """Stable Diffusion's own schedule."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+def train_denoiser(recipe: Recipe, latents: Tensor, ids: Tensor, empty: Tensor, work: Path) -> Denoiser:
+    """The averaged weights.
+
+    latents (N,4,16,16), ids (N*CAPTIONS_EACH,77), empty (M,77): captions that say nothing.
+    """
+    torch.manual_seed(recipe.seed + 1)
+    device = empty.device
+    model = Denoiser(int(empty.max()) + 1).to(device).train()
+    rates = [
+        {"params": model.unet.parameters(), "lr": 5e-4},
+        {"params": model.text_encoder.parameters(), "lr": 2.5e-4},
+    ]
+    optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    progress = Progress(
+        work / "denoiser.safetensors",
+        model,
+        optimizer,
+        EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75),
+    )
+    scheduler, train = new_scheduler(), len(latents) - HELD_OUT
+    started, mean_loss = time.monotonic(), 0.0
+    for step in steps(progress, recipe.unet_steps):
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        picks = torch.randint(0, train, (32,), generator=generator)
+        texts = ids[picks * CAPTIONS_EACH + torch.randint(0, CAPTIONS_EACH, (32,), generator=generator)].to(
+            device
+        )
+        silent = torch.rand(32, generator=generator) < EMPTY_SHARE
+        texts[silent.to(device)] = empty[
+            torch.randint(0, len(empty), (int(silent.sum()),), generator=generator)
+        ]
+        losses = denoising_losses(model, scheduler, latents[picks], texts, generator)
+        losses.mean().backward()
+        mean_loss = 0.98 * mean_loss + 0.02 * losses.mean().item() if step else losses.mean().item()
+        if step % 100 == 0:
+            print(
+                f"denoiser step {step}: loss {mean_loss:.4f}, {time.monotonic() - started:.0f} s", flush=True
+            )
+    return model.eval().requires_grad_(False)
+
+
+def denoising_losses(
+    model: Denoiser, scheduler: DDPMScheduler, clean: Tensor, ids: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Min-SNR weighted losses (B,) with offset noise 0.05. clean (B,4,16,16), ids (B,77)."""
+    noise = torch.randn(clean.shape, generator=generator) + 0.05 * torch.randn(
+        (*clean.shape[:2], 1, 1), generator=generator
+    )
+    timesteps = torch.randint(0, 1000, (len(clean),), generator=generator)
+    noisy, device = scheduler.add_noise(clean, noise, timesteps), ids.device
+    predicted = model(noisy.to(device), timesteps.to(device), ids)
+    snr = compute_snr(scheduler, timesteps)
+    weights = (snr.clamp(max=5.0) / snr).to(device)
+    return weights * functional.mse_loss(predicted, noise.to(device), reduction="none").mean(dim=(1, 2, 3))
+
+
+# ---------------------------------------------------------------- export
+
+
+def export(
+    folder: Path, vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """Writes Stable Diffusion's diffusers layout in half precision; returns the pipeline."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for name in ("vae", "text_encoder", "unet", "scheduler"):
+        getattr(pipeline, name).save_pretrained(folder / name)
+    pipeline.save_config(folder)
+    for file in folder.glob("*/*.safetensors"):
+        weights = load_file(file)
+        if file.parent.name == "text_encoder":  # transformers 4 looks for the prefix, 5 reads it too
+            weights = {
+                key if key.startswith("text_model.") else f"text_model.{key}": value
+                for key, value in weights.items()
+            }
+        save_file(
+            {key: value.half() if value.is_floating_point() else value for key, value in weights.items()},
+            file,
+            {"format": "pt"},
+        )
+        file.chmod(0o644)
+    return pipeline
+
+
+SHEET = """red-robot blue-robot green-robot yellow-robot purple-robot black-robot
+red-wizard purple-wizard green-wizard blue-wizard orange-wizard white-wizard
+black-ninja red-ninja teal-ninja purple-knight red-knight yellow-knight
+white-astronaut orange-astronaut pink-astronaut brown-robot gray-robot teal-robot"""
+
+
+def sample_sheet(pipeline: StableDiffusionPipeline, file: Path, guidance_scale: float = 4.0) -> None:
+    """A sheet of 24 prompts that it never saw in this wording."""
+    pipeline.set_progress_bar_config(disable=True)
+    world = zip(SHEET.split(), cycle(BACKGROUNDS), strict=False)
+    prompts = [f"a {figure.replace('-', ' ')}, {background} background" for figure, background in world]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    images = pipeline(
+        prompts, num_inference_steps=25, guidance_scale=guidance_scale, generator=generators
+    ).images
+    contact_sheet([image.resize((128, 128), 0) for image in images], 6).save(file)
+
+
+def silent_ids(tokenizer: CLIPTokenizer, seed: int, count: int = 512) -> Tensor:
+    """Captions that say nothing: half of them empty, half random words, so that words it does not know
+    leave it calm. (count,77)
+    """
+    rng = random.Random(seed)
+    vocabulary = [
+        token.removesuffix("</w>")
+        for token in tokenizer.get_vocab()
+        if token.endswith("</w>") and token[:-4].isalpha()
+    ]
+    words = sorted(
+        word
+        for word in vocabulary
+        if len(word) > 2 and not any(part in word for part in (*HERO_WORDS, "man", "rock"))
+    )
+    texts = [
+        ", ".join(rng.sample([*FILLERS, *rng.sample(words, 6)], rng.randint(1, 5))) if i % 2 else ""
+        for i in range(count)
+    ]
+    return token_ids(tokenizer, texts)
+
+
+def main() -> None:
+    """Runs every stage that is not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for pictures, latents and the state of the training"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="where the diffusers folder goes"
+    )
+    for name, default in vars(Recipe()).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    flags = vars(parser.parse_args())
+    work, output = flags.pop("work"), flags.pop("output")
+    recipe = Recipe(**flags)
+    work.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pictures, captions = render(recipe, work)
+    words = sorted(
+        {word for text in captions for word in text.replace(",", " ").split()}
+        | {word for text in FILLERS for word in text.split()}
+    )
+    write_tokenizer(output / "tokenizer", words)
+    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+    vae = train_vae(recipe, pictures, work, device)
+    latents = latents_of(vae, pictures, work, device)
+    model = train_denoiser(
+        recipe, latents, token_ids(tokenizer, captions), silent_ids(tokenizer, recipe.seed).to(device), work
+    )
+    pipeline = export(output, vae.cpu(), model.cpu(), tokenizer)
+    sample_sheet(pipeline, work / "sheet.png")
+    print(f"written to {output}; look at {work / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,737 @@
+"""Teaches Stable Diffusion a character from 15-100 pictures: trains a LoRA and writes it for every tool.
+
+    python megaman_lora.py --preset demo                       # the embedded base and our own pictures; no
+    GPU, no network
+    python megaman_lora.py --data_dir ./megaman_images         # Stable Diffusion 1.5 and yours
+
+What a step does is a function of (seed, position): position is the index in one endless stream of examples.
+It fixes the picture, the
+noise, the timestep and the dropped caption; the learning rate is a function of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megaman import errors, files
+from megaman.errors import UserError, say
+from megaman.flags import parse_flags
+from megaman.lazy import Lazy
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from transformers import CLIPTokenizer
+
+    from megaman.base import BaseModel
+    from megaman.cache import Encoded
+else:
+    torch, accelerate, peft = Lazy("torch"), Lazy("accelerate"), Lazy("peft")
+adapters, base_models, cache, checkpoints = (
+    Lazy(f"megaman.{room}") for room in ("adapters", "base", "cache", "checkpoints")
+)
+pictures, watch = Lazy("megaman.pictures"), Lazy("megaman.watch")
+
+# ---------------------------------------------------------------- configuration
+
+STARTER_IMAGES = "megaman/starter_images"
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "pretrained_model_name": "megaman/tiny_sd",
+        "data_dir": STARTER_IMAGES,
+        "resolution": 64,
+        "mixed_precision": "no",
+        "lora_rank": 8,
+        "lora_alpha": 8,
+        "learning_rate": 1e-3,
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 400,
+        "save_steps": 200,
+        "validation_steps": 100,
+        "validation_prompt": [
+            "mega man, standing, facing right, sky background",
+            "mega man, running, facing left, sand background",
+            "mega man, arms raised, mint background",
+            "a red wizard with a staff, white background",
+        ],
+    },
+    "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
+    "quality": {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 5e-5, "max_train_steps": 2000},
+    "pro": {"lora_rank": 16, "lora_alpha": 64, "learning_rate": 2e-5, "max_train_steps": 3000},
+}
+
+
+def _flag(default: Any, text: str) -> Any:
+    """A field with its help text; a mutable default is copied."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Model and data."""
+
+    _argument_group_name = "model and data"
+    pretrained_model_name: str = _flag(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "base model: hub id, diffusers folder or .safetensors file",
+    )
+    data_dir: str = _flag("./megaman_images", "folder of pictures and .txt captions")
+    output_dir: str = _flag("./megaman_lora_output", "where everything goes")
+    resolution: int = _flag(512, "side of the training square in pixels")
+    trigger: str = _flag(
+        "mega man", "word that calls the character; begins every caption made from a file name"
+    )
+    caption_dropout: float = _flag(0.05, "share of examples that train with the empty caption")
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """The LoRA."""
+
+    _argument_group_name = "adapter"
+    lora_rank: int = _flag(
+        8, "rank of the update: 4-16; higher learns more detail, and more of your pictures' accidents"
+    )
+    lora_alpha: float = _flag(32, "strength: the update is scaled by alpha / rank")
+
+
+@dataclass(frozen=True)
+class OptimisationFlags:
+    """How it learns."""
+
+    _argument_group_name = "optimisation"
+    learning_rate: float = _flag(1e-4, "peak learning rate")
+    lr_scheduler: Literal["cosine", "constant", "linear", "polynomial", "cosine_with_restarts"] = _flag(
+        "cosine", "course of the rate after the warm-up"
+    )
+    lr_warmup_steps: int | None = _flag(None, "steps of linear warm-up; 5 %% of the run if not given")
+    train_batch_size: int = _flag(1, "pictures at a time, on each device")
+    gradient_accumulation_steps: int = _flag(4, "batches a step")
+    max_train_steps: int = _flag(1500, "optimizer steps in all")
+    num_train_epochs: int | None = _flag(None, "passes over the pictures, instead of --max_train_steps")
+    weight_decay: float = _flag(0.01, "AdamW's weight decay")
+    max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
+    snr_gamma: float = _flag(5.0, "min-SNR loss weighting; 0 = off")
+    seed: int = _flag(42, "decides every random choice; 0 is a seed")
+
+
+@dataclass(frozen=True)
+class PrecisionFlags:
+    """Precision and memory."""
+
+    _argument_group_name = "precision and memory"
+    mixed_precision: Literal["fp16", "bf16", "no"] = _flag(
+        "fp16", "precision of the frozen base; the LoRA is always float32"
+    )
+    gradient_checkpointing: bool = _flag(False, "recompute activations: less memory, about a third slower")
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The run."""
+
+    _argument_group_name = "run"
+    save_steps: int = _flag(250, "steps between checkpoints")
+    checkpoints_total_limit: int = _flag(
+        3, "checkpoints that keep their optimizer state; the small adapters all stay"
+    )
+    validation_steps: int = _flag(100, "steps between sample pictures; step 0 shows the base")
+    validation_prompt: list[str] = _flag(
+        ["mega man, blue robot, helmet, game character, high quality"], "prompts of the sample pictures"
+    )
+    report_to: Literal["tensorboard", "none"] = _flag("tensorboard", "where to log besides metrics.jsonl")
+    logging_dir: str | None = _flag(None, "TensorBoard's folder; OUTPUT/logs if not given")
+    preset: Literal["demo", "starter", "quality", "pro"] | None = field(
+        default=None, metadata={"help": "a whole configuration; flags override it"}
+    )
+    config: str | None = _flag(
+        None, "configuration file (.json, .toml, .yaml), such as an earlier run's training_config.json"
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, DataFlags):
+    """Every setting of a run. Resolved once, never changed."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "resolution",
+            "lora_rank",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "save_steps",
+            "validation_steps",
+            "checkpoints_total_limit",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "snr_gamma", "seed"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
+        _require(
+            self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
+            "lr_warmup_steps",
+            self.lr_warmup_steps,
+            "0 or more",
+        )
+        _require(
+            self.num_train_epochs is None or self.num_train_epochs >= 1,
+            "num_train_epochs",
+            self.num_train_epochs,
+            "at least 1",
+        )
+        _require(bool(self.trigger.strip()), "trigger", self.trigger, "a word or more")
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"--{name} {value}: must be {wanted}", errors.USAGE)
+
+
+def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
+    """The configuration that the command line asks for, and the names of the settings that the user chose."""
+    groups = (DataFlags, AdapterFlags, OptimisationFlags, PrecisionFlags, RunFlags)
+    values, chosen = parse_flags(groups, argv, description=__doc__.split("\n")[0], presets=PRESETS)
+    if (
+        {"max_train_steps", "num_train_epochs"} <= chosen
+        and values["num_train_epochs"] is not None
+        and values["config"] is None
+    ):
+        raise UserError("--max_train_steps and --num_train_epochs say the same thing; give one", errors.USAGE)
+    if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
+        values["data_dir"] = str(Path(__file__).parent / STARTER_IMAGES)  # wherever the command is run from
+    return TrainConfig(**values), chosen
+
+
+def plan(cfg: TrainConfig, picture_count: int, processes: int) -> TrainConfig:
+    """The configuration with everything that was left open decided: steps from epochs, the warm-up."""
+    steps = cfg.max_train_steps
+    if cfg.num_train_epochs is not None:
+        steps = math.ceil(cfg.num_train_epochs * picture_count / pictures_a_step(cfg, processes))
+    warmup = round(0.05 * steps) if cfg.lr_warmup_steps is None else cfg.lr_warmup_steps
+    return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup)
+
+
+def pictures_a_step(cfg: TrainConfig, processes: int) -> int:
+    """The effective batch."""
+    return cfg.train_batch_size * cfg.gradient_accumulation_steps * processes
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and its caption.
+
+    pixels (3,side,side) in [-1, 1]; ids (77,), None where the dataset has no tokenizer.
+    """
+
+    path: Path
+    caption: str
+    pixels: Tensor
+    ids: Tensor | None
+
+
+class MegaManDataset:
+    """The pictures and captions of a folder.
+
+    Works without a model: `MegaManDataset("./megaman_images", None)`.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        tokenizer: CLIPTokenizer | None,
+        resolution: int = 512,
+        trigger: str = "mega man",
+    ) -> None:
+        """Looks at every file once.
+
+        Unreadable pictures go to `skipped`; UserError (exit 3) on a missing folder or unreadable
+        captions.
+        """
+        self.folder, self.tokenizer, self.resolution = Path(data_dir), tokenizer, resolution
+        self.paths: list[Path] = []
+        self.skipped: list[str] = []
+        for path in pictures.find_pictures(self.folder):
+            try:
+                pictures.load_image(path)
+                self.paths.append(path)
+            except UserError as error:
+                self.skipped.append(str(error))
+        self.captions = pictures.read_captions(self.paths, self.folder, trigger)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        caption = self.captions[index].text
+        pixels = pictures.fit_center(pictures.load_image(self.paths[index]), self.resolution)
+        return Example(
+            self.paths[index], caption, pixels, None if self.tokenizer is None else self._ids(caption)
+        )
+
+    def _ids(self, caption: str) -> Tensor:
+        kwargs = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
+        return self.tokenizer(caption, return_tensors="pt", **kwargs).input_ids[0]
+
+    def describe(self, trigger: str) -> list[str]:
+        """What the user should know before anything costs time, a line each."""
+        derived = sum(caption.source == "name" for caption in self.captions)
+        lines = [
+            f"pictures: {len(self)} in {self.folder}, {len(self) - derived} captions from files, "
+            f"{derived} from names"
+        ]
+        lines += [f"skipped: {reason}" for reason in self.skipped]
+        lacking = [
+            path.name
+            for path, caption in zip(self.paths, self.captions, strict=True)
+            if trigger.lower() not in caption.text.lower()
+        ]
+        if lacking:
+            lines.append(
+                f"note: {len(lacking)} captions lack the trigger {trigger!r} (the first: {lacking[0]}); "
+                "those pictures teach it nothing"
+            )
+        return lines
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).tolist()
+
+
+def index_at(position: int, count: int, seed: int) -> int:
+    """Which of `count` examples stands at a position of the endless stream: every epoch holds each once,
+    in an order of its own.
+    """
+    return _order(seed, position // count, count)[position % count]
+
+
+def positions_of(step: int, micro_batch: int, rank: int, processes: int, cfg: TrainConfig) -> range:
+    """The positions of one process's micro-batch: ranks cut one batch between them, so two processes are
+    one with twice the batch.
+    """
+    start = step * pictures_a_step(cfg, processes) + (micro_batch * processes + rank) * cfg.train_batch_size
+    return range(start, start + cfg.train_batch_size)
+
+
+def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:
+    """Randomness as a function of its place: the same on every device and after every resume."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# ---------------------------------------------------------------- LoRA injection
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.Parameter]:
+    """Wraps the UNet's attention projections through PEFT and returns the trainable parameters, float32.
+
+    B = 0, so that training starts at the base itself; A ~ N(0, 1/rank), the same numbers on every device.
+    """
+    settings = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=list(ATTENTION))
+    unet.add_adapter(settings, adapter_name=adapters.ADAPTER_NAME)
+    for number, module in enumerate(adapters.lora_modules(unet).values()):
+        down = module.lora_A[adapters.ADAPTER_NAME].weight
+        drawn = torch.randn(down.shape, generator=generator_of(cfg.seed, "lora", number)) / cfg.lora_rank
+        down.data = drawn.to(down.device)
+        up = module.lora_B[adapters.ADAPTER_NAME].weight
+        up.data = torch.zeros_like(
+            up, dtype=torch.float32
+        )  # an update of 1e-4 is below half precision's last bit
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+# ---------------------------------------------------------------- objective
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The inputs of one micro-batch, on the training device.
+
+    latents, noise (B,C,h,w); timesteps (B,); text (B,L,D).
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    text: Tensor
+
+
+def draw_inputs(
+    positions: Sequence[int], encoded: Encoded, cfg: TrainConfig, scheduler: DDPMScheduler
+) -> Draw:
+    """What stands at these positions: the picture's latents sampled anew from its posterior, noise,
+    timestep, caption or no caption.
+    """
+    shape, device = encoded.means.shape[1:], encoded.means.device
+    indices, spreads, noises, timesteps, text_rows = [], [], [], [], []
+    for position in positions:
+        generator = generator_of(cfg.seed, "example", position)
+        index = index_at(position, len(encoded), cfg.seed)
+        indices.append(index)
+        spreads.append(torch.randn(shape, generator=generator))
+        noises.append(torch.randn(shape, generator=generator))
+        timesteps.append(torch.randint(0, scheduler.config.num_train_timesteps, (), generator=generator))
+        dropped = torch.rand((), generator=generator).item() < cfg.caption_dropout
+        text_rows.append(0 if dropped else int(encoded.text_rows[index]))
+    rows = encoded.picture_rows[indices]
+    latents = encoded.means[rows] + encoded.stds[rows] * torch.stack(spreads).to(device)
+    return Draw(
+        latents, torch.stack(noises).to(device), torch.stack(timesteps).to(device), encoded.text[text_rows]
+    )
+
+
+def denoising_losses(unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
+    """The weighted squared error of each example, (B,) float32.
+
+    Min-SNR weights: Hang et al. 2023, equation 7.
+    """
+    noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
+    dtype = draw.text.dtype
+    predicted = unet(noisy.to(dtype), draw.timesteps, draw.text, return_dict=False)[0].float()
+    v_prediction = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(draw.latents, draw.noise, draw.timesteps) if v_prediction else draw.noise
+    losses = (predicted - target).square().mean(dim=(1, 2, 3))
+    if snr_gamma == 0:
+        return losses
+    alpha_bar = scheduler.alphas_cumprod.to(losses.device)[draw.timesteps]
+    snr = alpha_bar / (1 - alpha_bar)
+    return losses * snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
+
+
+def lr_at(step: int, cfg: TrainConfig) -> float:
+    """The learning rate of a step (counted from 0): linear warm-up, then the schedule down to zero.
+
+    Restarts: three cosines; polynomial: squared.
+    """
+    warmup = cfg.lr_warmup_steps
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, cfg.max_train_steps - warmup)
+    factor = {
+        "constant": lambda: 1.0,
+        "linear": lambda: 1 - progress,
+        "polynomial": lambda: (1 - progress) ** 2,
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * progress)),
+        "cosine_with_restarts": lambda: 0.5 * (1 + math.cos(math.pi * (3 * progress % 1))),
+    }
+    return cfg.learning_rate * factor[cfg.lr_scheduler]()
+
+
+# ---------------------------------------------------------------- the run
+
+SKIPS_IN_A_ROW = (
+    20  # fp16: the scaler may skip a step now and then; so many mean that nothing is learned any more
+)
+
+
+def new_accelerator(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> Accelerator:
+    """accelerate's view of this process.
+
+    Only fp16 asks anything of it: a gradient scaler. The base is in half precision already, so no
+    autocast.
+    """
+    from accelerate.utils import AutocastKwargs
+
+    return accelerate.Accelerator(
+        mixed_precision="fp16" if dtype == torch.float16 else "no",
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        cpu=device.type == "cpu",
+        kwargs_handlers=[AutocastKwargs(enabled=False)],
+    )
+
+
+def describe_run(cfg: TrainConfig, base: BaseModel) -> dict[str, Any]:
+    """What the adapter's files tell about their making; no path and no name of the user."""
+    settings = {
+        key: value
+        for key, value in asdict(cfg).items()
+        if key not in ("data_dir", "output_dir", "logging_dir", "config", "preset")
+    }
+    settings["pretrained_model_name"] = base.name
+    return {
+        "base": base.name,
+        "resolution": cfg.resolution,
+        "trigger": cfg.trigger,
+        "steps": cfg.max_train_steps,
+        "text_width": base.unet.config.cross_attention_dim,
+        "prediction_type": base.scheduler.config.prediction_type,
+        "config": settings,
+    }
+
+
+def prepare_output(cfg: TrainConfig) -> Path:
+    """An empty output folder; an earlier run is moved aside."""
+    output = Path(cfg.output_dir)
+    aside = files.moved_aside(output)
+    if aside is not None:
+        say(f"output: {output} held an earlier run; it is kept as {aside}")
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in asdict(cfg).items() if key not in ("preset", "config")}
+    files.write_text(output / "training_config.json", json.dumps(settings, indent=2) + "\n")
+    return output
+
+
+def every(step: int, interval: int, total: int) -> bool:
+    """Whether something that happens each `interval` steps, and at the end, happens after this many steps."""
+    return step % interval == 0 or step == total
+
+
+def open_dataset(cfg: TrainConfig) -> MegaManDataset:
+    """The pictures to train on. UserError (exit 3) if there are none."""
+    dataset = MegaManDataset(cfg.data_dir, None, cfg.resolution, cfg.trigger)
+    if len(dataset) == 0:
+        reasons = "".join(f"\n  {reason}" for reason in dataset.skipped)
+        raise UserError(
+            f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset "
+            f"demo.{reasons}",
+            errors.DATA,
+        )
+    return dataset
+
+
+def describe_plan(cfg: TrainConfig, picture_count: int, processes: int) -> str:
+    """The arithmetic of the run, in a line."""
+    batch = pictures_a_step(cfg, processes)
+    return (
+        f"plan: {cfg.max_train_steps} steps of {batch} pictures = "
+        f"{cfg.max_train_steps * batch / picture_count:.1f} epochs; rank {cfg.lora_rank}, alpha "
+        f"{cfg.lora_alpha:g}, learning rate {cfg.learning_rate:g}"
+    )
+
+
+def check_resolution(cfg: TrainConfig, base: BaseModel) -> None:
+    """UserError (exit 2) unless the UNet can halve the latents as often as it must."""
+    cell = base.stride * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    if cfg.resolution % cell:
+        raise UserError(
+            f"--resolution {cfg.resolution}: {base.name} needs a multiple of {cell}; "
+            f"{max(cell, cfg.resolution // cell * cell)} is near",
+            errors.USAGE,
+        )
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
+    """Sets the rate of every group; returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def count_skips(skips: int, skipped: bool, step: int) -> int:
+    """Steps that the fp16 scaler has skipped in a row. UserError (exit 5) when it no longer recovers."""
+    skips = skips + 1 if skipped else 0
+    if skips >= SKIPS_IN_A_ROW:
+        raise UserError(
+            f"{skips} steps in a row overflowed in fp16 (up to step {step + 1}); lower --learning_rate, "
+            "or use --mixed_precision bf16 or no",
+            errors.NUMBERS,
+        )
+    return skips
+
+
+def new_watch(cfg: TrainConfig, processes: int, *, enabled: bool) -> Watch:
+    """The run's metrics and samples; silent in all processes but the first."""
+    output = Path(cfg.output_dir)
+    logging_dir = Path(cfg.logging_dir or output / "logs") if cfg.report_to == "tensorboard" else None
+    pictures_each = pictures_a_step(cfg, processes)
+    return watch.Watch(output, cfg.max_train_steps, pictures_each, logging_dir=logging_dir, enabled=enabled)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run holds once it is set up."""
+
+    cfg: TrainConfig  # with everything decided
+    accelerator: Accelerator
+    base: BaseModel  # its UNet carries the adapter
+    encoded: Encoded
+    validation_text: Tensor  # (1+P,L,D): the empty caption's states, then the validation prompts'
+    unet: torch.nn.Module  # base.unet as accelerate has prepared it
+    trainable: list[torch.nn.Parameter]
+    optimizer: Optimizer
+    watch: Watch
+    output: Path
+    about: dict[str, Any]  # what the adapter's files tell about their making
+
+
+def set_up(cfg: TrainConfig) -> Run:
+    """Everything before the first step, what is quick and may fail before what is slow."""
+    device = base_models.pick_device()
+    dtype = base_models.pick_dtype(cfg.mixed_precision, device)
+    accelerator = new_accelerator(cfg, device, dtype)
+    processes, output = accelerator.num_processes, Path(cfg.output_dir)
+
+    dataset = open_dataset(cfg)
+    cfg = plan(cfg, len(dataset), processes)
+    for line in [*dataset.describe(cfg.trigger), describe_plan(cfg, len(dataset), processes)]:
+        say(line)
+    files.check_writable(output)
+
+    base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
+    check_resolution(cfg, base)
+    captions = [caption.text for caption in dataset.captions]
+    encoded = cache.encode((example.pixels for example in dataset), captions, base)
+    validation_text = base.embed(["", *cfg.validation_prompt])
+    base.free_encoders()
+
+    trainable = inject_lora(base.unet, cfg)
+    if cfg.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(trainable, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    unet, optimizer = accelerator.prepare(base.unet.train(), optimizer)
+    count, precision = sum(p.numel() for p in trainable), str(dtype).removeprefix("torch.")
+    several = f", {processes} processes" if processes > 1 else ""
+    say(f"training: {count:,} parameters on {accelerator.device}, the base in {precision}{several}")
+
+    if accelerator.is_main_process:
+        prepare_output(cfg)
+    watcher = new_watch(cfg, processes, enabled=accelerator.is_main_process)
+    about = describe_run(cfg, base)
+    return Run(
+        cfg, accelerator, base, encoded, validation_text, unet, trainable, optimizer, watcher, output, about
+    )
+
+
+def save_state(run: Run, step: int) -> None:
+    """A checkpoint after `step` steps, written by the first process."""
+    if run.accelerator.is_main_process:
+        adapter = adapters.adapter_of(run.base.unet, run.about | {"steps": step})
+        keep = run.cfg.checkpoints_total_limit
+        checkpoints.save_checkpoint(run.output / "checkpoints", step, adapter, run.optimizer, keep=keep)
+
+
+def show_samples(run: Run, step: int) -> None:
+    """One picture a validation prompt, always from the same noise, drawn by the first process."""
+    if not run.accelerator.is_main_process:
+        return
+    cfg, unet, text = run.cfg, run.base.unet, run.validation_text
+    wrapper = unet.__dict__.pop("forward", None)  # accelerate's, under fp16: its float32 would be fed back
+    pipeline = base_models.pipeline_of(run.base)
+    run.base.vae.to(unet.device)
+    unet.eval()
+    images = []
+    for i in range(1, len(text)):
+        images += base_models.draw(
+            run.base,
+            pipeline,
+            prompt_embeds=text[i : i + 1],
+            negative_prompt_embeds=text[:1],
+            num_inference_steps=SAMPLE_STEPS,
+            guidance_scale=SAMPLE_GUIDANCE,
+            height=cfg.resolution,
+            width=cfg.resolution,
+            generator=torch.Generator().manual_seed(cfg.seed + i),
+        )
+    unet.train()
+    if wrapper is not None:
+        unet.forward = wrapper
+    if unet.device.type == "cuda":
+        run.base.vae.to("cpu")
+    run.watch.show_samples(step, cfg.validation_prompt, images)
+
+
+def finish(run: Run) -> Path:
+    """Writes lora_weights/ and closes everything."""
+    weights = run.output / "lora_weights"
+    if run.accelerator.is_main_process:
+        adapters.write_adapter(adapters.adapter_of(run.base.unet, run.about), weights)
+    run.watch.close()
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return weights
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Trains one adapter and returns its folder lora_weights/. UserError with the exit code when it can't."""
+    run = set_up(cfg)
+    cfg, accelerator, unet, scheduler = run.cfg, run.accelerator, run.unet, run.base.scheduler
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    show_samples(run, 0)
+    skips = 0
+    for step in range(cfg.max_train_steps):
+        rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
+        step_losses = []
+        for micro_batch in range(cfg.gradient_accumulation_steps):
+            with accelerator.accumulate(unet):
+                positions = positions_of(step, micro_batch, rank, processes, cfg)
+                draw = draw_inputs(positions, run.encoded, cfg, scheduler)
+                losses = denoising_losses(unet, draw, scheduler, cfg.snr_gamma)
+                accelerator.backward(losses.mean())
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+            step_losses.append(losses.detach().mean())
+        loss = accelerator.reduce(torch.stack(step_losses).mean(), "mean")
+        skips = count_skips(skips, accelerator.optimizer_step_was_skipped, step)
+        run.watch.record(step, loss, grad_norm, rate)
+
+        done = step + 1
+        if every(done, cfg.save_steps, cfg.max_train_steps):
+            save_state(run, done)  # before the preview, which may run out of memory
+        if every(done, cfg.validation_steps, cfg.max_train_steps):
+            show_samples(run, done)
+    return finish(run)
+
+
+# ---------------------------------------------------------------- the command
+
+GUIDE = Path(__file__).parent / "megaman" / "templates" / "megaman_images.md"
+
+
+def first_contact(cfg: TrainConfig, chosen: set[str]) -> bool:
+    """Whether this is somebody's first start: no data folder was named, and the default one is missing or
+    empty. It is made, with its guide.
+    """
+    folder = Path(cfg.data_dir)
+    if "data_dir" in chosen or cfg.preset == "demo" or (folder.is_dir() and pictures.find_pictures(folder)):
+        return False
+    guide = folder / "README.md"
+    if not guide.exists():
+        files.write_text(guide, GUIDE.read_text(encoding="utf-8"))
+    say(
+        f"{folder} is ready: put 15-100 pictures there, each with a caption in a .txt file of the same "
+        f"name ({guide} tells more), and run this again."
+    )
+    say("To see it work first, without a GPU or a network: python megaman_lora.py --preset demo")
+    return True
+
+
+def main() -> None:
+    """The command line."""
+    base_models.quiet_libraries()
+    cfg, chosen = read_config(sys.argv[1:])
+    if first_contact(cfg, chosen):
+        return
+    weights = train(cfg)
+    say(f"done: {weights} (PEFT), {weights / 'megaman_lora.safetensors'} (A1111, Forge, ComfyUI, kohya)")
+    say(
+        "next: python "
+        f"generate_megaman.py{'' if cfg.output_dir == DataFlags.output_dir else f' --lora_path {weights}'}"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)
