@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from megaman.base import BaseModel
     from megaman.cache import Encoded
+    from megaman.watch import Watch
 else:
     torch, accelerate, peft = Lazy("torch"), Lazy("accelerate"), Lazy("peft")
 adapters, base_models, cache, checkpoints = (
@@ -441,9 +442,8 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 
 # ---------------------------------------------------------------- the run
 
-SKIPS_IN_A_ROW = (
-    20  # fp16: the scaler may skip a step now and then; so many mean that nothing is learned any more
-)
+SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 7.5  # of the preview pictures
+SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
 
 
 def new_accelerator(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> Accelerator:
