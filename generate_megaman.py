@@ -33,13 +33,9 @@ if TYPE_CHECKING:
 
     from megaman.adapters import Adapter, MergedAdapter
     from megaman.base import BaseModel
-    from megaman.pages import ImageRecord
-torch, adapters, base_models, pages = (
-    Lazy("torch"),
-    Lazy("megaman.adapters"),
-    Lazy("megaman.base"),
-    Lazy("megaman.pages"),
-)
+    from megaman.records import ImageRecord
+torch, adapters, base_models = Lazy("torch"), Lazy("megaman.adapters"), Lazy("megaman.base")
+pages, records = Lazy("megaman.pages"), Lazy("megaman.records")
 
 # ---------------------------------------------------------------- configuration
 
@@ -290,14 +286,6 @@ def batches(jobs: Sequence[Job], batch_size: int | None, device_type: str) -> It
 
 # ---------------------------------------------------------------- pipeline and adapter
 
-SAMPLER_NAMES = {
-    "dpm++": "DPM++ 2M",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "ddim": "DDIM",
-    "unipc": "UniPC",
-}  # as A1111 spells them
-
 
 def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
     """The base model to load: the user's choice, else the one the adapter was trained on."""
@@ -363,70 +351,6 @@ def render(batch: Sequence[Job], base: BaseModel, merged: MergedAdapter) -> list
     )
 
 
-# ---------------------------------------------------------------- files
-
-
-def infotext(record: ImageRecord) -> str:
-    """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them."""
-    name = re.sub(r"[^\w.-]", "_", Path(record.adapter).stem)
-    settings = {
-        "Steps": record.num_inference_steps,
-        "Sampler": SAMPLER_NAMES[record.scheduler],
-        "CFG scale": record.guidance_scale,
-        "Seed": record.seed,
-        "Size": f"{record.width}x{record.height}",
-        "Model": re.sub(r"[,:\n]", "_", record.base_model),
-        "RNG": "CPU",
-        "Lora hashes": f'"{name}: {record.adapter_hash}"',
-    }
-    line = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    return (
-        f"{record.prompt} <lora:{name}:{record.lora_scale:g}>\nNegative prompt: "
-        f"{record.negative_prompt}\n{line}"
-    )
-
-
-def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: bool) -> None:
-    """A PNG, complete or absent, with A1111's `parameters` and our whole record."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    if described:
-        info.add_text("parameters", infotext(record))
-        info.add_text("megaman", json.dumps(asdict(record), ensure_ascii=False))
-    with files.replacing(folder / record.file) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
-
-
-def read_records(folder: Path) -> list[ImageRecord]:
-    """The records of metadata.jsonl whose pictures are there.
-
-    A damaged line loses its own picture's place only, and is said.
-    """
-    path = folder / "metadata.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(pages.ImageRecord(**json.loads(line)))
-        except (ValueError, TypeError):
-            say(
-                f"note: {path}, line {number} is damaged; its picture is drawn again or left out of the "
-                "gallery"
-            )
-    return [record for record in records if (folder / record.file).is_file()]
-
-
-def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:
-    """metadata.jsonl and index.html, both whole."""
-    files.write_text(
-        folder / "metadata.jsonl",
-        "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records),
-    )
-    files.write_text(folder / "index.html", pages.render_gallery(records))
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -469,7 +393,7 @@ def draw_missing(
 
     output, device = Path(cfg.output_dir), base.unet.device
     digests = {job: job_hash(job, about["adapter_hash"], base.name, about["precision"]) for job in jobs}
-    earlier = {record.job: record for record in read_records(output)}
+    earlier = {record.job: record for record in records.read_records(output)}
     finished = {job: earlier.pop(digest) for job, digest in digests.items() if digest in earlier}
     missing = [job for job in jobs if job not in finished]
     kept = len(jobs) - len(missing)
@@ -484,11 +408,17 @@ def draw_missing(
             seconds = round((time.monotonic() - started) / len(batch), 3)
             for job, image in zip(batch, images, strict=True):
                 finished[job] = record_of(job, digests[job], about, seconds)
-                save_picture(image, finished[job], output, described=not cfg.no_metadata)
-            write_records(output, [*(finished[job] for job in jobs if job in finished), *earlier.values()])
+                records.save_picture(image, finished[job], output, described=not cfg.no_metadata)
+            show_all(output, [*(finished[job] for job in jobs if job in finished), *earlier.values()])
             bar.update(len(batch))
-    write_records(output, [*(finished[job] for job in jobs), *earlier.values()])
+    show_all(output, [*(finished[job] for job in jobs), *earlier.values()])
     return output / "index.html"
+
+
+def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
+    """metadata.jsonl and the gallery of it."""
+    records.write_records(output, drawn)
+    files.write_text(output / "index.html", pages.render_gallery(drawn))
 
 
 def adapter_name(lora_path: Path) -> str:
@@ -500,7 +430,7 @@ def adapter_name(lora_path: Path) -> str:
 def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> ImageRecord:
     """The picture's line of metadata.jsonl."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return pages.ImageRecord(
+    return records.ImageRecord(
         file=file_name(job, digest), job=digest, created=created, seconds=seconds, **asdict(job), **about
     )
 

@@ -398,11 +398,15 @@ class MergedAdapter:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        _plain(_underscored(name)): module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    }
+    """The modules that a LoRA may change, by underscored path; `to_out` is the old diffusers name of
+    `to_out.0`.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            plain = _plain(_underscored(name))
+            found |= {plain: module, re.sub(r"_to_out_0$", "_to_out", plain): module}
+    return found
 
 
 def _fitting_weight(

@@ -6,39 +6,15 @@ Knows HTML and jinja2; whatever it is given is data and never markup.
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from megaman.records import ImageRecord
+
 TEMPLATES = Path(__file__).parent / "templates"
 SMALL_PX = 128  # pictures up to this size are shown enlarged, with hard pixels
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """Everything about one generated picture: a line of metadata.jsonl, a card of the gallery."""
-
-    file: str  # beside the page
-    prompt: str
-    negative_prompt: str
-    seed: int
-    width: int
-    height: int
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str
-    lora_scale: float
-    adapter: str  # file or folder name
-    adapter_hash: str
-    base_model: str
-    trigger: str
-    precision: str
-    job: str  # the hash of all that decides the pixels
-    created: str  # ISO 8601, UTC
-    seconds: float  # its share of the batch's time
-    versions: Mapping[str, str]
 
 
 @cache

@@ -1,0 +1,176 @@
+"""Real small things for the tests: a tiny Stable Diffusion of diffusers' own classes, a folder of
+pictures, the two scripts as a user runs them.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megaman.base import quiet_libraries  # noqa: E402
+
+quiet_libraries()
+
+import torch  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+import megaman_lora  # noqa: E402
+from megaman.base import EMBEDDED_FOLDER, BaseModel, load_base  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of Stable Diffusion's shape with random weights: stride 2, 32 px, text 24 wide; a
+    step takes milliseconds.
+    """
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=len(tokenizer) - 2,
+        eos_token_id=len(tokenizer) - 1,
+        pad_token_id=len(tokenizer) - 1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=0.5,
+        ),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=24,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("base") / "tiny_base"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_base(tiny_folder: Path) -> BaseModel:
+    """The tiny base, freshly loaded, float32, on the CPU."""
+    return load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture
+def folder_of_pictures(tmp_path: Path) -> Path:
+    """Six pictures of 40 x 48 px in plain colours, four with captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, colour in enumerate(("red", "green", "blue", "yellow", "purple", "orange")):
+        Image.new("RGB", (40, 48), colour).save(folder / f"megaman_{i}.png")
+        if i < 4:
+            (folder / f"megaman_{i}.txt").write_text(f"mega man, {colour} background", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def train_flags(tiny_folder: Path, folder_of_pictures: Path, tmp_path: Path) -> list[str]:
+    """A run of four steps on the tiny base that writes to tmp_path/out."""
+    return [
+        f"--pretrained_model_name={tiny_folder}",
+        f"--data_dir={folder_of_pictures}",
+        f"--output_dir={tmp_path / 'out'}",
+        *[
+            "--resolution",
+            "32",
+            "--max_train_steps",
+            "4",
+            "--gradient_accumulation_steps",
+            "1",
+            "--mixed_precision",
+            "no",
+        ],
+        *[
+            "--train_batch_size",
+            "2",
+            "--save_steps",
+            "2",
+            "--validation_steps",
+            "4",
+            "--lora_rank",
+            "4",
+            "--lora_alpha",
+            "32",
+        ],
+        *["--report_to", "none", "--learning_rate", "1e-2"],
+    ]
+
+
+@pytest.fixture
+def train(train_flags: list[str]) -> Callable[..., Path]:
+    """Trains in this process, with further flags, and returns lora_weights/."""
+
+    def run(*flags: str) -> Path:
+        return megaman_lora.train(megaman_lora.read_config([*train_flags, *flags])[0])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """lora_weights/ of a short run on the tiny base at rank 4, alpha 32."""
+    root = tmp_path_factory.mktemp("adapter")
+    for i, colour in enumerate(("red", "green", "blue")):
+        (root / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(root / "pictures" / f"{i}.png")
+    cfg = megaman_lora.TrainConfig(
+        pretrained_model_name=str(tiny_folder),
+        data_dir=str(root / "pictures"),
+        output_dir=str(root / "out"),
+        resolution=32,
+        lora_rank=4,
+        lora_alpha=32,
+        learning_rate=1e-2,
+        max_train_steps=5,
+        gradient_accumulation_steps=1,
+        mixed_precision="no",
+        validation_prompt=["mega man"],
+        report_to="none",
+    )
+    return megaman_lora.train(cfg)
+
+
+def run_script(*arguments: str, cwd: Path = ROOT, timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
+    """Runs `python <arguments>` as a user would."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        encoding="utf-8",
+    )

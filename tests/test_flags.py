@@ -1,0 +1,110 @@
+"""The command line: spellings, precedence, and a line for every mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+
+from megaman.errors import UserError
+from megaman_lora import PRESETS, TrainConfig, plan, read_config
+
+
+def test_defaults_are_the_recommended_configuration_of_the_users_readme() -> None:
+    cfg = TrainConfig()
+    assert (cfg.resolution, cfg.train_batch_size, cfg.gradient_accumulation_steps) == (512, 1, 4)
+    assert (cfg.learning_rate, cfg.lora_rank, cfg.lora_alpha) == (1e-4, 8, 32)
+    assert (cfg.max_train_steps, cfg.save_steps, cfg.validation_steps) == (1500, 250, 100)
+    assert cfg.mixed_precision == "fp16"
+
+
+@pytest.mark.parametrize("flag", ["--lora_rank", "--lora-rank"])
+def test_both_spellings_of_a_flag_work(flag: str) -> None:
+    assert read_config([flag, "5"])[0].lora_rank == 5
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml", "yaml"])
+def test_command_line_beats_file_beats_preset_beats_default(tmp_path: Path, suffix: str) -> None:
+    text = {
+        "json": json.dumps({"lora_rank": 6, "learning_rate": 1e-4, "lr_warmup_steps": None}),
+        "toml": "lora-rank = 6\nlearning_rate = 1e-4\n",
+        "yaml": "lora_rank: 6\nlearning_rate: 1e-4\n",  # PyYAML takes 1e-4 for a string
+    }
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text[suffix], encoding="utf-8")
+    cfg, _ = read_config(["--preset", "pro", "--config", str(path), "--lora_alpha", "7"])
+    assert (cfg.lora_alpha, cfg.lora_rank, cfg.learning_rate) == (7, 6, 1e-4)
+    assert cfg.max_train_steps == PRESETS["pro"]["max_train_steps"]
+    assert cfg.train_batch_size == TrainConfig.train_batch_size
+
+
+def test_steps_and_epochs_replace_each_other_across_sources(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"max_train_steps": 77}', encoding="utf-8")
+    cfg, _ = read_config(["--config", str(path), "--num_train_epochs", "3", "--train_batch_size", "2"])
+    assert plan(cfg, picture_count=20, processes=1).max_train_steps == 8  # 60 examples, 8 a step
+    path.write_text('{"num_train_epochs": 9}', encoding="utf-8")
+    cfg, _ = read_config(["--config", str(path), "--max_train_steps", "12"])
+    assert plan(cfg, picture_count=20, processes=1).max_train_steps == 12
+    with pytest.raises(UserError, match="give one"):
+        read_config(["--max_train_steps", "5", "--num_train_epochs", "3"])
+
+
+def test_an_unknown_key_in_a_file_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"lora_rnk": 6}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"unknown key 'lora_rnk' \(did you mean lora_rank\?\)"):
+        read_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--lora_rnk", "3"], "did you mean --lora_rank"),
+        (["--lora_ran", "3"], "unknown flag"),  # no abbreviations
+        (["--lora_rank", "many"], "invalid int value: 'many'"),
+        (["--mixed_precision", "fp8"], "invalid choice"),
+        (["--lora_rank", "0"], "must be at least 1"),
+        (["--learning_rate", "nan"], "must be above 0"),
+        (["--caption_dropout", "1.5"], "between 0 and 1"),
+        (["--config", "nowhere.json"], "can't be read"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line_and_exit_code_2(arguments: list[str], complaint: str) -> None:
+    result = run_script("megaman_lora.py", *arguments)
+    assert result.returncode == 2
+    assert complaint in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_wrong_value_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"lora_rank": "many"}', encoding="utf-8")
+    result = run_script("megaman_lora.py", "--config", str(path))
+    assert result.returncode == 2
+    assert "run.json" in result.stderr
+    assert "many" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["megaman_lora.py", "generate_megaman.py"])
+def test_help_needs_no_torch_and_names_both_spellings(script: str) -> None:
+    code = (
+        f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', "
+        "run_name='__main__')\n"
+    )
+    result = run_script("-c", code + "finally: print('torch' in sys.modules)")
+    assert result.stdout.strip().endswith("False")
+    assert "--output_dir OUTPUT_DIR, --output-dir OUTPUT_DIR" in result.stdout
+
+
+def test_importing_the_training_script_has_no_side_effects(tmp_path: Path) -> None:
+    from conftest import ROOT
+
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import megaman_lora, generate_megaman; "
+        "print('torch' in sys.modules)"
+    )
+    result = run_script("-c", code, cwd=tmp_path)
+    assert (result.stdout, result.stderr) == ("False\n", "")
+    assert list(tmp_path.iterdir()) == []

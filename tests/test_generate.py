@@ -1,0 +1,285 @@
+"""The generation script: prompts to jobs to pictures, and what a picture is decided by."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_script
+from PIL import Image
+
+import generate_megaman
+from generate_megaman import GenerateConfig, Job, batches, file_name, make_jobs, read_prompts_file
+from megaman.errors import UserError
+
+
+@pytest.fixture
+def generate(adapter_folder: Path, tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Draws with the tiny adapter in two steps and returns the output folder."""
+
+    def run(**settings: object) -> Path:
+        values = {
+            "lora_path": str(adapter_folder),
+            "output_dir": str(tmp_path / "gen"),
+            "num_inference_steps": 2,
+        }
+        return generate_megaman.generate(GenerateConfig(**{**values, **settings})).parent
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_prompts_come_from_flags_then_file_else_from_us(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("# ours\n\nfrom file\n", encoding="utf-8-sig")
+    both = make_jobs(GenerateConfig(prompts=["from flag"], prompts_file=str(path)), "mega man", 64)
+    assert [job.prompt for job in both] == ["from flag", "from file"]
+    built_in = make_jobs(GenerateConfig(), "mgmn", 64)
+    assert len(built_in) == 10
+    assert all(job.prompt.startswith("mgmn, ") for job in built_in)
+
+
+def test_a_prompts_file_line_may_carry_kohyas_options(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("mega man, 8-bit --n blurry, bad --w 128 --h 192 --d 0 --s 30 --l 7.5\nplain\n")
+    (first, own), (second, none) = read_prompts_file(path)
+    assert (first, second, none) == ("mega man, 8-bit", "plain", {})
+    assert own == {
+        "negative_prompt": "blurry, bad",
+        "width": 128,
+        "height": 192,
+        "seed": 0,
+        "num_inference_steps": 30,
+        "guidance_scale": 7.5,
+    }
+    (job, _) = make_jobs(GenerateConfig(prompts_file=str(path), seed=5), "mega man", 64)
+    assert (job.seed, job.width) == (0, 128)  # 0 is a seed
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a\nb --x 3", "line 2: unknown option --x"),
+        ("a --w wide", "line 1: --w 'wide' is not a number"),
+        ("a --s -3", "must not be negative"),
+        ("--w 3", "line 1: options without a prompt"),
+        ("# only\n\n", "holds no prompts"),
+    ],
+)
+def test_a_bad_prompts_file_names_the_line(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint) as error:
+        read_prompts_file(path)
+    assert error.value.exit_code == 3
+
+
+def test_seeds_count_up_and_strengths_make_a_strip() -> None:
+    jobs = make_jobs(
+        GenerateConfig(prompts=["a"], num_images_per_prompt=2, lora_scale=[0.0, 1.0], seed=7), "", 64
+    )
+    assert [(job.seed, job.lora_scale) for job in jobs] == [(7, 0.0), (7, 1.0), (8, 0.0), (8, 1.0)]
+
+
+def test_a_batch_shares_size_and_strength_and_fits_the_device() -> None:
+    jobs = make_jobs(
+        GenerateConfig(prompts=["a", "b"], num_images_per_prompt=20, lora_scale=[1.0, 0.5]), "", 64
+    )
+    made = list(batches(jobs, None, "cpu"))
+    assert sorted(map(hash, jobs)) == sorted(hash(job) for batch in made for job in batch)
+    assert all(len({job.batch_key for job in batch}) == 1 for batch in made)
+    assert max(map(len, made)) == 16
+    large = make_jobs(GenerateConfig(prompts=["a"], num_images_per_prompt=4), "", 512)
+    assert [len(batch) for batch in batches(large, None, "cpu")] == [1, 1, 1, 1]
+    assert [len(batch) for batch in batches(large, 3, "cpu")] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["../../etc/passwd", "CON", "a/b\\c", "洛克人", "x" * 5000, "<script>", "\u202egnp"]
+)
+def test_a_prompt_never_decides_more_than_a_safe_name(prompt: str) -> None:
+    job = Job(prompt, "", 1, 64, 64, 2, 7.5, "dpm++", 1.0)
+    name = file_name(job, "0123456789abcdef")
+    assert Path(name).name == name
+    assert len(name) < 80
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_the_default_run_draws_the_ten_prompts_and_a_gallery(generate: Callable[..., Path]) -> None:
+    folder = generate()
+    made = records(folder)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert len(made) == 10
+    for record in made:
+        with Image.open(folder / record["file"]) as picture:
+            assert picture.size == (32, 32)  # the training resolution
+            assert picture.text["parameters"].startswith(record["prompt"] + " <lora:")
+            assert "\nNegative prompt: blurry" in picture.text["parameters"]
+            assert (
+                f"\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: {record['seed']}"
+                in picture.text["parameters"]
+            )
+            assert json.loads(picture.text["megaman"]) == record
+        assert record["file"] in page
+    assert not list(folder.glob(".*"))
+
+
+def test_a_picture_is_decided_by_its_job_and_not_by_its_neighbours(
+    generate: Callable[..., Path], tmp_path: Path
+) -> None:
+    together = generate(prompts=["a", "b", "c"], batch_size=3)
+    alone = generate(prompts=["b"], output_dir=str(tmp_path / "alone"))
+    again = generate(prompts=["b"], output_dir=str(tmp_path / "again"))
+    name = records(alone)[0]["file"]
+    assert (alone / name).stat().st_size > 0
+    assert np.array_equal(pixels(alone / name), pixels(again / name))
+    assert np.abs(pixels(together / name) - pixels(alone / name)).max() <= 1
+
+
+def test_finished_pictures_are_kept_and_missing_ones_drawn(
+    generate: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = generate(prompts=["a", "b"])
+    first, second = (folder / record["file"] for record in records(folder))
+    second.unlink()
+    before = first.stat().st_mtime_ns
+    generate(prompts=["a", "b"])
+    assert "1 to draw, 1 already there" in capsys.readouterr().err
+    assert second.exists()
+    assert first.stat().st_mtime_ns == before
+
+
+def test_an_interrupted_run_keeps_its_batches(
+    generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = generate_megaman.render, iter(range(9))
+
+    def dying(*args: object) -> list[Image.Image]:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return honest(*args)
+
+    monkeypatch.setattr(generate_megaman, "render", dying)
+    with pytest.raises(KeyboardInterrupt):
+        generate(prompts=["a", "b", "c", "d"], batch_size=1)
+    folder = generate(prompts=["a", "b", "c", "d"], batch_size=1)
+    assert len(records(folder)) == 4
+    assert next(calls) == 5  # two, the death, and the two that were missing
+
+
+def test_earlier_pictures_stay_in_the_gallery_behind_the_new(generate: Callable[..., Path]) -> None:
+    generate(prompts=["old"])
+    folder = generate(prompts=["new"])
+    assert [record["prompt"] for record in records(folder)] == ["new", "old"]
+
+
+def test_a_damaged_metadata_line_does_not_stop_the_run(
+    generate: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = generate(prompts=["a", "b"])
+    path = folder / "metadata.jsonl"
+    path.write_text(path.read_text()[:-40])
+    generate(prompts=["a", "b"])
+    assert "line 2 is damaged" in capsys.readouterr().err
+    assert [record["prompt"] for record in records(folder)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"seed": 0},
+        {"guidance_scale": 2.0},
+        {"num_inference_steps": 3},
+        {"negative_prompt": "helmet"},
+        {"scheduler": "euler"},
+        {"scheduler": "euler_a"},
+        {"scheduler": "ddim"},
+        {"scheduler": "unipc"},
+        {"lora_scale": [0.0]},
+        {"lora_scale": [0.5]},
+        {"height": 48},
+        {"width": 48},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_picture(generate: Callable[..., Path], setting: dict[str, object]) -> None:
+    folder = generate(prompts=["a"], num_inference_steps=4)
+    plain = pixels(folder / records(folder)[0]["file"])
+    changed = pixels(
+        generate(**{"prompts": ["a"], "num_inference_steps": 4, **setting}) / records(folder)[0]["file"]
+    )
+    assert plain.shape != changed.shape or not np.array_equal(plain, changed)
+
+
+def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_base: object) -> None:
+    import torch
+
+    from megaman.base import draw, pipeline_of
+
+    folder = generate(prompts=["a"], lora_scale=[1.0, 0.0])
+    (record,) = [record for record in records(folder) if record["lora_scale"] == 0]
+    settings = {"negative_prompt": record["negative_prompt"], "num_inference_steps": 2, "guidance_scale": 7.5}
+    generator = torch.Generator().manual_seed(record["seed"])
+    (plain,) = draw(
+        tiny_base, pipeline_of(tiny_base), prompt="a", generator=generator, height=32, width=32, **settings
+    )
+    assert np.array_equal(np.asarray(plain), pixels(folder / record["file"]))
+
+
+def test_no_metadata_writes_none(generate: Callable[..., Path]) -> None:
+    folder = generate(prompts=["a"], no_metadata=True)
+    with Image.open(folder / records(folder)[0]["file"]) as picture:
+        assert picture.text == {}
+
+
+def test_a_long_prompt_is_said_to_be_cut(
+    generate: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(prompts=["robot " * 90])
+    assert "a prompt of 90 tokens is cut after 75" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["--lora_path", "nowhere"], 4, "--preset demo"),
+        (["--lora_path", "WEIGHTS", "--base_model", "megaman/tiny_sd"], 4, "made for another base"),
+        (["--lora_path", "WEIGHTS", "--width", "33"], 2, "must be multiples of 4"),
+        (["--lora_path", "WEIGHTS", "--prompts_file", "nowhere.txt"], 3, "no such file"),
+        (["--num_images_per_prompt", "0"], 2, "must be at least 1"),
+        (["--lora_path", "WEIGHTS", "--device", "cuda"], 2, "finds no CUDA device"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_code(
+    adapter_folder: Path, tmp_path: Path, arguments: list[str], code: int, complaint: str
+) -> None:
+    arguments = [argument.replace("WEIGHTS", str(adapter_folder)) for argument in arguments]
+    result = run_script("generate_megaman.py", "--output_dir", str(tmp_path / "gen"), *arguments)
+    assert result.returncode == code, result.stderr
+    assert complaint in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("gen/*.png"))
+
+
+def test_a_local_base_that_was_moved_is_asked_for(adapter_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(adapter_folder, tmp_path / "run" / "lora_weights")
+    adapter = generate_megaman.adapters.read_adapter(tmp_path / "run" / "lora_weights")
+    with pytest.raises(UserError, match="name it with --base_model"):
+        generate_megaman.base_of(adapter, tmp_path / "run" / "lora_weights", None)

@@ -1,0 +1,80 @@
+"""The loss and the learning rate, against diffusers' own."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from megaman_lora import Draw, TrainConfig, denoising_losses, lr_at
+
+
+class Silent(torch.nn.Module):
+    """Predicts zero, so that the loss is the target's square."""
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (torch.zeros_like(noisy),)
+
+
+@pytest.fixture
+def draw() -> Draw:
+    torch.manual_seed(1)
+    timesteps = torch.tensor([0, 50, 500, 999])
+    return Draw(torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), timesteps, torch.zeros(4, 77, 24))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_the_paper(draw: Draw, prediction_type: str) -> None:
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler.register_to_config(prediction_type=prediction_type)
+    snr = compute_snr(scheduler, draw.timesteps)
+    weights = snr.clamp(max=5) / (snr + 1 if prediction_type == "v_prediction" else snr)
+    plain = denoising_losses(Silent(), draw, scheduler, snr_gamma=0)
+    weighted = denoising_losses(Silent(), draw, scheduler, snr_gamma=5)
+    target = (
+        scheduler.get_velocity(draw.latents, draw.noise, draw.timesteps)
+        if prediction_type == "v_prediction"
+        else draw.noise
+    )
+    torch.testing.assert_close(plain, target.square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(weighted, plain * weights)
+
+
+@pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine"])
+def test_the_rate_is_that_of_diffusers_schedulers(name: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=100)
+    cfg = TrainConfig(
+        lr_scheduler=name.removesuffix("_with_warmup"),
+        learning_rate=1e-3,
+        lr_warmup_steps=10,
+        max_train_steps=100,
+    )
+    for step in range(100):
+        if step >= 10:  # theirs begins the warm-up at zero, which wastes a step
+            assert lr_at(step, cfg) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant", "linear", "polynomial", "cosine_with_restarts"])
+def test_every_schedule_warms_up_and_stays_within_its_peak(name: str) -> None:
+    cfg = TrainConfig(lr_scheduler=name, learning_rate=2e-4, lr_warmup_steps=20, max_train_steps=200)
+    rates = [lr_at(step, cfg) for step in range(200)]
+    assert rates[:20] == pytest.approx([2e-4 * (i + 1) / 20 for i in range(20)])
+    assert max(rates) == pytest.approx(2e-4)
+    assert min(rates) >= 0
+    assert (rates[-1] == 2e-4) == (name == "constant")
+
+
+def test_restarts_rise_again_and_polynomial_falls_below_linear() -> None:
+    common = {"learning_rate": 1.0, "lr_warmup_steps": 0, "max_train_steps": 300}
+    restarts = [
+        lr_at(step, TrainConfig(lr_scheduler="cosine_with_restarts", **common)) for step in range(300)
+    ]
+    assert sum(later > earlier for earlier, later in pairwise(restarts)) == 2
+    middle = [lr_at(150, TrainConfig(lr_scheduler=name, **common)) for name in ("polynomial", "linear")]
+    assert middle == pytest.approx([0.25, 0.5])

@@ -1,0 +1,300 @@
+"""The training script as a whole: what a user sees, and what must hold of every run."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+from safetensors.torch import load_file
+
+import megaman_lora
+from megaman.base import load_base, pick_device, pick_dtype
+from megaman.errors import UserError
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two adapters, as a share of the largest weight of B."""
+    scale = max(value.abs().max() for key, value in a.items() if "lora_B" in key)
+    return max(((a[key] - b[key]).abs().max() / scale).item() for key in a)
+
+
+def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
+    output = train("--report_to", "tensorboard").parent
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert {
+        "training_config.json",
+        "metrics.jsonl",
+        "lora_weights/adapter_config.json",
+        "lora_weights/adapter_model.safetensors",
+        "lora_weights/megaman_lora.safetensors",
+        "lora_weights/pytorch_lora_weights.safetensors",
+        "samples/index.html",
+        "samples/step-000000/01.png",
+        "samples/step-000004/01.png",
+        "checkpoints/step-000002/adapter.safetensors",
+        "checkpoints/step-000004/state.safetensors",
+    } <= files
+    assert any(name.startswith("logs/events") for name in files)
+    assert not any("partial" in name for name in files)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+    assert {"loss", "lr", "grad_norm", "images_per_s"} <= lines[-1].keys()
+
+
+def test_the_same_run_twice_gives_the_same_bytes_and_another_seed_does_not(
+    train: Callable[..., Path],
+) -> None:
+    first = weights_of(train())
+    again = weights_of(train())
+    other = weights_of(train("--seed", "0"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert distance(first, other) > 0.01
+
+
+def test_a_run_can_be_repeated_from_its_own_configuration(train_flags: list[str]) -> None:
+    at = train_flags.index("--max_train_steps")
+    flags = [*train_flags[:at], *train_flags[at + 2 :], "--num_train_epochs", "2", "--lr_scheduler", "linear"]
+    first = megaman_lora.train(megaman_lora.read_config(flags)[0])
+    config = first.parent / "training_config.json"
+    assert json.loads(config.read_text())["max_train_steps"] == 6  # 6 pictures twice, 2 a step
+    again = megaman_lora.train(megaman_lora.read_config(["--config", str(config)])[0])
+    moved = first.parent.with_name("out.001") / "lora_weights"
+    names = [folder / "adapter_model.safetensors" for folder in (moved, again)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train: Callable[..., Path]) -> None:
+    one = weights_of(train("--train_batch_size", "4", "--learning_rate", "1e-3"))
+    two = weights_of(
+        train("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3")
+    )
+    assert distance(one, two) < 1e-3
+
+
+def test_gradient_checkpointing_changes_the_memory_and_not_the_result(train: Callable[..., Path]) -> None:
+    assert distance(weights_of(train()), weights_of(train("--gradient_checkpointing"))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora_alpha", "4"],
+        ["--lora_rank", "2"],
+        ["--learning_rate", "3e-3"],
+        ["--lr_scheduler", "constant"],
+        ["--lr_warmup_steps", "4"],
+        ["--train_batch_size", "1"],
+        ["--caption_dropout", "1"],
+        ["--snr_gamma", "0"],
+        ["--weight_decay", "10"],
+        ["--max_grad_norm", "1e-9"],
+        ["--resolution", "48"],
+        ["--mixed_precision", "bf16"],
+        ["--trigger", "mgmn"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_every_setting_changes_the_result(train: Callable[..., Path], flags: list[str]) -> None:
+    plain, changed = weights_of(train()), weights_of(train(*flags))
+    assert any(plain[k].shape != changed[k].shape or not torch.equal(plain[k], changed[k]) for k in plain)
+
+
+def test_gradients_are_really_clipped(train: Callable[..., Path]) -> None:
+    """AdamW divides by the gradient's size, so a clip to almost nothing shows only against its epsilon of
+    1e-8.
+    """
+    untouched = weights_of(train("--max_grad_norm", "1e-12", "--weight_decay", "0"))
+    moved = weights_of(train("--weight_decay", "0"))
+    size = {
+        name: max(v.abs().max() for k, v in w.items() if "lora_B" in k)
+        for name, w in (("c", untouched), ("m", moved))
+    }
+    assert size["c"] < 0.02 * size["m"]
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(train_flags: list[str], tmp_path: Path) -> None:
+    flags = [*train_flags, "--learning_rate", "1e-3"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29531",
+        "megaman_lora.py",
+    ]
+    result = run_script(*launch, *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("plan: 4 steps of 4 pictures") == 1
+    assert "2 processes" in result.stderr
+    two = weights_of(tmp_path / "out" / "lora_weights")
+    single = [*flags, "--train_batch_size", "4", f"--output_dir={tmp_path / 'single'}"]
+    one = weights_of(megaman_lora.train(megaman_lora.read_config(single)[0]))
+    assert distance(one, two) < 1e-3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out",
+        "pictures",
+        "single",
+    ]  # one set of files
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = megaman_lora.denoising_losses
+    calls = iter(range(100))
+
+    def poisoned(*args: object) -> torch.Tensor:
+        return honest(*args) * (float("nan") if next(calls) >= 3 else 1.0)
+
+    monkeypatch.setattr(megaman_lora, "denoising_losses", poisoned)
+    with pytest.raises(UserError, match="not finite at step") as error:
+        train()
+    assert error.value.exit_code == 5
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000002"]
+    assert not (tmp_path / "out" / "lora_weights").exists()
+
+
+def test_twenty_overflowed_steps_in_a_row_stop_the_run() -> None:
+    skips = 0
+    for skipped in [True] * 19 + [False] + [True] * 19:
+        skips = megaman_lora.count_skips(skips, skipped, 0)
+    with pytest.raises(UserError, match="20 steps in a row"):
+        megaman_lora.count_skips(skips, True, 0)
+
+
+# ---------------------------------------------------------------- first contact and mistakes
+
+
+def copy_of_the_program(folder: Path) -> Path:
+    """The scripts and rooms in a folder of their own, without pictures, as after an unpacked download."""
+    shutil.copytree(ROOT / "megaman", folder / "megaman", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("megaman_lora.py", "generate_megaman.py"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_the_first_start_makes_the_folder_with_its_guide_and_says_what_to_do(tmp_path: Path) -> None:
+    program = copy_of_the_program(tmp_path)
+    for _ in range(2):  # also when the folder is there and empty
+        result = run_script("megaman_lora.py", cwd=program)
+        assert result.returncode == 0
+        assert result.stderr.count("\n") == 2
+        assert "--preset demo" in result.stderr
+        assert [path.name for path in (program / "megaman_images").iterdir()] == ["README.md"]
+
+
+def test_the_guide_in_the_repository_is_the_one_that_is_written() -> None:
+    assert (ROOT / "megaman_images" / "README.md").read_bytes() == megaman_lora.GUIDE.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "complaint"),
+    [
+        (["--data_dir", "nowhere"], 3, "nowhere: no such folder"),
+        (["--data_dir", "EMPTY"], 3, "no usable pictures"),
+        (["--resolution", "33"], 2, "multiple of 4"),
+        (["--pretrained_model_name", "./nowhere"], 4, "no such base model"),
+        (["--pretrained_model_name", "EMPTY"], 4, "no model_index.json"),
+        (["--pretrained_model_name", "no-such/model"], 4, "--preset demo"),
+        (["--pretrained_model_name", "model.ckpt"], 4, "model"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_code_and_leaves_nothing(
+    train_flags: list[str], tmp_path: Path, flags: list[str], code: int, complaint: str
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    flags = [flag.replace("EMPTY", str(tmp_path / "EMPTY")) for flag in flags]
+    result = run_script("megaman_lora.py", *train_flags, *flags)
+    assert result.returncode == code, result.stderr
+    assert complaint in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert not Path("nowhere").exists()
+
+
+def test_bad_pictures_are_reported_and_the_good_ones_train(
+    train: Callable[..., Path], folder_of_pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder_of_pictures / "broken.png").write_bytes(b"no picture")
+    before = {path: path.read_bytes() for path in folder_of_pictures.iterdir()}
+    train()
+    shown = capsys.readouterr().err
+    assert "pictures: 6 in" in shown
+    assert "4 captions from files, 2 from names" in shown
+    assert "broken.png: not a readable picture" in shown
+    assert {path: path.read_bytes() for path in folder_of_pictures.iterdir()} == before
+
+
+def test_captions_without_the_trigger_are_reported(
+    train: Callable[..., Path], folder_of_pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder_of_pictures / "megaman_0.txt").write_text("a boss")
+    train()
+    assert "1 captions lack the trigger 'mega man' (the first: megaman_0.png)" in capsys.readouterr().err
+
+
+def test_an_unwritable_output_is_said_before_the_model_loads(train_flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_script("megaman_lora.py", *train_flags, "--output_dir", str(tmp_path / "file" / "out"))
+    assert result.returncode == 6
+    assert "can't write here" in result.stderr
+
+
+def test_a_run_prints_our_lines_only(train_flags: list[str]) -> None:
+    result = run_script("megaman_lora.py", *train_flags)
+    ours = r"(pictures|plan|training|step|done|next): ?|step \d+/\d+ · "
+    assert result.returncode == 0
+    assert all(re.match(ours, line) for line in result.stderr.splitlines()), result.stderr
+    assert result.stdout == ""
+
+
+# ---------------------------------------------------------------- base, device, precision
+
+
+def test_the_deleted_hub_id_is_mapped_to_its_successor(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        load_base("runwayml/stable-diffusion-v1-5", device=torch.device("cpu"), dtype=torch.float32)
+    assert capsys.readouterr().err.count("was deleted from the hub") == 1
+
+
+def test_what_the_device_cannot_do_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = torch.device("cpu")
+    assert pick_dtype("fp16", cpu) == torch.float32
+    assert "fp16 needs an NVIDIA card" in capsys.readouterr().err
+    assert pick_dtype("bf16", cpu) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
+    assert capsys.readouterr().err == ""
+
+
+def test_an_idle_nvidia_card_is_one_warning_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this torch has CUDA")
+    monkeypatch.setattr("megaman.base._has_nvidia_card", lambda: True)
+    assert pick_device().type == "cpu"
+    assert "built without CUDA" in capsys.readouterr().err
+
+
+def test_the_sample_page_shows_every_step(train: Callable[..., Path]) -> None:
+    samples = (
+        train("--validation_steps", "2", "--validation_prompt", "mega man", "<b>bold</b>").parent / "samples"
+    )
+    page = (samples / "index.html").read_text()
+    for step in ("000000", "000002", "000004"):
+        for number in ("01", "02"):
+            assert f"step-{step}/{number}.png" in page
+            with Image.open(samples / f"step-{step}" / f"{number}.png") as picture:
+                assert picture.size == (32, 32)
+    assert "<b>bold" not in page
