@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ pages, records = Lazy("megaman.pages"), Lazy("megaman.records")
 # ---------------------------------------------------------------- configuration
 
 TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
+GUIDANCE = 7.5  # where neither the user nor the adapter says another
 BUILT_IN_PROMPTS = (
     "mega man, standing, facing right, sky background",
     "mega man, running, facing left, sand background",
@@ -95,7 +96,9 @@ class DrawingFlags:
 
     _argument_group_name = "drawing"
     num_inference_steps: int = _flag(25, "denoising steps")
-    guidance_scale: float = _flag(7.5, "how strictly to follow the prompt")
+    guidance_scale: float | None = _flag(
+        None, "how strictly to follow the prompt; what the adapter was previewed with, 7.5, if not given"
+    )
     height: int | None = _flag(None, "pixels; the training resolution if not given")
     width: int | None = _flag(None, "pixels; the training resolution if not given")
     scheduler: Literal["dpm++", "euler", "euler_a", "ddim", "unipc"] = _flag("dpm++", "sampler")
@@ -125,7 +128,7 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
             _require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
         _require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
         _require(
-            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
+            self.guidance_scale is None or 0 <= self.guidance_scale < math.inf,
             f"--guidance_scale {self.guidance_scale}: must be 0 or more",
         )
         _require(
@@ -230,8 +233,22 @@ def _parse_line(line: str, where: str) -> tuple[str, dict[str, Any]]:
     return prompt.strip(), settings
 
 
-def make_jobs(cfg: GenerateConfig, trigger: str, resolution: int) -> list[Job]:
-    """Every picture of the run, in the gallery's order: prompt by prompt, seed by seed, strength by
+def settled(cfg: GenerateConfig, adapter: Adapter, native_resolution: int) -> GenerateConfig:
+    """The configuration with size and guidance decided: where the user is silent, those of the training."""
+    known = adapter.metadata
+    side = known.get("resolution", native_resolution)
+    return replace(
+        cfg,
+        width=side if cfg.width is None else cfg.width,
+        height=side if cfg.height is None else cfg.height,
+        guidance_scale=known.get("guidance_scale", GUIDANCE)
+        if cfg.guidance_scale is None
+        else cfg.guidance_scale,
+    )
+
+
+def make_jobs(cfg: GenerateConfig, trigger: str) -> list[Job]:
+    """Every picture of the run in the gallery's order: prompt by prompt, seed by seed, strength by
     strength.
     """
     prompts: list[tuple[str, dict[str, Any]]] = [(prompt, {}) for prompt in cfg.prompts or ()]
@@ -239,14 +256,16 @@ def make_jobs(cfg: GenerateConfig, trigger: str, resolution: int) -> list[Job]:
         prompts += read_prompts_file(Path(cfg.prompts_file))
     if not prompts:
         prompts = [(prompt.replace(TRIGGER, trigger), {}) for prompt in BUILT_IN_PROMPTS]
-    size = {
-        "width": resolution if cfg.width is None else cfg.width,
-        "height": resolution if cfg.height is None else cfg.height,
-    }
-    common = {
-        name: getattr(cfg, name)
-        for name in ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler")
-    } | size
+    shared = (
+        "negative_prompt",
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "scheduler",
+        "width",
+        "height",
+    )
+    common = {name: getattr(cfg, name) for name in shared}
     jobs = []
     for prompt, own in prompts:
         settings = common | own
@@ -379,7 +398,8 @@ def generate(cfg: GenerateConfig) -> Path:
         "precision": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
-    jobs = make_jobs(cfg, about["trigger"], adapter.metadata.get("resolution", base.native_resolution))
+    cfg = settled(cfg, adapter, base.native_resolution)
+    jobs = make_jobs(cfg, about["trigger"])
     check_sizes(jobs, base)
     note_long_prompts(jobs, base)
     return draw_missing(jobs, cfg, base, merged, about)

@@ -61,6 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_train_steps": 400,
         "save_steps": 200,
         "validation_steps": 100,
+        "validation_guidance_scale": 4.0,
         "validation_prompt": [
             "mega man, standing, facing right, sky background",
             "mega man, running, facing left, sand background",
@@ -154,6 +155,7 @@ class RunFlags:
     validation_prompt: list[str] = _flag(
         ["mega man, blue robot, helmet, game character, high quality"], "prompts of the sample pictures"
     )
+    validation_guidance_scale: float = _flag(7.5, "guidance of the sample pictures; generation takes it over")
     report_to: Literal["tensorboard", "none"] = _flag("tensorboard", "where to log besides metrics.jsonl")
     logging_dir: str | None = _flag(None, "TensorBoard's folder; OUTPUT/logs if not given")
     preset: Literal["demo", "starter", "quality", "pro"] | None = field(
@@ -182,7 +184,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "snr_gamma", "seed"):
+        for name in ("weight_decay", "snr_gamma", "seed", "validation_guidance_scale"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
         _require(
@@ -442,7 +444,7 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 
 # ---------------------------------------------------------------- the run
 
-SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 7.5  # of the preview pictures
+SAMPLE_STEPS = 20  # of the preview pictures
 SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
 
 
@@ -474,6 +476,7 @@ def describe_run(cfg: TrainConfig, base: BaseModel) -> dict[str, Any]:
         "base": base.name,
         "resolution": cfg.resolution,
         "trigger": cfg.trigger,
+        "guidance_scale": cfg.validation_guidance_scale,
         "steps": cfg.max_train_steps,
         "text_width": base.unet.config.cross_attention_dim,
         "prediction_type": base.scheduler.config.prediction_type,
@@ -639,7 +642,7 @@ def show_samples(run: Run, step: int) -> None:
             prompt_embeds=text[i : i + 1],
             negative_prompt_embeds=text[:1],
             num_inference_steps=SAMPLE_STEPS,
-            guidance_scale=SAMPLE_GUIDANCE,
+            guidance_scale=cfg.validation_guidance_scale,
             height=cfg.resolution,
             width=cfg.resolution,
             generator=torch.Generator().manual_seed(cfg.seed + i),

@@ -43,19 +43,26 @@ def _content_policy() -> str:
 
 
 def render_gallery(records: Sequence[ImageRecord]) -> str:
-    """The gallery, pictures grouped by prompt in the order given.
-
-    Works without JavaScript as a plain page of pictures.
-    """
-    groups: dict[str, list[ImageRecord]] = {}
-    for record in records:
-        groups.setdefault(record.prompt, []).append(record)
+    """The gallery, in the order given. Works without JavaScript as a plain page of pictures."""
     script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
-    return (
-        _environment()
-        .get_template("gallery.html.j2")
-        .render(groups=groups, records=records, script=script, small_px=SMALL_PX)
-    )
+    template = _environment().get_template("gallery.html.j2")
+    return template.render(groups=_groups(records), records=records, script=script, small_px=SMALL_PX)
+
+
+def _groups(records: Sequence[ImageRecord]) -> list[tuple[str | None, list[ImageRecord]]]:
+    """A prompt with several pictures has a row of its own; neighbours with one each share a grid (None)."""
+    by_prompt: dict[str, list[ImageRecord]] = {}
+    for record in records:
+        by_prompt.setdefault(record.prompt, []).append(record)
+    groups: list[tuple[str | None, list[ImageRecord]]] = []
+    for prompt, pictures in by_prompt.items():
+        if len(pictures) > 1:
+            groups.append((prompt, pictures))
+        elif groups and groups[-1][0] is None:
+            groups[-1][1].extend(pictures)
+        else:
+            groups.append((None, pictures))
+    return groups
 
 
 def render_samples(

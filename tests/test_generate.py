@@ -10,7 +10,8 @@ from conftest import run_script
 from PIL import Image
 
 import generate_megaman
-from generate_megaman import GenerateConfig, Job, batches, file_name, make_jobs, read_prompts_file
+from generate_megaman import GenerateConfig, Job, batches, file_name, read_prompts_file, settled
+from megaman.adapters import Adapter
 from megaman.errors import UserError
 
 
@@ -38,6 +39,21 @@ def records(folder: Path) -> list[dict]:
 
 
 # ---------------------------------------------------------------- jobs
+
+
+def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
+    """The jobs of a configuration, for an adapter that was trained at side_px."""
+    return generate_megaman.make_jobs(settled(cfg, Adapter({}, {"resolution": side_px}), 512), trigger)
+
+
+def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> None:
+    trained = Adapter({}, {"resolution": 64, "guidance_scale": 4.0})
+    cfg = settled(GenerateConfig(height=128), trained, 512)
+    assert (cfg.width, cfg.height, cfg.guidance_scale) == (64, 128, 4.0)
+    cfg = settled(GenerateConfig(guidance_scale=0.0), trained, 512)
+    assert cfg.guidance_scale == 0
+    cfg = settled(GenerateConfig(), Adapter({}), 512)
+    assert (cfg.width, cfg.height, cfg.guidance_scale) == (512, 512, 7.5)
 
 
 def test_prompts_come_from_flags_then_file_else_from_us(tmp_path: Path) -> None:

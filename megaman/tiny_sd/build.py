@@ -53,7 +53,7 @@ class Recipe:
 
     pictures: int = 30_000
     vae_steps: int = 14_000
-    unet_steps: int = 5_000
+    unet_steps: int = 4_800
     seed: int = 2026
 
 
