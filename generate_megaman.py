@@ -31,15 +31,17 @@ from megaman.lazy import Lazy
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from megaman.adapters import Adapter, MergedAdapter
+    from megaman.adapters import Adapter
     from megaman.base import BaseModel
+    from megaman.merge import MergedAdapter
     from megaman.records import ImageRecord
 torch, adapters, base_models = Lazy("torch"), Lazy("megaman.adapters"), Lazy("megaman.base")
-pages, records = Lazy("megaman.pages"), Lazy("megaman.records")
+merge, pages, records = Lazy("megaman.merge"), Lazy("megaman.pages"), Lazy("megaman.records")
 
 # ---------------------------------------------------------------- configuration
 
 TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
+LARGEST_SEED = 2**63  # torch takes no more
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
 BUILT_IN_PROMPTS = (
     "mega man, standing, facing right, sky background",
@@ -126,7 +128,7 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
         for name in ("num_images_per_prompt", "num_inference_steps", "height", "width", "batch_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
-        _require(self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
+        _require(0 <= self.seed < LARGEST_SEED, f"--seed {self.seed}: must be between 0 and 2^63")
         _require(
             self.guidance_scale is None or 0 <= self.guidance_scale < math.inf,
             f"--guidance_scale {self.guidance_scale}: must be 0 or more",
@@ -176,6 +178,7 @@ class Job:
         )
 
 
+Prompt = tuple[str, dict[str, Any]]  # and the settings of its own
 LINE_OPTIONS = {
     "n": ("negative_prompt", str),
     "w": ("width", int),
@@ -186,19 +189,18 @@ LINE_OPTIONS = {
 }
 
 
-def read_prompts_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read_prompts_file(path: Path) -> list[Prompt]:
     """Prompts with their own settings, in kohya's notation: `mega man --d 7 --w 512`.
 
     UserError (exit 3) with the line's number.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"--prompts_file {path}: no such file", errors.DATA) from error
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompts_file {path}: not UTF-8 at byte {error.start}; save it as UTF-8", errors.DATA
-        ) from error
+        reason = f"--prompts_file {path}: not UTF-8 at byte {error.start}; save it as UTF-8"
+        raise UserError(reason, errors.DATA) from error
+    except OSError as error:
+        raise UserError(f"--prompts_file {path}: can't be read ({error.strerror})", errors.DATA) from error
     found = [
         (f"{path}, line {number}", line.strip())
         for number, line in enumerate(lines, 1)
@@ -211,8 +213,8 @@ def read_prompts_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return [_parse_line(line, where) for where, line in found]
 
 
-def _parse_line(line: str, where: str) -> tuple[str, dict[str, Any]]:
-    prompt, *options = re.split(r"(?:^|\s)--([A-Za-z_]+)(?:\s+|$)", line)
+def _parse_line(line: str, where: str) -> Prompt:
+    prompt, *options = re.split(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)", line)
     settings: dict[str, Any] = {}
     for name, value in zip(options[::2], options[1::2], strict=True):
         if name not in LINE_OPTIONS:
@@ -226,8 +228,9 @@ def _parse_line(line: str, where: str) -> tuple[str, dict[str, Any]]:
             settings[key] = kind(value.strip())
         except ValueError as error:
             raise UserError(f"{where}: --{name} {value.strip()!r} is not a number", errors.DATA) from error
-        if kind is not str and not 0 <= settings[key] < math.inf:
-            raise UserError(f"{where}: --{name} {value.strip()} must not be negative", errors.DATA)
+        least = 0 if key in ("seed", "guidance_scale") else 1
+        if kind is not str and not least <= settings[key] < LARGEST_SEED:
+            raise UserError(f"{where}: --{name} {value.strip()} must be at least {least}", errors.DATA)
     if not prompt.strip():
         raise UserError(f"{where}: options without a prompt", errors.DATA)
     return prompt.strip(), settings
@@ -247,15 +250,20 @@ def settled(cfg: GenerateConfig, adapter: Adapter, native_resolution: int) -> Ge
     )
 
 
-def make_jobs(cfg: GenerateConfig, trigger: str) -> list[Job]:
+def read_prompts(cfg: GenerateConfig, trigger: str) -> list[Prompt]:
+    """The prompts of the flags, then those of the file; ours, with the adapter's trigger, if there are
+    none.
+    """
+    prompts: list[Prompt] = [(prompt, {}) for prompt in cfg.prompts or ()]
+    if cfg.prompts_file is not None:
+        prompts += read_prompts_file(Path(cfg.prompts_file))
+    return prompts or [(prompt.replace(TRIGGER, trigger), {}) for prompt in BUILT_IN_PROMPTS]
+
+
+def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
     """Every picture of the run in the gallery's order: prompt by prompt, seed by seed, strength by
     strength.
     """
-    prompts: list[tuple[str, dict[str, Any]]] = [(prompt, {}) for prompt in cfg.prompts or ()]
-    if cfg.prompts_file is not None:
-        prompts += read_prompts_file(Path(cfg.prompts_file))
-    if not prompts:
-        prompts = [(prompt.replace(TRIGGER, trigger), {}) for prompt in BUILT_IN_PROMPTS]
     shared = (
         "negative_prompt",
         "seed",
@@ -275,9 +283,9 @@ def make_jobs(cfg: GenerateConfig, trigger: str) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
-def job_hash(job: Job, adapter_hash: str, base_name: str, precision: str) -> str:
+def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:
     """Names everything that decides the picture's pixels."""
-    facts = json.dumps([asdict(job), adapter_hash, base_name, precision], sort_keys=True)
+    facts = json.dumps([asdict(job), adapter_hash, base_hash, precision], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -318,12 +326,9 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
         )
     if name == base_models.EMBEDDED or "/" in name:
         return name
-    record = (
-        lora_path if lora_path.is_dir() else lora_path.parent
-    ).parent / "training_config.json"  # local, so it may hold a path
-    if record.is_file():
-        path = json.loads(record.read_text(encoding="utf-8")).get("pretrained_model_name", "")
-        if Path(path).name == name and Path(path).exists():
+    for folder in lora_path.resolve().parents[:3]:
+        path = trained_on(folder / "training_config.json")  # local, so it may hold a path
+        if path is not None and Path(path).expanduser().resolve().name == name:
             return path
     raise UserError(
         f"{lora_path}: was trained on the local base model {name!r}, which is not where it was; name it "
@@ -332,14 +337,26 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
     )
 
 
-def check_sizes(jobs: Sequence[Job], base: BaseModel) -> None:
-    """UserError (exit 2) unless every size is a whole number of latent cells that the UNet can halve."""
+def trained_on(record: Path) -> str | None:
+    """The base model that a run's training_config.json names, if it is still where it was."""
+    try:
+        path = json.loads(record.read_text(encoding="utf-8"))["pretrained_model_name"]
+        return path if Path(path).expanduser().exists() else None
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or not one of ours
+        return None
+
+
+def check_jobs(jobs: Sequence[Job], base: BaseModel) -> None:
+    """UserError (exit 2) unless the base can draw every size, in that many steps."""
     cell = base.stride * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    limit = base.scheduler.config.num_train_timesteps // 2  # samplers space their steps over the schedule
     for job in jobs:
         if job.width % cell or job.height % cell:
+            reason = f"width and height must be multiples of {cell} for {base.name}"
+            raise UserError(f"{job.width} x {job.height}: {reason}", errors.USAGE)
+        if job.num_inference_steps > limit:
             raise UserError(
-                f"{job.width} x {job.height}: width and height must be multiples of {cell} for {base.name}",
-                errors.USAGE,
+                f"{job.num_inference_steps} steps: {base.name} takes at most {limit}", errors.USAGE
             )
 
 
@@ -377,21 +394,20 @@ def generate(cfg: GenerateConfig) -> Path:
     """Draws everything that is not drawn yet and returns the gallery's page."""
     lora_path = base_models.fetched_adapter(cfg.lora_path)
     adapter = adapters.read_adapter(lora_path)
-    if cfg.prompts_file is not None:
-        read_prompts_file(Path(cfg.prompts_file))  # a mistake in it is told before the model loads
+    prompts = read_prompts(cfg, adapter.metadata.get("trigger", TRIGGER))
     files.check_writable(Path(cfg.output_dir))
 
     device = base_models.pick_device(cfg.device)
     dtype = base_models.pick_dtype(cfg.mixed_precision, device)
     base = base_models.load_base(base_of(adapter, lora_path, cfg.base_model), device=device, dtype=dtype)
-    merged = adapters.MergedAdapter(adapter, base.unet, base.text_encoder)
+    merged = merge.MergedAdapter(adapter, base.unet, base.text_encoder)
     counts, strengths = merged.counts, ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
     say(
         f"adapter: {counts['unet']} UNet and {counts['text_encoder']} text-encoder modules of {lora_path}, "
         f"strength {strengths}"
     )
     about = {
-        "adapter": adapter_name(lora_path),
+        "adapter": adapter_name(cfg.lora_path),
         "adapter_hash": adapter.digest,
         "base_model": base.name,
         "trigger": adapter.metadata.get("trigger", TRIGGER),
@@ -399,8 +415,8 @@ def generate(cfg: GenerateConfig) -> Path:
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     cfg = settled(cfg, adapter, base.native_resolution)
-    jobs = make_jobs(cfg, about["trigger"])
-    check_sizes(jobs, base)
+    jobs = make_jobs(cfg, prompts)
+    check_jobs(jobs, base)
     note_long_prompts(jobs, base)
     return draw_missing(jobs, cfg, base, merged, about)
 
@@ -412,10 +428,13 @@ def draw_missing(
     from tqdm import tqdm
 
     output, device = Path(cfg.output_dir), base.unet.device
-    digests = {job: job_hash(job, about["adapter_hash"], base.name, about["precision"]) for job in jobs}
+    digests = {job: job_hash(job, about["adapter_hash"], base.digest, about["precision"]) for job in jobs}
     earlier = {record.job: record for record in records.read_records(output)}
     finished = {job: earlier.pop(digest) for job, digest in digests.items() if digest in earlier}
     missing = [job for job in jobs if job not in finished]
+    if cfg.no_metadata:
+        for record in finished.values():
+            records.strip_metadata(output / record.file)
     kept = len(jobs) - len(missing)
     say(
         f"pictures: {len(missing)} to draw, {kept} already there; {base.name} on {device}, "
@@ -441,10 +460,10 @@ def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
     files.write_text(output / "index.html", pages.render_gallery(drawn))
 
 
-def adapter_name(lora_path: Path) -> str:
-    """A name for people; a folder called lora_weights is named after its run. Never a path."""
-    path = lora_path.resolve()
-    return path.parent.name if path.name == "lora_weights" else path.name
+def adapter_name(lora_path: str) -> str:
+    """The adapter's name in the pictures' settings: the file or folder to copy, never a path."""
+    path = Path(lora_path).expanduser().resolve()
+    return "megaman_lora" if path.name == "lora_weights" else path.stem if path.suffix else path.name
 
 
 def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> ImageRecord:

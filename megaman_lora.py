@@ -53,14 +53,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data_dir": STARTER_IMAGES,
         "resolution": 64,
         "mixed_precision": "no",
-        "lora_rank": 8,
-        "lora_alpha": 8,
-        "learning_rate": 1e-3,
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "learning_rate": 8e-4,
+        "caption_dropout": 0.1,
         "train_batch_size": 4,
         "gradient_accumulation_steps": 1,
-        "max_train_steps": 400,
+        "max_train_steps": 800,
         "save_steps": 200,
-        "validation_steps": 100,
+        "validation_steps": 200,
         "validation_guidance_scale": 4.0,
         "validation_prompt": [
             "mega man, standing, facing right, sky background",
@@ -186,6 +187,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         for name in ("weight_decay", "snr_gamma", "seed", "validation_guidance_scale"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
         _require(
             self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
@@ -210,13 +212,13 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
 def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     """The configuration that the command line asks for, and the names of the settings that the user chose."""
     groups = (DataFlags, AdapterFlags, OptimisationFlags, PrecisionFlags, RunFlags)
-    values, chosen = parse_flags(groups, argv, description=__doc__.split("\n")[0], presets=PRESETS)
-    if (
-        {"max_train_steps", "num_train_epochs"} <= chosen
-        and values["num_train_epochs"] is not None
-        and values["config"] is None
-    ):
-        raise UserError("--max_train_steps and --num_train_epochs say the same thing; give one", errors.USAGE)
+    values, chosen = parse_flags(
+        groups,
+        argv,
+        description=__doc__.split("\n")[0],
+        presets=PRESETS,
+        either_or=frozenset({"max_train_steps", "num_train_epochs"}),
+    )
     if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
         values["data_dir"] = str(Path(__file__).parent / STARTER_IMAGES)  # wherever the command is run from
     return TrainConfig(**values), chosen
@@ -444,6 +446,7 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 
 # ---------------------------------------------------------------- the run
 
+RECORD = "training_config.json"  # also the mark that an output folder is ours
 SAMPLE_STEPS = 20  # of the preview pictures
 SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
 
@@ -454,8 +457,10 @@ def new_accelerator(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) 
     Only fp16 asks anything of it: a gradient scaler. The base is in half precision already, so no
     autocast.
     """
+    from accelerate.state import AcceleratorState
     from accelerate.utils import AutocastKwargs
 
+    AcceleratorState._reset_state()  # a program may train twice, in another precision
     return accelerate.Accelerator(
         mixed_precision="fp16" if dtype == torch.float16 else "no",
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
@@ -492,7 +497,7 @@ def prepare_output(cfg: TrainConfig) -> Path:
         say(f"output: {output} held an earlier run; it is kept as {aside}")
     output.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("preset", "config")}
-    files.write_text(output / "training_config.json", json.dumps(settings, indent=2) + "\n")
+    files.write_text(output / RECORD, json.dumps(settings, indent=2) + "\n")
     return output
 
 
@@ -590,7 +595,7 @@ def set_up(cfg: TrainConfig) -> Run:
     cfg = plan(cfg, len(dataset), processes)
     for line in [*dataset.describe(cfg.trigger), describe_plan(cfg, len(dataset), processes)]:
         say(line)
-    files.check_writable(output)
+    files.check_output(output, RECORD, Path(cfg.data_dir))
 
     base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
     check_resolution(cfg, base)

@@ -20,21 +20,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megaman.errors import MODEL, NUMBERS, UserError
-from megaman.files import replacing, write_text
+from megaman.files import replacing, save_tensors, write_text
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    pass
 
 ADAPTER_NAME = "default"  # PEFT's own name for the only adapter
 KOHYA_FILE = "megaman_lora.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+CHECKPOINT_FILE = "adapter.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
 Component = Literal["unet", "text_encoder"]
+
+
+def underscored(name: str) -> str:
+    """A module's path as kohya writes it."""
+    return name.replace(".", "_")
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Adapter:
         """12 hexadecimal digits that name these weights, whatever file they came from."""
         total = hashlib.sha256()
         for (component, name), layer in sorted(
-            self.layers.items(), key=lambda item: (item[0][0], _underscored(item[0][1]))
+            self.layers.items(), key=lambda item: (item[0][0], underscored(item[0][1]))
         ):
-            total.update(f"{component} {_underscored(name)} {layer.alpha:.6g}".encode())
+            total.update(f"{component} {underscored(name)} {layer.alpha:.6g}".encode())
             total.update(
                 layer.down.half().contiguous().numpy().tobytes()
                 + layer.up.half().contiguous().numpy().tobytes()
@@ -118,7 +123,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> list[Path]:
     names. UserError if a number isn't finite.
     """
     pair, kohya, same = folder / PEFT_FILE, folder / KOHYA_FILE, folder / DIFFUSERS_FILE
-    _save(peft_tensors(adapter), pair, _our_metadata(adapter))
+    save_tensors(peft_tensors(adapter), pair, _our_metadata(adapter))
     write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n")
     write_kohya(adapter, kohya)
     with replacing(same) as partial:
@@ -128,7 +133,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> list[Path]:
 
 def write_kohya(adapter: Adapter, path: Path) -> None:
     """One file in kohya's layout, float16."""
-    _save(kohya_tensors(adapter), path, _our_metadata(adapter) | _kohya_metadata(adapter))
+    save_tensors(kohya_tensors(adapter), path, _our_metadata(adapter) | _kohya_metadata(adapter))
 
 
 def _our_metadata(adapter: Adapter) -> dict[str, str]:
@@ -145,19 +150,19 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """kohya's keys, float16, with each module's true alpha."""
+    """kohya's keys, float16, with each module's true alpha.
+
+    UserError (exit 5) on a number that float16 can't hold.
+    """
     tensors = {}
     for (_, name), layer in adapter.layers.items():
-        key = f"lora_unet_{_underscored(name)}"
+        key = f"lora_unet_{underscored(name)}"
         tensors[f"{key}.lora_down.weight"] = layer.down.half().contiguous()
         tensors[f"{key}.lora_up.weight"] = layer.up.half().contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
+        if not all(tensors[f"{key}.lora_{part}.weight"].isfinite().all() for part in ("down", "up")):
+            raise UserError(f"{name}: its numbers are too large for float16; lower --learning_rate", NUMBERS)
     return tensors
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def _kohya_metadata(adapter: Adapter) -> dict[str, str]:
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.trigger_phrase": known.get("trigger"),
         "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": known.get("prediction_type"),
     }
     if (
         known.get("text_width") == 768
@@ -221,21 +226,36 @@ def read_adapter(path: Path) -> Adapter:
     """
     file = _file_of(path)
     tensors, header = _load(file)
-    layers = _grouped(tensors, _alpha_of_peft(file), file)
+    layers = _grouped(tensors, _strengths_of(file, header), file)
     if not layers:
         raise UserError(
             f"{file}: holds no LoRA keys of kohya, diffusers or PEFT; is it a LoRA for Stable Diffusion?",
             MODEL,
         )
-    metadata = json.loads(header[OURS]) if OURS in header else {}
-    adapter = Adapter(layers, metadata)
+    adapter = Adapter(layers, _known(header, file))
     _check_finite(adapter, str(file), MODEL)
     return adapter
 
 
+def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """What our metadata tells; empty for a file that is not ours. UserError if it was tampered with."""
+    try:
+        known = json.loads(header.get(OURS, "{}"))
+        if not isinstance(known, dict):
+            raise ValueError("no names and values")
+        for name, kind in (("base", str), ("trigger", str), ("resolution", int), ("guidance_scale", float)):
+            if name in known and not isinstance(known[name], kind):
+                raise ValueError(name)
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file}: its metadata is damaged ({error}). Copy or train it again.", MODEL
+        ) from error
+    return known
+
+
 def _file_of(path: Path) -> Path:
     if path.is_dir():
-        for name in (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE):
+        for name in (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE, CHECKPOINT_FILE):
             if (path / name).is_file():
                 return path / name
         raise UserError(
@@ -270,21 +290,59 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _alpha_of_peft(file: Path) -> float | None:
-    """lora_alpha of the adapter_config.json beside a PEFT file, as a plain (not rsLoRA) alpha."""
-    config = file.with_name(PEFT_CONFIG)
-    if file.name != PEFT_FILE:
-        return None
+@dataclass(frozen=True)
+class _Strengths:
+    """alpha of each module of a layout that does not write it beside the tensors.
+
+    Fields as in PEFT's LoraConfig.
+    """
+
+    alpha: float | None = None  # None: as large as the rank
+    is_rslora: bool = False
+    patterns: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str, rank: int) -> float:
+        """The plain alpha (that of alpha / rank) of a module."""
+        matching = (alpha for key, alpha in self.patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        alpha = next(matching, rank if self.alpha is None else self.alpha)
+        return float(alpha) * (math.sqrt(rank) if self.is_rslora else 1.0)
+
+
+def _strengths_of(file: Path, header: Mapping[str, str]) -> dict[str, _Strengths]:
+    """By component: what adapter_config.json beside a PEFT file says, or diffusers' metadata inside the
+    file.
+    """
+    peft_config = file.with_name(PEFT_CONFIG)
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        rank = settings["r"]
-        return float(settings["lora_alpha"]) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if file.name == PEFT_FILE:
+            return {"unet": _strengths(json.loads(peft_config.read_text(encoding="utf-8")))}
+        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+        components = {key.split(".")[0] for key in settings}
+        return {
+            component: _strengths(
+                {
+                    key.partition(".")[2]: value
+                    for key, value in settings.items()
+                    if key.startswith(f"{component}.")
+                }
+            )
+            for component in components
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        where = peft_config if file.name == PEFT_FILE else file
         raise UserError(
-            f"{config}: missing or damaged ({type(error).__name__}), so the adapter's strength is "
-            f"unknown. Copy it beside {PEFT_FILE}.",
+            f"{where}: missing or damaged ({type(error).__name__}), so the adapter's strength is unknown. "
+            "Copy it again.",
             MODEL,
         ) from error
+
+
+def _strengths(settings: Mapping[str, Any]) -> _Strengths:
+    return _Strengths(
+        float(settings["lora_alpha"]),
+        bool(settings.get("use_rslora")),
+        dict(settings.get("alpha_pattern") or {}),
+    )
 
 
 _SUFFIXES = {
@@ -311,7 +369,7 @@ _PREFIXES = {
 
 
 def _grouped(
-    tensors: Mapping[str, Tensor], peft_alpha: float | None, file: Path
+    tensors: Mapping[str, Tensor], strengths: Mapping[str, _Strengths], file: Path
 ) -> dict[tuple[Component, str], LoraLayer]:
     """Layers from keys of any layout.
 
@@ -334,22 +392,18 @@ def _grouped(
             f"{(strange + halves)[0]!r}; this kind of adapter is not supported.",
             MODEL,
         )
-    return {key: _layer(key[1], part, peft_alpha, file) for key, part in parts.items()}
+    return {
+        key: _layer(key[1], part, strengths.get(key[0], _Strengths()), file) for key, part in parts.items()
+    }
 
 
-def _layer(name: str, part: Mapping[str, Tensor], peft_alpha: float | None, file: Path) -> LoraLayer:
+def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> LoraLayer:
     down, up = part["down"], part["up"]
     if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
         raise UserError(
             f"{file}: {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, which make no pair.", MODEL
         )
-    alpha = (
-        part["alpha"].item()
-        if "alpha" in part
-        else peft_alpha
-        if peft_alpha is not None
-        else float(down.shape[0])
-    )
+    alpha = part["alpha"].item() if "alpha" in part else strengths.of(name, down.shape[0])
     return LoraLayer(down, up, float(alpha))
 
 
@@ -361,89 +415,3 @@ def _check_finite(adapter: Adapter, where: str, exit_code: int) -> None:
                 "again with a lower --learning_rate.",
                 exit_code,
             )
-
-
-# ---------------------------------------------------------------- merging
-
-
-class MergedAdapter:
-    """An adapter inside a base's own weights, at any strength.
-
-    The untouched weights are kept, so strength 0 is the base to the bit.
-    """
-
-    def __init__(
-        self, adapter: Adapter, unet: "UNet2DConditionModel", text_encoder: nn.Module | None
-    ) -> None:
-        """Raises UserError (exit 4) unless every layer finds its module with the right shape."""
-        self.targets: list[tuple[nn.Module, Tensor, LoraLayer]] = []
-        homes = {
-            "unet": _modules(unet),
-            "text_encoder": _modules(text_encoder) if text_encoder is not None else {},
-        }
-        for (component, name), layer in adapter.layers.items():
-            module = homes[component].get(_plain(_underscored(name)))
-            self.targets.append((module, _fitting_weight(module, component, name, layer, unet), layer))
-        self.counts = {component: sum(key[0] == component for key in adapter.layers) for component in homes}
-
-    @torch.no_grad()
-    def set_scale(self, scale: float) -> None:
-        """Weights = base + scale * delta, summed in float32."""
-        for module, original, layer in self.targets:
-            if scale == 0:
-                module.weight.copy_(original)
-            else:
-                delta = layer.delta().to(original.device).reshape(original.shape)
-                module.weight.copy_((original.float() + scale * delta).to(original.dtype))
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that a LoRA may change, by underscored path; `to_out` is the old diffusers name of
-    `to_out.0`.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            plain = _plain(_underscored(name))
-            found |= {plain: module, re.sub(r"_to_out_0$", "_to_out", plain): module}
-    return found
-
-
-def _fitting_weight(
-    module: nn.Module | None, component: str, name: str, layer: LoraLayer, unet: "UNet2DConditionModel"
-) -> Tensor:
-    """A copy of the module's weight, if the layer fits it."""
-    if module is None:
-        raise UserError(
-            f"the adapter changes {component} module {name!r}, which this base model does not have; it "
-            "was made for another base.",
-            MODEL,
-        )
-    expected, found = tuple(module.weight.shape), (layer.up.shape[0], *layer.down.shape[1:])
-    if (
-        expected != found and math.prod(expected[2:]) * math.prod(found[2:]) == 1
-    ):  # a 1x1 convolution may be stored as a matrix
-        expected, found = expected[:2], found[:2]
-    if expected != found:
-        width = layer.down.shape[1] if re.search(r"attn2.to_[kv]$", name) else None
-        hint = (
-            f" (its text is {width} wide, this base's {unet.config.cross_attention_dim})"
-            if width not in (None, unet.config.cross_attention_dim)
-            else ""
-        )
-        raise UserError(
-            f"the adapter was made for another base: {name} is {found} there and {expected} here{hint}. "
-            "Name its own with --base_model.",
-            MODEL,
-        )
-    return module.weight.detach().clone()
-
-
-def _underscored(name: str) -> str:
-    return name.replace(".", "_")
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix(
-        "text_model_"
-    )  # transformers 5 dropped this level of CLIPTextModel; files keep it

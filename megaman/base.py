@@ -3,6 +3,7 @@
 Knows diffusers.
 """
 
+import hashlib
 import logging
 import os
 import warnings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # the real imports take seconds, so the functions do them whe
 
 EMBEDDED = "megaman/tiny_sd"
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny_sd"
+PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
 }  # deleted from the hub in September 2024
@@ -42,6 +44,14 @@ class BaseModel:
     def stride(self) -> int:
         """Pixels a latent cell: 8 for Stable Diffusion 1.5."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits of weights that every finetuning changes and no LoRA of ours does."""
+        total = hashlib.sha256()
+        for weight in (self.unet.conv_in.weight, self.unet.conv_out.weight, self.vae.decoder.conv_in.weight):
+            total.update(weight.detach().to("cpu").half().contiguous().numpy().tobytes())
+        return total.hexdigest()[:12]
 
     @property
     def native_resolution(self) -> int:
@@ -103,23 +113,35 @@ def pick_device(wanted: str = "auto") -> "torch.device":
     """cuda, else mps, else cpu; says so when an NVIDIA card lies idle under a torch without CUDA."""
     import torch
 
-    if wanted != "auto":
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(
-                f"--device {wanted}: this torch ({torch.__version__}) finds no CUDA device. {_cuda_remedy()}",
-                USAGE,
+    cards = torch.cuda.device_count()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if wanted == "auto":
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+            "1",
+            "true",
+            "yes",
+        ):  # `accelerate launch --cpu`
+            return torch.device("cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", min(local_rank, cards - 1))
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        if torch.version.cuda is None and _has_nvidia_card():
+            say(
+                f"warning: there is an NVIDIA card, but this torch ({torch.__version__}) was built "
+                "without CUDA. "
+                f"{_cuda_remedy()}"
             )
-        return torch.device(wanted)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    if torch.version.cuda is None and _has_nvidia_card():
-        say(
-            f"warning: there is an NVIDIA card, but this torch ({torch.__version__}) was built without "
-            f"CUDA. {_cuda_remedy()}"
+        return torch.device("cpu")
+    known = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": cards > 0}
+    known |= {f"cuda:{number}": True for number in range(cards)}
+    if not known.get(wanted, False):
+        here = ", ".join(name for name, is_there in known.items() if is_there)
+        raise UserError(
+            f"--device {wanted}: not here; this torch ({torch.__version__}) finds {here}. {_cuda_remedy()}",
+            USAGE,
         )
-    return torch.device("cpu")
+    return torch.device(wanted)
 
 
 def _has_nvidia_card() -> bool:
@@ -145,6 +167,13 @@ def pick_dtype(wanted: str, device: "torch.device") -> "torch.dtype":
     if wanted == "bf16" and device.type == "mps":
         say("mixed_precision: bf16 is not used on mps; float32 is.")
         wanted = "no"
+    if (
+        wanted == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        say("mixed_precision: this card has no bf16; fp16 is used.")
+        wanted = "fp16"
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[wanted]
 
 
@@ -152,7 +181,7 @@ def canonical_name(name: str) -> str:
     """The base's name as an adapter may carry it: a hub id, or the last part of a path."""
     if name == EMBEDDED or Path(name).resolve() == EMBEDDED_FOLDER:
         return EMBEDDED
-    return Path(name).name if is_local(name) else MOVED.get(name, name)
+    return Path(name).expanduser().resolve().name if is_local(name) else MOVED.get(name, name)
 
 
 def is_local(name: str) -> bool:
@@ -161,14 +190,8 @@ def is_local(name: str) -> bool:
     (`owner/model` is a hub id unless such a folder exists.)
     """
     path = Path(name).expanduser()
-    return (
-        path.exists()
-        or path.is_absolute()
-        or name.startswith((".", "~"))
-        or "\\" in name
-        or name.count("/") > 1
-        or path.suffix == ".safetensors"
-    )
+    written_as_path = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
+    return path.exists() or written_as_path or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
 
 
 def load_base(name: str, *, device: "torch.device", dtype: "torch.dtype") -> BaseModel:
@@ -181,15 +204,29 @@ def load_base(name: str, *, device: "torch.device", dtype: "torch.dtype") -> Bas
 
     pipeline = _load_pipeline(name, dtype)
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    for part in (unet, vae, text_encoder):
-        part.requires_grad_(False).eval().to(device)
+    _check_kind(name, pipeline)
+    for part, precision in ((unet, dtype), (vae, torch.float32), (text_encoder, dtype)):
+        part.requires_grad_(False).eval().to(device, precision)
     if device.type == "cuda" or dtype == torch.bfloat16:
-        unet.to(
-            memory_format=torch.channels_last
-        )  # on a CPU, bfloat16 convolutions are several times slower without it
-    vae.to(torch.float32)
+        unet.to(memory_format=torch.channels_last)  # on a CPU, bfloat16 is several times slower without it
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     return BaseModel(canonical_name(name), unet, vae, text_encoder, pipeline.tokenizer, scheduler)
+
+
+def _check_kind(name: str, pipeline: "StableDiffusionPipeline") -> None:
+    """UserError (exit 4) unless the parts fit each other as Stable Diffusion 1.x's do."""
+    unet, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
+    wrong = {
+        f"its UNet takes {unet.in_channels} channels, not {latents} (an inpainting model?)": unet.in_channels
+        != latents,
+        "its UNet wants more than text (Stable Diffusion XL?)": unet.addition_embed_type is not None,
+        f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another": (
+            unet.cross_attention_dim != pipeline.text_encoder.config.hidden_size
+        ),
+    }
+    for reason, holds in wrong.items():
+        if holds:
+            raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", MODEL)
 
 
 def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline":
@@ -212,26 +249,17 @@ def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline"
     )
     if isinstance(source, Path):
         _check_local(source)
-    kwargs = {
-        "torch_dtype": {"vae": torch.float32, "default": dtype},
-        "safety_checker": None,
-        "requires_safety_checker": False,
-        "use_safetensors": True,
-    }
+    kwargs = {"safety_checker": None, "use_safetensors": True}
     try:
-        if isinstance(source, Path) and source.is_file():
-            return StableDiffusionPipeline.from_single_file(
-                str(source), torch_dtype=dtype, safety_checker=None, local_files_only=False
-            )
-        return StableDiffusionPipeline.from_pretrained(str(source), feature_extractor=None, **kwargs)
+        if (
+            isinstance(source, Path) and source.is_file()
+        ):  # in float32, so that the VAE is not rounded on the way
+            return StableDiffusionPipeline.from_single_file(str(source), torch_dtype=torch.float32, **kwargs)
+        kwargs |= {"torch_dtype": {"vae": torch.float32, "default": dtype}, "feature_extractor": None}
+        return StableDiffusionPipeline.from_pretrained(str(source), requires_safety_checker=False, **kwargs)
     except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:  # what diffusers and the hub raise for a base that won't load
+        Exception
+    ) as error:  # diffusers, the hub, safetensors and tokenizers raise what they like for a bad base
         raise UserError(_explanation(name, source, error), MODEL) from error
 
 
@@ -245,7 +273,7 @@ def _check_local(source: Path) -> None:
                 "checkpoint or a hub id.",
                 MODEL,
             )
-        if "XL" in index.read_text(encoding="utf-8", errors="replace"):
+        if '"StableDiffusionXL' in index.read_text(encoding="utf-8", errors="replace"):
             raise UserError(
                 f"{source}: a Stable Diffusion XL model; this tool trains Stable Diffusion 1.x.", MODEL
             )
@@ -271,32 +299,41 @@ def _explanation(name: str, source: "Path | str", error: Exception) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     kinds = {type(link).__name__ for link in chain}
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:200]
+    is_offline = bool(kinds & _OFFLINE)
+    if isinstance(source, Path) and source.is_file() and is_offline:
+        return (
+            f"{name}: a single file takes its configuration from the hub once, and the hub can't be "
+            "reached. Connect, name a diffusers folder, or try --preset demo."
+        )
     if isinstance(source, Path):
         return (
-            f"{source}: this base model can't be loaded ({text[:200]}). Is it complete, and a Stable "
+            f"{source}: this base model can't be loaded ({text}). Is it complete, and a Stable "
             "Diffusion 1.x in safetensors?"
         )
-    if kinds & {"GatedRepoError"}:
+    if "GatedRepoError" in kinds:
         return (
             f"{name}: this base model is gated. Accept its licence on its page, then log in with `hf "
             "auth login`."
         )
     if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
         return f"{name}: the hub knows no such model. Check --pretrained_model_name, or try --preset demo."
-    if kinds & {
-        "LocalEntryNotFoundError",
-        "ConnectError",
-        "ConnectionError",
-        "OfflineModeIsEnabled",
-        "ConnectTimeout",
-        "NetworkError",
-    }:
+    if is_offline:
         return (
             f"{name}: the hub can't be reached and this base model is not on this machine. Connect, "
             "name a local folder, or try --preset demo."
         )
-    return f"{name}: this base model can't be loaded ({text[:200]}). Try again, or name a local folder."
+    return f"{name}: this base model can't be loaded ({text}). Try again, or name a local folder."
+
+
+_OFFLINE = {
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectError",
+    "ConnectionError",
+    "ConnectTimeout",
+    "NetworkError",
+}
 
 
 def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> "StableDiffusionPipeline":

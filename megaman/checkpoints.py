@@ -5,31 +5,28 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from megaman.adapters import Adapter, peft_tensors, write_kohya
-from megaman.files import sha256_of
+from megaman.adapters import CHECKPOINT_FILE, Adapter, peft_tensors, write_kohya
+from megaman.files import save_tensors, sha256_of
 
 MANIFEST = "manifest.json"
-ADAPTER, STATE = "adapter.safetensors", "state.safetensors"
+ADAPTER, STATE = CHECKPOINT_FILE, "state.safetensors"
 
 
 def save_checkpoint(folder: Path, step: int, adapter: Adapter, optimizer: Optimizer, *, keep: int) -> Path:
     """Writes `folder`/step-000250 through a temporary folder; all but the newest `keep` then drop their
     state.
 
-    adapter.safetensors is small, in kohya's layout, and stays for good; state.safetensors is what an exact
-    resume needs
-    (everything else is a function of the step); the manifest names the step and the sums.
+    adapter.safetensors is small, in kohya's layout, and stays for good; state.safetensors holds the float32
+    weights and the optimizer's moments; the manifest names the step and the sums.
     """
     final, partial = folder / f"step-{step:06}", folder / f".step-{step:06}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_kohya(adapter, partial / ADAPTER)
-    save_file(peft_tensors(adapter) | optimizer_tensors(optimizer), partial / STATE, {"format": "pt"})
-    (partial / STATE).chmod((partial / ADAPTER).stat().st_mode)  # safetensors writes 0600
+    save_tensors(peft_tensors(adapter) | optimizer_tensors(optimizer), partial / STATE, {"format": "pt"})
     sums = {name: sha256_of(partial / name) for name in (ADAPTER, STATE)}
     manifest = {"step": step, "sha256": sums, "about": adapter.metadata}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -9,17 +9,18 @@ from typing import NoReturn
 OK, BUG, USAGE, DATA, MODEL, NUMBERS, RESOURCES, STATE = range(8)  # exit codes
 INTERRUPTED = 130  # 128 + SIGINT
 
-_RESOURCE_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PATHS = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EBUSY,
 }
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class UserError(Exception):
@@ -41,35 +42,35 @@ def run(main: Callable[[], None]) -> NoReturn:
         leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         leave("stopped by the keyboard; finished files are kept", INTERRUPTED)
-    except MemoryError:
-        leave(
-            "out of memory; a smaller --resolution, --train_batch_size 1 or --gradient_checkpointing "
-            "needs less",
-            RESOURCES,
-        )
     except OSError as error:
-        if error.errno not in _RESOURCE_ERRNOS:
+        if error.errno not in _DISK | _PATHS:
+            raise
+        remedy = "free some space" if error.errno in _DISK else "name a file or folder that can be used"
+        leave(f"{error.filename or 'disk'}: {error.strerror}; {remedy}", RESOURCES)
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).lower()
+        if not isinstance(error, MemoryError) and not any(word in words for word in _MEMORY_WORDS):
             raise
         leave(
-            f"{error.filename or 'disk'}: {error.strerror}; free some space, or name a folder that can "
-            "be written",
-            RESOURCES,
-        )
-    except RuntimeError as error:
-        if (
-            type(error).__name__ != "OutOfMemoryError"
-        ):  # torch's, named so that torch need not be imported to fail
-            raise
-        leave(
-            "out of GPU memory; try --train_batch_size 1, --gradient_checkpointing or a smaller --resolution",
+            "out of memory; take a smaller batch or picture (training: --train_batch_size 1 and "
+            "--gradient_checkpointing need least)",
             RESOURCES,
         )
     sys.exit(OK)
 
 
 def leave(message: str, exit_code: int) -> NoReturn:
-    """One line on stderr (from the first process only), then the exit code."""
-    say(f"error: {message}")
+    """One line on stderr, then the exit code.
+
+    Of several processes only the first speaks, unless it may be the only one that is well: a full memory or
+    disk
+    and a NaN are one process's own.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        say(f"error: {message}")
+    elif exit_code in (RESOURCES, NUMBERS):
+        print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 

@@ -1,13 +1,19 @@
 """Files that are complete or absent, and the output folder."""
 
+import errno
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megaman.errors import RESOURCES, UserError
+from megaman.errors import RESOURCES, STATE, USAGE, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -39,30 +45,70 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: Path) -> None:
-    """Raises UserError (exit 6) unless `folder` can be made and written to; makes nothing.
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all. A full disk is an OSError, as for any other file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    Asked before anything slow begins.
+    with replacing(path) as partial:
+        try:
+            save_file(dict(tensors), partial, dict(metadata))
+        except SafetensorError as error:  # its words for a failed write; the numbers were checked before
+            raise OSError(errno.ENOSPC, " ".join(str(error).split()), str(path)) from error
+        partial.write_bytes(_with_sorted_metadata(partial.read_bytes()))
+
+
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: the library's own order changes from run to
+    run.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+
+
+def check_output(folder: Path, mark: str, data_dir: Path) -> None:
+    """Raises UserError unless a run may begin in `folder`; makes nothing. Asked before anything slow begins.
+
+    mark: the file that tells an earlier run's folder, which may be moved aside, from a folder of the user's.
+    """
+    if data_dir.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", USAGE)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise UserError(f"{folder}: holds files that no run of ours made. Name another --output_dir.", STATE)
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError (exit 6) unless `folder` can be made and written to; makes nothing."""
     try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(b"\0" * 4096)
     except OSError as error:
-        reason = f"{existing}: can't write here ({error.strerror}). Name another --output_dir."
+        reason = f"{folder}: can't write there ({error.strerror}). Name another --output_dir."
         raise UserError(reason, RESOURCES) from error
 
 
 def moved_aside(folder: Path) -> Path | None:
-    """Renames a folder that holds an earlier run to the first free NAME.001, NAME.002, …; None if there
-    was nothing to keep.
+    """Renames a folder that holds anything to the first free NAME.001, NAME.002, …; None if it holds
+    nothing.
     """
+    folder = folder.resolve()
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number:03}")).exists():
         number += 1
-    folder.rename(aside)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't be moved aside ({error.strerror}). Name another --output_dir.", STATE
+        ) from error
     return aside
 
 

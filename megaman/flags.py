@@ -17,40 +17,54 @@ def parse_flags(
     *,
     description: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    either_or: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Any], set[str]]:
-    """The value of every field of the dataclasses, and the names that the user chose (command line or
-    --config, not a preset).
+    """The value of every field of the dataclasses, and the names that the user chose (not by a preset).
 
-    Command line > --config FILE > --preset > default. A mistake ends the process with one line and exit code
-    2.
+    Command line > --config FILE > --preset > default. Of the settings in `either_or`, which say the same
+    thing, one source may give one, and it silences those of the sources below. A mistake is one line and
+    exit code 2.
     """
     parser = _parser(groups, description)
     first = vars(parser.parse_args(argv))
     preset, config = first.get("preset"), first.get("config")
-    tokens = _tokens((presets or {}).get(preset, {})) if preset else []
-    chosen = _names(argv)
+    sources: list[Mapping[str, Any]] = [(presets or {}).get(preset, {})] if preset else []
     if config is not None:
-        values = _read_config(Path(config), known={field.name for group in groups for field in fields(group)})
-        if "preset" in values and preset is None:
-            raise UserError(
-                f"{config}: a configuration file holds settings, not a preset; use --preset "
-                f"{values['preset']}",
-                USAGE,
-            )
+        values = _read_config(Path(config), {field.name for group in groups for field in fields(group)})
         parser.source = f"{config}: "
+        defaults = {key: parser.get_default(key) for key in values}
+        _refuse_empty(values, defaults, parser.source)
         parser.parse_args(_tokens(values))  # its mistakes are reported under its name
         parser.source = ""
-        tokens += _tokens({key: value for key, value in values.items() if not _overridden(key, chosen)})
-        chosen |= values.keys()
-    return vars(parser.parse_args([*tokens, *argv])), chosen
+        sources.append({key: value for key, value in values.items() if value is not None})
+    named = _names(argv)
+    sources.append(dict.fromkeys(named))
+    for above, source in enumerate(sources, 1):
+        if len(either_or & source.keys()) > 1:
+            raise UserError(f"--{' and --'.join(sorted(either_or))} say the same thing; give one", USAGE)
+        if any(either_or & later.keys() for later in sources[above:]):
+            sources[above - 1] = {key: value for key, value in source.items() if key not in either_or}
+    tokens = [token for source in sources[:-1] for token in _tokens(source)]
+    chosen = named.union(*(source.keys() for source in sources[1 if preset else 0 : -1]))
+    final = vars(parser.parse_args([*tokens, *argv]))
+    _refuse_unwritable(final)
+    return final, chosen
 
 
-def _overridden(key: str, chosen: set[str]) -> bool:
-    """Steps and epochs say the same thing: the command line's choice of one silences the file's other."""
-    return key in chosen or (
-        key in ("max_train_steps", "num_train_epochs")
-        and bool({"max_train_steps", "num_train_epochs"} & chosen)
-    )
+def _refuse_empty(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    for key, value in values.items():
+        if value == [] or (value is None and defaults[key] is not None):
+            raise UserError(f"{where}{key} has no value; give one, or leave the line out", USAGE)
+
+
+def _refuse_unwritable(values: Mapping[str, Any]) -> None:
+    """Half characters (a terminal in another encoding) and NUL would fail later, in a tokenizer or a path."""
+    for key, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (
+                "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)
+            ):
+                raise UserError(f"--{key}: holds a character that is no text; type it as UTF-8", USAGE)
 
 
 def _parser(groups: Sequence[type], description: str) -> Any:
@@ -112,6 +126,10 @@ def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
         raise UserError(f"--config {path}: must hold settings, a name and a value each", USAGE)
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     for key in values:
+        if key in ("config", "preset"):
+            raise UserError(
+                f"--config {path}: a file holds settings; give --{key} on the command line", USAGE
+            )
         if key not in known:
             raise UserError(f"--config {path}: unknown key {key!r}{_suggestion(key, known)}", USAGE)
     return values

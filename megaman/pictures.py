@@ -86,13 +86,11 @@ def load_image(path: Path) -> Image.Image:
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float32)
-        top = (
-            1.0
-            if image.mode == "F" and values.max(initial=0) <= 1
-            else 255.0
-            if values.max(initial=0) <= 255
-            else 65535.0
-        )
+        peak = values.max(initial=0)
+        narrow = (
+            255.0 if peak > 1 or image.mode == "I" else 1.0
+        )  # floats may mean 0-1 or 0-255; 16 bits are 16 bits
+        top = narrow if peak <= 255 and not image.mode.startswith("I;16") else 65535.0
         return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         on_white = Image.new("RGBA", image.size, "white")
@@ -145,7 +143,14 @@ def _decoded(sidecar: Path) -> str:
         ((mark, name) for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), (b"", "utf-8")
     )
     try:
-        return data[len(mark) :].decode(encoding)
+        text = data[len(mark) :].decode(encoding)
+        if "\0" in text:
+            raise UserError(
+                f"{sidecar}: holds NUL at byte {data.index(0)}, as UTF-16 without a mark "
+                "does; save it as UTF-8",
+                DATA,
+            )
+        return text
     except UnicodeDecodeError as error:
         at = error.start + len(mark)
         raise UserError(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL.Image import Image
+from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
 from megaman.errors import say
@@ -49,7 +50,7 @@ class ImageRecord:
 
 def infotext(record: ImageRecord) -> str:
     """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them."""
-    name = re.sub(r"[^\w.-]", "_", Path(record.adapter).stem)
+    name = re.sub(r"[^\w.-]", "_", record.adapter)
     settings = {
         "Steps": record.num_inference_steps,
         "Sampler": SAMPLER_NAMES[record.scheduler],
@@ -77,24 +78,35 @@ def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: 
         image.save(partial, format="PNG", pnginfo=info)
 
 
+def strip_metadata(path: Path) -> None:
+    """Rewrites a PNG without its texts, if it has any; the pixels stay."""
+    with open_image(path) as image:
+        if not image.text:
+            return
+        image.load()
+        with replacing(path) as partial:
+            image.save(partial, format="PNG", pnginfo=PngInfo())
+
+
 def read_records(folder: Path) -> list[ImageRecord]:
     """The records of metadata.jsonl whose pictures are there.
 
-    A damaged line loses its own picture's place only, and is said.
+    A damaged line is said, and loses only its own.
     """
     path = folder / METADATA_FILE
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line:
+            continue
         try:
-            records.append(ImageRecord(**json.loads(line)))
+            record = ImageRecord(**json.loads(line))
+            if (folder / Path(record.file).name).is_file():
+                records.append(record)
         except (ValueError, TypeError):
-            say(
-                f"note: {path}, line {number} is damaged; its picture is drawn again or left out of the "
-                "gallery"
-            )
-    return [record for record in records if (folder / record.file).is_file()]
+            say(f"note: {path}, line {number} is damaged; its picture is drawn again or leaves the gallery")
+    return records
 
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:

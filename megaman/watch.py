@@ -80,17 +80,18 @@ class Watch:
             "step": done,
             "loss": mean_loss,
             "lr": learning_rate,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,  # fp16: the scaler skipped it
             "images_per_s": self._rate(done),
             "seconds": round(time.monotonic() - self.started, 2),
         }
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self.metrics.flush()
         if self.writer:
-            for name in line.keys() - {"step", "seconds"}:
-                self.writer.add_scalar(f"train/{name}", line[name], done)
+            for name, value in line.items():
+                if name not in ("step", "seconds") and value is not None:
+                    self.writer.add_scalar(f"train/{name}", value, done)
         self._show(line)
 
     def _rate(self, done: int) -> float:

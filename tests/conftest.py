@@ -2,6 +2,7 @@
 pictures, the two scripts as a user runs them.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch a model
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # test_gpu.py gives them back to its own processes
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit equality is promised on a CPU
 
 from megaman.base import quiet_libraries  # noqa: E402
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from megaman.adapters import (
     Adapter,
     LoraLayer,
-    MergedAdapter,
     adapter_of,
     kohya_tensors,
     peft_tensors,
@@ -21,6 +20,7 @@ from megaman.adapters import (
 )
 from megaman.base import BaseModel, load_base
 from megaman.errors import UserError
+from megaman.merge import MergedAdapter
 from megaman_lora import TrainConfig, inject_lora
 
 
@@ -154,6 +154,33 @@ def test_a_kohya_file_without_alpha_counts_as_alpha_equal_to_rank(live: BaseMode
     }
     save_file(tensors, tmp_path / "a.safetensors")
     assert {layer.alpha for layer in read_adapter(tmp_path / "a.safetensors").layers.values()} == {4.0}
+
+
+@pytest.mark.parametrize("is_rslora", [False, True])
+def test_diffusers_own_file_is_read_at_its_strength(live: BaseModel, tmp_path: Path, is_rslora: bool) -> None:
+    trained = adapter_of(live.unet)
+    layers = {key.removeprefix("base_model.model."): value for key, value in peft_tensors(trained).items()}
+    about = {"r": 4, "lora_alpha": 16, "use_rslora": is_rslora, "alpha_pattern": {"attn2.to_k": 6}}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=about
+    )
+    alphas = {name: layer.alpha for (_, name), layer in read_adapter(tmp_path).layers.items()}
+    factor = 2 if is_rslora else 1  # alpha / sqrt(4) is twice alpha / 4
+    assert {alpha for name, alpha in alphas.items() if name.endswith("attn2.to_k")} == {6.0 * factor}
+    assert {alpha for name, alpha in alphas.items() if not name.endswith("attn2.to_k")} == {16.0 * factor}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", '{"base": 5}', '{"resolution": "large"}'])
+def test_damaged_metadata_is_refused(live: BaseModel, tmp_path: Path, text: str) -> None:
+    save_file(kohya_tensors(adapter_of(live.unet)), tmp_path / "a.safetensors", {"megaman": text})
+    with pytest.raises(UserError, match="metadata is damaged"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_numbers_too_large_for_float16_are_refused(tmp_path: Path) -> None:
+    layer = LoraLayer(torch.ones(1, 2), torch.full((2, 1), 1e5), 1.0)
+    with pytest.raises(UserError, match="too large for float16"):
+        write_adapter(Adapter({("unet", "a.to_q"): layer}), tmp_path)
 
 
 def test_a_text_encoder_adapter_changes_the_text_encoder(tiny_base: BaseModel) -> None:

@@ -50,6 +50,27 @@ def test_steps_and_epochs_replace_each_other_across_sources(tmp_path: Path) -> N
         read_config(["--max_train_steps", "5", "--num_train_epochs", "3"])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"max_train_steps": 5, "num_train_epochs": 3}',
+        '{"validation_prompt": []}',
+        '{"learning_rate": null}',
+        '{"preset": "pro"}',
+        '{"config": "other.json"}',
+        '{"trigger": "\\ud800"}',
+        "[1]",
+        "{",
+    ],
+)
+def test_a_contradictory_or_empty_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_config(["--config", str(path)])
+    assert error.value.exit_code == 2
+
+
 def test_an_unknown_key_in_a_file_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text('{"lora_rnk": 6}', encoding="utf-8")

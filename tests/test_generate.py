@@ -35,7 +35,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 # ---------------------------------------------------------------- jobs
@@ -43,7 +44,8 @@ def records(folder: Path) -> list[dict]:
 
 def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
     """The jobs of a configuration, for an adapter that was trained at side_px."""
-    return generate_megaman.make_jobs(settled(cfg, Adapter({}, {"resolution": side_px}), 512), trigger)
+    cfg = settled(cfg, Adapter({}, {"resolution": side_px}), 512)
+    return generate_megaman.make_jobs(cfg, generate_megaman.read_prompts(cfg, trigger))
 
 
 def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> None:
@@ -88,7 +90,9 @@ def test_a_prompts_file_line_may_carry_kohyas_options(tmp_path: Path) -> None:
     [
         ("a\nb --x 3", "line 2: unknown option --x"),
         ("a --w wide", "line 1: --w 'wide' is not a number"),
-        ("a --s -3", "must not be negative"),
+        ("a --s -3", "must be at least 1"),
+        ("a --w 0", "--w 0 must be at least 1"),
+        ("a --n --w 64 --s 0", "--s 0 must be at least 1"),
         ("--w 3", "line 1: options without a prompt"),
         ("# only\n\n", "holds no prompts"),
     ],
@@ -208,9 +212,10 @@ def test_a_damaged_metadata_line_does_not_stop_the_run(
 ) -> None:
     folder = generate(prompts=["a", "b"])
     path = folder / "metadata.jsonl"
-    path.write_text(path.read_text()[:-40])
+    path.write_bytes(path.read_bytes()[:-40] + b'\xff\n{"file": 5}\n[1]\n')
     generate(prompts=["a", "b"])
-    assert "line 2 is damaged" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert all(f"line {number} is damaged" in shown for number in (2, 3, 4))
     assert [record["prompt"] for record in records(folder)] == ["a", "b"]
 
 
@@ -257,8 +262,16 @@ def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_bas
     assert np.array_equal(np.asarray(plain), pixels(folder / record["file"]))
 
 
-def test_no_metadata_writes_none(generate: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("drawn_before", [False, True])
+def test_no_metadata_leaves_none_in_new_and_in_kept_pictures(
+    generate: Callable[..., Path], drawn_before: bool
+) -> None:
+    if drawn_before:
+        folder = generate(prompts=["a"])
+        before = pixels(folder / records(folder)[0]["file"])
     folder = generate(prompts=["a"], no_metadata=True)
+    if drawn_before:
+        assert np.array_equal(pixels(folder / records(folder)[0]["file"]), before)
     with Image.open(folder / records(folder)[0]["file"]) as picture:
         assert picture.text == {}
 
@@ -276,9 +289,18 @@ def test_a_long_prompt_is_said_to_be_cut(
         (["--lora_path", "nowhere"], 4, "--preset demo"),
         (["--lora_path", "WEIGHTS", "--base_model", "megaman/tiny_sd"], 4, "made for another base"),
         (["--lora_path", "WEIGHTS", "--width", "33"], 2, "must be multiples of 4"),
-        (["--lora_path", "WEIGHTS", "--prompts_file", "nowhere.txt"], 3, "no such file"),
+        (["--lora_path", "WEIGHTS", "--prompts_file", "nowhere.txt"], 3, "can't be read"),
         (["--num_images_per_prompt", "0"], 2, "must be at least 1"),
-        (["--lora_path", "WEIGHTS", "--device", "cuda"], 2, "finds no CUDA device"),
+        (["--seed", "99999999999999999999"], 2, "must be between 0 and 2^63"),
+        (
+            ["--lora_path", "WEIGHTS", "--num_inference_steps", "1001", "--scheduler", "ddim"],
+            2,
+            "at most 500",
+        ),
+        (["--lora_path", "WEIGHTS", "--device", "gpu"], 2, "--device gpu: not here"),
+        (["--prompts", "mega\udcff"], 2, "type it as UTF-8"),
+        (["--lora_path", "WEIGHTS", "--prompts_file", "tests"], 3, "can't be read"),
+        (["--lora_path", "WEIGHTS", "--device", "cuda"], 2, "not here; this torch"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_code(
@@ -290,6 +312,20 @@ def test_a_mistake_is_one_line_with_its_code(
     assert complaint in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("gen/*.png"))
+
+
+def test_prompts_with_unusual_line_ends_are_kept_with_their_pictures(generate: Callable[..., Path]) -> None:
+    prompts = ["a\u2028b", "c\u0085d", "洛克人 \u202e", "<b>&"]
+    generate(prompts=prompts)
+    assert [record["prompt"] for record in records(generate(prompts=prompts))] == prompts
+
+
+def test_a_checkpoint_draws_like_any_adapter(generate: Callable[..., Path], adapter_folder: Path) -> None:
+    (step,) = (adapter_folder.parent / "checkpoints").iterdir()
+    for path in (step, step / "adapter.safetensors"):
+        assert (
+            len(records(generate(prompts=["a"], lora_path=str(path)))) == 1
+        )  # the same weights: one picture
 
 
 def test_a_local_base_that_was_moved_is_asked_for(adapter_folder: Path, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ The full one: bench/bench_learning.py.
 
 from pathlib import Path
 
-import pytest
-import torch
 from bench.bench_learning import (
     HELD_OUT,
     change,
@@ -33,15 +31,3 @@ def test_a_short_run_learns_the_hero_and_foreign_pictures_do_not_teach_him(tmp_p
 def test_an_untrained_lora_changes_no_bit_of_the_losses() -> None:
     base = embedded_base()
     assert untrained_equals_base(base, encoded_folder(HELD_OUT, base))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_half_precision_on_a_gpu_learns_as_float32_does(tmp_path: Path) -> None:
-    base = embedded_base()
-    sets = {"hero": encoded_folder(HELD_OUT, base)}
-    gains = [
-        change(base, trained(None, tmp_path / kind, *SHORT, "--mixed_precision", kind), sets)["hero"]
-        for kind in ("no", "fp16", "bf16")
-    ]
-    assert max(gains) < -8
-    assert max(gains) - min(gains) < 5

@@ -111,10 +111,12 @@ def test_captions_are_read_in_the_three_encodings(tmp_path: Path, encoding: str)
 def test_all_unreadable_captions_are_named_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"mega man\x92s helmet")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfeabc")
+    (tmp_path / "c.txt").write_bytes("mega man".encode("utf-16-le"))
     with pytest.raises(UserError) as error:
-        read_captions([tmp_path / "a.png", tmp_path / "b.png"], tmp_path, "mega man")
+        read_captions([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"], tmp_path, "mega man")
     assert "a.txt: not UTF-8 at byte 8 (0x92)" in str(error.value)
     assert "b.txt: not UTF-16-LE at byte 4" in str(error.value)
+    assert "c.txt: holds NUL at byte 1" in str(error.value)
     assert error.value.exit_code == 3
 
 

@@ -1,6 +1,7 @@
 """The embedded base: what it may know, how large it is, and that it draws what it is asked for."""
 
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -64,29 +65,28 @@ def test_held_out_pictures_are_not_among_the_starter_pictures() -> None:
     assert not any(path.read_bytes() in seen for path in HELD_OUT.glob("*.png"))
 
 
-def test_the_base_draws_the_background_that_the_prompt_names() -> None:
+def test_the_base_draws_the_backgrounds_that_the_prompts_name() -> None:
     base = load_base(EMBEDDED, device=torch.device("cpu"), dtype=torch.float32)
-    pipeline = pipeline_of(base)
-    names = ["white", "black", "sky", "rose"]
     images = draw(
         base,
-        pipeline,
-        prompt=[f"a red robot, {name} background" for name in names],
+        pipeline_of(base),
+        prompt=[f"a red robot, {name} background" for name in BACKGROUNDS],
         num_inference_steps=15,
         guidance_scale=4.0,
-        generator=[torch.Generator().manual_seed(i) for i in range(4)],
+        generator=[torch.Generator().manual_seed(i) for i in range(len(BACKGROUNDS))],
     )
-    for name, image in zip(names, images, strict=True):
-        corners = [image.getpixel(place) for place in ((2, 2), (61, 2), (2, 61), (61, 61))]
-        shown = [sum(channel) / 4 for channel in zip(*corners, strict=True)]
-        assert nearest_background(shown) == name, (name, shown)
+    obeyed = [name for name, image in zip(BACKGROUNDS, images, strict=True) if background_of(image) == name]
+    assert len(obeyed) >= 6, obeyed  # of eight; by chance it would be one
 
 
-def nearest_background(colour: list[float]) -> str:
-    """The named background that a colour is nearest to."""
+def background_of(image: Image.Image) -> str:
+    """The named background that the middle colour of the picture's rim is nearest to."""
+    rim = [image.getpixel((x, y)) for x in range(64) for y in (1, 62)]
+    rim += [image.getpixel((x, y)) for y in range(64) for x in (1, 62)]
+    shown = [statistics.median(channel) for channel in zip(*rim, strict=True)]
 
     def distance(name: str) -> float:
         wanted = bytes.fromhex(BACKGROUNDS[name][1:])
-        return sum((a - b) ** 2 for a, b in zip(colour, wanted, strict=True))
+        return sum((a - b) ** 2 for a, b in zip(shown, wanted, strict=True))
 
     return min(BACKGROUNDS, key=distance)

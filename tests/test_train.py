@@ -126,10 +126,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(train_flags: list[str],
     launch = [
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "29531",
         "megaman_lora.py",
     ]
     result = run_script(*launch, *flags)
@@ -206,20 +205,31 @@ def test_the_guide_in_the_repository_is_the_one_that_is_written() -> None:
         (["--pretrained_model_name", "./nowhere"], 4, "no such base model"),
         (["--pretrained_model_name", "EMPTY"], 4, "no model_index.json"),
         (["--pretrained_model_name", "no-such/model"], 4, "--preset demo"),
-        (["--pretrained_model_name", "model.ckpt"], 4, "model"),
+        (["--pretrained_model_name", "model.ckpt"], 4, "no such base model"),
+        (["--output_dir", "DATA"], 2, "holds the pictures"),
+        (["--output_dir", "USERS"], 7, "no run of ours made"),
+        (["--seed", "99999999999999999999"], 2, "below 2^63"),
+        (["--data_dir", "x" * 300], 6, "File name too long"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_code_and_leaves_nothing(
     train_flags: list[str], tmp_path: Path, flags: list[str], code: int, complaint: str
 ) -> None:
-    (tmp_path / "EMPTY").mkdir()
-    flags = [flag.replace("EMPTY", str(tmp_path / "EMPTY")) for flag in flags]
+    for name in ("EMPTY", "USERS"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "USERS" / "diary.txt").touch()
+    places = {
+        "DATA": str(tmp_path / "pictures"),
+        "EMPTY": str(tmp_path / "EMPTY"),
+        "USERS": str(tmp_path / "USERS"),
+    }
+    flags = [places.get(flag, flag) for flag in flags]
     result = run_script("megaman_lora.py", *train_flags, *flags)
     assert result.returncode == code, result.stderr
     assert complaint in result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "USERS", "pictures"]
     assert not Path("nowhere").exists()
 
 
@@ -248,7 +258,7 @@ def test_an_unwritable_output_is_said_before_the_model_loads(train_flags: list[s
     (tmp_path / "file").touch()
     result = run_script("megaman_lora.py", *train_flags, "--output_dir", str(tmp_path / "file" / "out"))
     assert result.returncode == 6
-    assert "can't write here" in result.stderr
+    assert "can't write there" in result.stderr
 
 
 def test_a_run_prints_our_lines_only(train_flags: list[str]) -> None:
@@ -259,7 +269,82 @@ def test_a_run_prints_our_lines_only(train_flags: list[str]) -> None:
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "cut"),
+        ("text_encoder/model.safetensors", "cut"),
+        ("tokenizer/tokenizer.json", "rubbish"),
+        ("vae/config.json", "rubbish"),
+        ("scheduler/scheduler_config.json", "gone"),
+    ],
+)
+def test_a_damaged_base_is_exit_4(tiny_folder: Path, tmp_path: Path, file: str, damage: str) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    whole = (folder / file).read_bytes()
+    if damage == "gone":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"rubbish")
+    with pytest.raises(UserError) as error:
+        load_base(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    assert error.value.exit_code == 4
+    assert str(folder) in str(error.value)
+
+
+def test_a_base_of_another_kind_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(tiny_folder, tmp_path / "inpainting")
+    config = UNet2DConditionModel.load_config(tiny_folder / "unet")
+    UNet2DConditionModel.from_config({**config, "in_channels": 9}).save_pretrained(
+        tmp_path / "inpainting" / "unet"
+    )
+    with pytest.raises(UserError, match="takes 9 channels, not 4"):
+        load_base(str(tmp_path / "inpainting"), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_disk_that_fills_up_is_exit_6_and_leaves_no_half_file(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, torch; from pathlib import Path; from megaman import errors, files\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, "
+        "(20000, 20000))\n"
+        f"path = Path({str(tmp_path)!r}) / 'a.safetensors'\n"
+        "errors.run(lambda: files.save_tensors({'a': torch.zeros(10000)}, path, {}))\n"
+    )
+    result = run_script("-c", code)
+    assert result.returncode == 6, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_is_exit_6() -> None:
+    code = "import torch; from megaman import errors; errors.run(lambda: torch.empty(2**50))"
+    result = run_script("-c", code)
+    assert (result.returncode, result.stderr.count("\n")) == (6, 1), result.stderr
+
+
 # ---------------------------------------------------------------- base, device, precision
+
+
+def test_one_process_may_train_in_one_precision_after_another(train: Callable[..., Path]) -> None:
+    train()
+    accelerator = megaman_lora.new_accelerator(
+        megaman_lora.TrainConfig(), torch.device("cpu"), torch.float16
+    )  # accelerate keeps the precision of a process, unless it is told to forget
+    assert accelerator.mixed_precision == "fp16"
+    train()
+
+
+def test_a_skipped_steps_gradient_is_no_number_in_the_metrics(tmp_path: Path) -> None:
+    from megaman.watch import Watch
+
+    watch = Watch(tmp_path, 1, 1, logging_dir=tmp_path / "logs", enabled=True)
+    watch.record(0, torch.tensor(0.5), torch.tensor(float("inf")), 1e-4)
+    watch.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
 
 
 def test_the_deleted_hub_id_is_mapped_to_its_successor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,8 +365,7 @@ def test_what_the_device_cannot_do_is_said(capsys: pytest.CaptureFixture[str]) -
 def test_an_idle_nvidia_card_is_one_warning_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this torch has CUDA")
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr("megaman.base._has_nvidia_card", lambda: True)
     assert pick_device().type == "cpu"
     assert "built without CUDA" in capsys.readouterr().err

@@ -27,9 +27,10 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
-from megaman.adapters import MergedAdapter, read_adapter  # noqa: E402
+from megaman.adapters import read_adapter  # noqa: E402
 from megaman.base import EMBEDDED, BaseModel  # noqa: E402
 from megaman.cache import Encoded, encode  # noqa: E402
+from megaman.merge import MergedAdapter  # noqa: E402
 from megaman.tiny_sd.figures import caption, random_figure, write_heroes  # noqa: E402
 from megaman_lora import (  # noqa: E402
     Draw,
