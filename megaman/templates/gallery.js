@@ -22,6 +22,7 @@ const open = (index) => {
     list.append(term, text);
   }
   if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0; // on a small screen the focused button would be scrolled to, and the picture away
 };
 cards.forEach((card, index) => card.addEventListener("click", (event) => {
   if (event.ctrlKey || event.metaKey || event.shiftKey) return;
