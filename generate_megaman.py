@@ -27,6 +27,7 @@ from megaman import errors, files
 from megaman.errors import UserError, say
 from megaman.flags import parse_flags
 from megaman.lazy import Lazy
+from megaman.records import ImageRecord, Job
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from megaman.adapters import Adapter
     from megaman.base import BaseModel
     from megaman.merge import MergedAdapter
-    from megaman.records import ImageRecord
 torch, adapters, base_models = Lazy("torch"), Lazy("megaman.adapters"), Lazy("megaman.base")
 merge, pages, records = Lazy("megaman.merge"), Lazy("megaman.pages"), Lazy("megaman.records")
 
@@ -149,33 +149,6 @@ def _require(holds: bool, complaint: str) -> None:
 
 
 # ---------------------------------------------------------------- prompts to jobs
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to draw."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
-    width: int
-    height: int
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str
-    lora_scale: float
-
-    @property
-    def batch_key(self) -> tuple[Any, ...]:
-        """What pictures drawn in one batch must share."""
-        return (
-            self.lora_scale,
-            self.width,
-            self.height,
-            self.num_inference_steps,
-            self.guidance_scale,
-            self.scheduler,
-        )
 
 
 Prompt = tuple[str, dict[str, Any]]  # and the settings of its own
@@ -469,7 +442,7 @@ def adapter_name(lora_path: str) -> str:
 def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> ImageRecord:
     """The picture's line of metadata.jsonl."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return records.ImageRecord(
+    return ImageRecord(
         file=file_name(job, digest), job=digest, created=created, seconds=seconds, **asdict(job), **about
     )
 

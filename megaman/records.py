@@ -1,4 +1,4 @@
-"""What is known of each generated picture, and where it stands: in the PNG itself and in metadata.jsonl."""
+"""A picture to draw and what is known of it when it is drawn, in the PNG itself and in metadata.jsonl."""
 
 import json
 import re
@@ -24,10 +24,9 @@ SAMPLER_NAMES = {
 
 
 @dataclass(frozen=True)
-class ImageRecord:
-    """Everything about one generated picture: a line of metadata.jsonl, a card of the gallery."""
+class Job:
+    """One picture to draw."""
 
-    file: str  # beside the page
     prompt: str
     negative_prompt: str
     seed: int
@@ -37,6 +36,19 @@ class ImageRecord:
     guidance_scale: float
     scheduler: str
     lora_scale: float
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """What pictures drawn in one batch must share."""
+        size = (self.width, self.height)
+        return (self.lora_scale, size, self.num_inference_steps, self.guidance_scale, self.scheduler)
+
+
+@dataclass(frozen=True)
+class ImageRecord(Job):
+    """Everything about one generated picture: its job, a line of metadata.jsonl, a card of the gallery."""
+
+    file: str  # beside the page
     adapter: str  # file or folder name
     adapter_hash: str
     base_model: str

@@ -10,9 +10,10 @@ from conftest import run_script
 from PIL import Image
 
 import generate_megaman
-from generate_megaman import GenerateConfig, Job, batches, file_name, read_prompts_file, settled
+from generate_megaman import GenerateConfig, batches, file_name, read_prompts_file, settled
 from megaman.adapters import Adapter
 from megaman.errors import UserError
+from megaman.records import Job
 
 
 @pytest.fixture
