@@ -494,7 +494,7 @@ def prepare_output(cfg: TrainConfig) -> Path:
     output = Path(cfg.output_dir)
     aside = files.moved_aside(output)
     if aside is not None:
-        say(f"output: {output} held an earlier run; it is kept as {aside}")
+        say(f"output: {output} held an earlier run; it is kept as {output.with_name(aside.name)}")
     output.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("preset", "config")}
     files.write_text(output / RECORD, json.dumps(settings, indent=2) + "\n")

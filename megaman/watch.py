@@ -3,6 +3,7 @@ their page. Nothing here steers the training.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -34,14 +35,9 @@ class Watch:
         logging_dir: Path | None,
         enabled: bool,
     ) -> None:
-        self.output_dir, self.total, self.pictures_a_step, self.enabled = (
-            output_dir,
-            total_steps,
-            pictures_a_step,
-            enabled,
-        )
+        self.output_dir, self.enabled = output_dir, enabled
+        self.total, self.pictures_a_step = total_steps, pictures_a_step
         self.losses: list[Tensor] = []
-        self.records: list[dict[str, Any]] = []
         self.rate_since = (time.monotonic(), 0)
         self.started = time.monotonic()
         self.samples: dict[int, list[str]] = {}
@@ -66,9 +62,10 @@ class Watch:
         done = step + 1
         if done % STEPS_A_LINE and done != self.total:
             return
-        mean_loss = torch.stack(self.losses).mean().item()  # the one device wait per log line
+        means = torch.stack([torch.stack(self.losses).mean(), grad_norm.float()])
+        mean_loss, norm = means.tolist()  # the one device wait per log line
         self.losses.clear()
-        if not mean_loss < float("inf"):
+        if not math.isfinite(mean_loss):
             raise UserError(
                 f"the loss is not finite at step {done}; nothing of it is saved. Lower --learning_rate, "
                 "or use --mixed_precision no.",
@@ -80,7 +77,7 @@ class Watch:
             "step": done,
             "loss": mean_loss,
             "lr": learning_rate,
-            "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,  # fp16: the scaler skipped it
+            "grad_norm": norm if math.isfinite(norm) else None,  # fp16: the scaler skipped this step
             "images_per_s": self._rate(done),
             "seconds": round(time.monotonic() - self.started, 2),
         }
