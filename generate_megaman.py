@@ -279,7 +279,7 @@ def batches(jobs: Sequence[Job], batch_size: int | None, device_type: str) -> It
         pixels = group[0].width * group[0].height
         room = (
             2**20 if device_type == "cuda" else 2**17
-        )  # pixels at a time: four of 512 px on a card, eight of 128 px on a CPU
+        )  # four pictures of 512 px on a card, eight of 128 else
         size = max(1, min(16, room // pixels)) if batch_size is None else batch_size
         yield from (group[i : i + size] for i in range(0, len(group), size))
 

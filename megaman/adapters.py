@@ -246,7 +246,7 @@ def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
         for name, kind in (("base", str), ("trigger", str), ("resolution", int), ("guidance_scale", float)):
             if name in known and not isinstance(known[name], kind):
                 raise ValueError(name)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{file}: its metadata is damaged ({error}). Copy or train it again.", MODEL
         ) from error

@@ -116,21 +116,16 @@ def pick_device(wanted: str = "auto") -> "torch.device":
     cards = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if wanted == "auto":
-        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-            "1",
-            "true",
-            "yes",
-        ):  # `accelerate launch --cpu`
-            return torch.device("cpu")
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+            return torch.device("cpu")  # `accelerate launch --cpu` says so
         if torch.cuda.is_available():
             return torch.device("cuda", min(local_rank, cards - 1))
         if torch.backends.mps.is_available():
             return torch.device("mps")
         if torch.version.cuda is None and _has_nvidia_card():
             say(
-                f"warning: there is an NVIDIA card, but this torch ({torch.__version__}) was built "
-                "without CUDA. "
-                f"{_cuda_remedy()}"
+                f"warning: there is an NVIDIA card, but this torch ({torch.__version__}) was built without "
+                f"CUDA. {_cuda_remedy()}"
             )
         return torch.device("cpu")
     known = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": cards > 0}
@@ -216,17 +211,15 @@ def load_base(name: str, *, device: "torch.device", dtype: "torch.dtype") -> Bas
 def _check_kind(name: str, pipeline: "StableDiffusionPipeline") -> None:
     """UserError (exit 4) unless the parts fit each other as Stable Diffusion 1.x's do."""
     unet, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
-    wrong = {
-        f"its UNet takes {unet.in_channels} channels, not {latents} (an inpainting model?)": unet.in_channels
-        != latents,
-        "its UNet wants more than text (Stable Diffusion XL?)": unet.addition_embed_type is not None,
-        f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another": (
-            unet.cross_attention_dim != pipeline.text_encoder.config.hidden_size
-        ),
-    }
-    for reason, holds in wrong.items():
-        if holds:
-            raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", MODEL)
+    reason = None
+    if unet.in_channels != latents:
+        reason = f"its UNet takes {unet.in_channels} channels, not {latents} (an inpainting model?)"
+    elif unet.addition_embed_type is not None:
+        reason = "its UNet wants more than text (Stable Diffusion XL?)"
+    elif unet.cross_attention_dim != pipeline.text_encoder.config.hidden_size:
+        reason = f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another"
+    if reason is not None:
+        raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", MODEL)
 
 
 def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline":
@@ -240,26 +233,19 @@ def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline"
     if name in MOVED:
         say(f"base: {name} was deleted from the hub; its successor {MOVED[name]} is used.")
         name = MOVED[name]
-    source = (
-        EMBEDDED_FOLDER
-        if canonical_name(name) == EMBEDDED
-        else Path(name).expanduser()
-        if is_local(name)
-        else name
-    )
+    source: Path | str = Path(name).expanduser() if is_local(name) else name
+    if canonical_name(name) == EMBEDDED:
+        source = EMBEDDED_FOLDER
     if isinstance(source, Path):
         _check_local(source)
     kwargs = {"safety_checker": None, "use_safetensors": True}
     try:
-        if (
-            isinstance(source, Path) and source.is_file()
-        ):  # in float32, so that the VAE is not rounded on the way
-            return StableDiffusionPipeline.from_single_file(str(source), torch_dtype=torch.float32, **kwargs)
+        if isinstance(source, Path) and source.is_file():
+            kwargs |= {"torch_dtype": torch.float32}  # of all parts, or the VAE would be rounded on the way
+            return StableDiffusionPipeline.from_single_file(str(source), **kwargs)
         kwargs |= {"torch_dtype": {"vae": torch.float32, "default": dtype}, "feature_extractor": None}
         return StableDiffusionPipeline.from_pretrained(str(source), requires_safety_checker=False, **kwargs)
-    except (
-        Exception
-    ) as error:  # diffusers, the hub, safetensors and tokenizers raise what they like for a bad base
+    except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
         raise UserError(_explanation(name, source, error), MODEL) from error
 
 
