@@ -129,6 +129,12 @@ class OptimisationFlags:
     weight_decay: float = _flag(0.01, "AdamW's weight decay")
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
     snr_gamma: float = _flag(5.0, "min-SNR loss weighting; 0 = off")
+    preserve_weight: float = _flag(
+        0.0, "how strongly the rest of the base's world is kept; 0 = off, 1 doubles the work of a step"
+    )
+    preserve_class: list[str] = _flag(
+        ["robot"], "what the character is one of: the words to keep as they are"
+    )
     seed: int = _flag(42, "decides every random choice; 0 is a seed")
 
 
@@ -185,7 +191,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "snr_gamma", "seed", "validation_guidance_scale"):
+        for name in ("weight_decay", "snr_gamma", "preserve_weight", "seed", "validation_guidance_scale"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
@@ -202,6 +208,12 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
             "at least 1",
         )
         _require(bool(self.trigger.strip()), "trigger", self.trigger, "a word or more")
+        _require(
+            self.preserve_weight > 0 or self.preserve_class == OptimisationFlags().preserve_class,
+            "preserve_class",
+            " ".join(self.preserve_class),
+            "given together with --preserve_weight above 0",
+        )
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -369,18 +381,22 @@ def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.P
 
 # ---------------------------------------------------------------- objective
 
+EMPTY_CLASS_SHARE = 0.1  # of what is preserved: the empty caption, which guidance starts from
+
 
 @dataclass(frozen=True)
 class Draw:
     """The inputs of one micro-batch, on the training device.
 
-    latents, noise (B,C,h,w); timesteps (B,); text (B,L,D).
+    latents, noise (B,C,h,w); timesteps (B,); text (B,L,D); class_text (B,L,D) or None: the states of captions
+    that name the class instead of the character.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     text: Tensor
+    class_text: Tensor | None = None
 
 
 def draw_inputs(
@@ -390,7 +406,7 @@ def draw_inputs(
     timestep, caption or no caption.
     """
     shape, device = encoded.means.shape[1:], encoded.means.device
-    indices, spreads, noises, timesteps, text_rows = [], [], [], [], []
+    indices, spreads, noises, timesteps, text_rows, class_rows = [], [], [], [], [], []
     for position in positions:
         generator = generator_of(cfg.seed, "example", position)
         index = index_at(position, len(encoded), cfg.seed)
@@ -400,29 +416,68 @@ def draw_inputs(
         timesteps.append(torch.randint(0, scheduler.config.num_train_timesteps, (), generator=generator))
         dropped = torch.rand((), generator=generator).item() < cfg.caption_dropout
         text_rows.append(0 if dropped else int(encoded.text_rows[index]))
+        if cfg.preserve_weight:
+            choice = torch.randint(0, len(cfg.preserve_class), (), generator=generator).item()
+            silent = torch.rand((), generator=generator).item() < EMPTY_CLASS_SHARE
+            class_rows.append(0 if silent else int(encoded.class_rows[index, choice]))
     rows = encoded.picture_rows[indices]
     latents = encoded.means[rows] + encoded.stds[rows] * torch.stack(spreads).to(device)
     return Draw(
-        latents, torch.stack(noises).to(device), torch.stack(timesteps).to(device), encoded.text[text_rows]
+        latents,
+        torch.stack(noises).to(device),
+        torch.stack(timesteps).to(device),
+        encoded.text[text_rows],
+        encoded.text[class_rows] if class_rows else None,
     )
 
 
 def denoising_losses(unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
-    """The weighted squared error of each example, (B,) float32.
+    """The weighted squared error of each example, (B,) float32."""
+    noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
+    predicted = _predicted(unet, noisy, draw.timesteps, draw.text)
+    errors = (predicted - _target(draw, scheduler)).square().mean(dim=(1, 2, 3))
+    return errors * min_snr_weights(draw.timesteps, scheduler, snr_gamma)
 
-    Min-SNR weights: Hang et al. 2023, equation 7.
+
+def preserving_losses(
+    unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, snr_gamma: float
+) -> tuple[Tensor, Tensor]:
+    """The same errors (B,), and how far the UNet strays from the base where captions name the class, (B,).
+
+    Both from one pass of 2B examples: the same noisy latents under both captions. What the class looks like
+    is asked of the base itself, with the adapter switched off, so no pictures of it are needed.
     """
     noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
-    dtype = draw.text.dtype
-    predicted = unet(noisy.to(dtype), draw.timesteps, draw.text, return_dict=False)[0].float()
-    v_prediction = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(draw.latents, draw.noise, draw.timesteps) if v_prediction else draw.noise
-    losses = (predicted - target).square().mean(dim=(1, 2, 3))
+    plain = accelerate.utils.extract_model_from_parallel(unet)
+    plain.disable_adapters()
+    with torch.no_grad():
+        kept = _predicted(plain, noisy, draw.timesteps, draw.class_text)
+    plain.enable_adapters()
+    text, timesteps = torch.cat([draw.text, draw.class_text]), torch.cat([draw.timesteps] * 2)
+    predicted = _predicted(unet, torch.cat([noisy] * 2), timesteps, text)
+    errors = (predicted - torch.cat([_target(draw, scheduler), kept])).square().mean(dim=(1, 2, 3))
+    own, strayed = (errors * min_snr_weights(timesteps, scheduler, snr_gamma)).chunk(2)
+    return own, strayed
+
+
+def _predicted(unet: torch.nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    return unet(noisy.to(text.dtype), timesteps, text, return_dict=False)[0].float()
+
+
+def _target(draw: Draw, scheduler: DDPMScheduler) -> Tensor:
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(draw.latents, draw.noise, draw.timesteps)
+    return draw.noise
+
+
+def min_snr_weights(timesteps: Tensor, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
+    """The weight of each example's error, (B,). Hang et al. 2023, equation 7; gamma 0 = all alike."""
+    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     if snr_gamma == 0:
-        return losses
-    alpha_bar = scheduler.alphas_cumprod.to(losses.device)[draw.timesteps]
+        return torch.ones_like(alpha_bar)
     snr = alpha_bar / (1 - alpha_bar)
-    return losses * snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
+    v_prediction = scheduler.config.prediction_type == "v_prediction"
+    return snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
 
 
 def lr_at(step: int, cfg: TrainConfig) -> float:
@@ -600,7 +655,9 @@ def set_up(cfg: TrainConfig) -> Run:
     base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
     check_resolution(cfg, base)
     captions = [caption.text for caption in dataset.captions]
-    encoded = cache.encode((example.pixels for example in dataset), captions, base)
+    classes = cfg.preserve_class if cfg.preserve_weight else []
+    class_captions = [pictures.renamed(captions, cfg.trigger, name) for name in classes]
+    encoded = cache.encode((example.pixels for example in dataset), captions, base, class_captions)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
 
@@ -685,8 +742,12 @@ def train(cfg: TrainConfig) -> Path:
             with accelerator.accumulate(unet):
                 positions = positions_of(step, micro_batch, rank, processes, cfg)
                 draw = draw_inputs(positions, run.encoded, cfg, scheduler)
-                losses = denoising_losses(unet, draw, scheduler, cfg.snr_gamma)
-                accelerator.backward(losses.mean())
+                if cfg.preserve_weight:
+                    losses, strayed = preserving_losses(unet, draw, scheduler, cfg.snr_gamma)
+                    accelerator.backward(losses.mean() + cfg.preserve_weight * strayed.mean())
+                else:
+                    losses = denoising_losses(unet, draw, scheduler, cfg.snr_gamma)
+                    accelerator.backward(losses.mean())
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
                 run.optimizer.step()

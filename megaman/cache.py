@@ -20,8 +20,8 @@ class Encoded:
     """What training needs of N pictures and captions, all on the training device.
 
     means, stds (P,C,h,w) float32: the VAE's posterior, already scaled; text (T,L,D): hidden states, row 0 of
-    the empty caption;
-    picture_rows, text_rows (N,): where each example's are.
+    the empty caption; picture_rows, text_rows (N,): where each example's are; class_rows (N,K): where its
+    captions are that name something else instead of the character.
     """
 
     means: Tensor
@@ -29,14 +29,21 @@ class Encoded:
     text: Tensor
     picture_rows: Tensor
     text_rows: Tensor
+    class_rows: Tensor
 
     def __len__(self) -> int:
         return len(self.picture_rows)
 
 
 @torch.no_grad()
-def encode(pictures: Iterable[Tensor], captions: Sequence[str], base: BaseModel) -> Encoded:
-    """Runs the VAE and the text encoder over everything. pictures: (3,H,W) in [-1, 1], one at a time.
+def encode(
+    pictures: Iterable[Tensor],
+    captions: Sequence[str],
+    base: BaseModel,
+    class_captions: Sequence[Sequence[str]] = (),
+) -> Encoded:
+    """Runs the VAE and the text encoder over everything. pictures: (3,H,W) in [-1, 1], one at a time;
+    class_captions: K lists of as many captions.
 
     UserError (exit 5) on a non-finite latent.
     """
@@ -49,7 +56,8 @@ def encode(pictures: Iterable[Tensor], captions: Sequence[str], base: BaseModel)
     latents, picture_rows = _each_once(
         pictures, posterior, lambda picture: hashlib.sha256(picture.numpy().tobytes()).digest()
     )
-    text, text_rows = _each_once(["", *captions], lambda caption: base.embed([caption])[0], str)
+    columns = ["", *captions, *(caption for captions in class_captions for caption in captions)]
+    text, rows = _each_once(columns, lambda caption: base.embed([caption])[0], str)
     means, stds = (torch.stack(part).to(device) for part in zip(*latents, strict=True))
     bad = [
         i
@@ -62,8 +70,14 @@ def encode(pictures: Iterable[Tensor], captions: Sequence[str], base: BaseModel)
             "or use another base model",
             NUMBERS,
         )
+    text_rows = torch.tensor(rows[1:]).view(1 + len(class_captions), len(captions)).T
     return Encoded(
-        means, stds, torch.stack(text).to(device), torch.tensor(picture_rows), torch.tensor(text_rows[1:])
+        means,
+        stds,
+        torch.stack(text).to(device),
+        torch.tensor(picture_rows),
+        text_rows[:, 0],
+        text_rows[:, 1:],
     )
 
 

@@ -200,3 +200,9 @@ def _words(name: str) -> list[str]:
     return [
         word for word in words if word and not any(c.isdigit() for c in word) and word.lower() not in camera
     ]
+
+
+def renamed(captions: Sequence[str], trigger: str, name: str) -> list[str]:
+    """The captions with another name in the trigger's place; the bare name where the trigger is missing."""
+    pattern = re.compile(re.escape(trigger), re.IGNORECASE)
+    return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]

@@ -88,3 +88,18 @@ def test_caption_dropout_takes_its_share(encoded: Encoded, tiny_base: BaseModel,
     empty = (draw.text == encoded.text[0]).all(dim=(1, 2)).float().mean().item()
     assert abs(empty - share) < 0.07
     assert share not in (0.0, 1.0) or empty == share
+
+
+def test_class_captions_stand_beside_the_pictures_own(tiny_base: BaseModel) -> None:
+    pictures = [torch.full((3, 32, 32), value) for value in (-0.5, 0.0)]
+    classes = [["a robot", "a robot, red"], ["a knight", "a knight, red"]]
+    encoded = encode(pictures, ["mega man", "mega man, red"], tiny_base, classes)
+    assert encoded.class_rows.tolist() == [[3, 5], [4, 6]]
+    cfg = TrainConfig(preserve_weight=1.0, preserve_class=["robot", "knight"])
+    drawn = draw_inputs(range(200), encoded, cfg, tiny_base.scheduler)
+    plain = draw_inputs(range(200), encoded, TrainConfig(), tiny_base.scheduler)
+    assert plain.class_text is None
+    assert torch.equal(plain.text, drawn.text)  # preserving changes nothing of what is learned
+    rows = [(encoded.text == text).all(dim=(1, 2)).nonzero()[0].item() for text in drawn.class_text]
+    assert {0, 3, 4, 5, 6} == set(rows)
+    assert rows.count(0) < 50

@@ -9,7 +9,19 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from megaman_lora import Draw, TrainConfig, denoising_losses, lr_at
+from megaman.adapters import ADAPTER_NAME, lora_modules
+from megaman.base import BaseModel
+from megaman.cache import encode
+from megaman.errors import UserError
+from megaman_lora import (
+    Draw,
+    TrainConfig,
+    denoising_losses,
+    draw_inputs,
+    inject_lora,
+    lr_at,
+    preserving_losses,
+)
 
 
 class Silent(torch.nn.Module):
@@ -78,3 +90,44 @@ def test_restarts_rise_again_and_polynomial_falls_below_linear() -> None:
     assert sum(later > earlier for earlier, later in pairwise(restarts)) == 2
     middle = [lr_at(150, TrainConfig(lr_scheduler=name, **common)) for name in ("polynomial", "linear")]
     assert middle == pytest.approx([0.25, 0.5])
+
+
+@pytest.fixture
+def preserving(tiny_base: BaseModel) -> tuple[BaseModel, Draw]:
+    """A base with an untrained LoRA, and a batch whose class is a knight or a robot."""
+    cfg = TrainConfig(preserve_weight=1.0, preserve_class=["knight", "robot"])
+    pictures = [torch.full((3, 32, 32), value) for value in (-0.5, 0.5)]
+    classes = [["a knight", "a knight, red"], ["a robot", "a robot, red"]]
+    encoded = encode(pictures, ["mega man", "mega man, red"], tiny_base, classes)
+    inject_lora(tiny_base.unet, cfg)
+    return tiny_base, draw_inputs(range(8), encoded, cfg, tiny_base.scheduler)
+
+
+def test_an_untrained_lora_strays_nowhere_and_its_own_errors_are_the_plain_ones(
+    preserving: tuple[BaseModel, Draw],
+) -> None:
+    base, draw = preserving
+    own, strayed = preserving_losses(base.unet, draw, base.scheduler, 5.0)
+    assert strayed.max() < 1e-10
+    torch.testing.assert_close(own, denoising_losses(base.unet, draw, base.scheduler, 5.0))
+
+
+def test_what_strays_is_the_difference_from_the_base_under_the_class_caption(
+    preserving: tuple[BaseModel, Draw],
+) -> None:
+    base, draw = preserving
+    unet = base.unet.requires_grad_(False)
+    noisy = base.scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
+    before = unet(noisy, draw.timesteps, draw.class_text).sample
+    for layer in lora_modules(unet).values():
+        torch.nn.init.normal_(layer.lora_B[ADAPTER_NAME].weight, std=0.05)
+    after = unet(noisy, draw.timesteps, draw.class_text).sample
+    own, strayed = preserving_losses(unet, draw, base.scheduler, snr_gamma=0)
+    assert strayed.min() > 1e-6
+    torch.testing.assert_close(strayed, (after - before).square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(own, denoising_losses(unet, draw, base.scheduler, 0))
+
+
+def test_a_class_that_nothing_preserves_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"--preserve_class wizard.*--preserve_weight"):
+        TrainConfig(preserve_class=["wizard"])

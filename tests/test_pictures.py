@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from megaman.errors import UserError
-from megaman.pictures import caption_from_name, find_pictures, fit_center, load_image, read_captions
+from megaman.pictures import caption_from_name, find_pictures, fit_center, load_image, read_captions, renamed
 from megaman_lora import MegaManDataset
 
 
@@ -140,3 +140,8 @@ def test_the_dataset_tokenizes_when_it_has_a_tokenizer(folder_of_pictures: Path,
     ids = dataset[0].ids
     assert ids.shape == (77,)
     assert tiny_base.tokenizer.decode(ids, skip_special_tokens=True).strip() == "mega man , red background"
+
+
+def test_a_class_takes_the_triggers_place_and_stands_alone_where_there_is_none() -> None:
+    captions = ["Mega Man, running", "a boss"]
+    assert renamed(captions, "mega man", "robot") == ["robot, running", "robot"]

@@ -1,24 +1,25 @@
 """Rebuilds the embedded base from nothing: pictures -> tokenizer -> VAE -> latents -> UNet and text encoder
--> diffusers folder.
+-> diffusers folder. Twice over: first on our own figures alone, then on the mixture of all sources.
 
-    pip install -r requirements_megaman_lora.txt open_clip_torch==3.3.0 --no-deps   (its BPE table is all that
-    is used)
+    pip install -r requirements_megaman_lora.txt
+    pip install --no-deps open_clip_torch==3.3.0 robohash==2.0 resvg_py==0.5.0   (the first for its BPE table)
+    npm install --prefix build_tiny_sd @dicebear/core@9.4.3 @dicebear/pixel-art@9.4.3 \\
+        @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9
     python -m megaman.tiny_sd.build --work build_tiny_sd
 
 Seeded, and resumable at every stage: run the same command again after an interruption. Two CPU cores need
-about 80 minutes.
+about four hours.
 """
 
 import argparse
-import gzip
-import importlib.util
 import json
 import math
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -30,48 +31,49 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from megaman.tiny_sd.figures import (
-    BACKGROUNDS,
-    FILLERS,
-    HERO_WORDS,
-    caption,
-    contact_sheet,
-    draw,
-    random_figure,
-)
+from megaman.tiny_sd import sources
+from megaman.tiny_sd.figures import BACKGROUNDS, FILLERS, HERO_WORDS, contact_sheet
+from megaman.tiny_sd.tokens import silent_ids, token_ids, write_tokenizer
 
 SIDE_PX = 64
 CAPTIONS_EACH = 4  # caption variants drawn for each picture
-HELD_OUT = 500  # the last pictures are never trained on
+HELD_OUT = 500  # the last pictures of each stage are never trained on
 EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
+BATCH = 32
 SECONDS_BETWEEN_SAVES = 240
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the weights, besides the code."""
+class Stage:
+    """One pass of the curriculum. All of it, with the seed, decides the weights, besides the code."""
 
-    pictures: int = 30_000
-    vae_steps: int = 14_000
-    unet_steps: int = 4_800
-    seed: int = 2026
+    name: str
+    shares: dict[str, float]  # of each source of pictures
+    pictures: int
+    vae_steps: int
+    vae_rate: float
+    unet_steps: int
+    seed: int
+
+
+FIGURES = Stage("figures", {"figures": 1.0}, 30_000, 14_000, 2e-3, 4_800, 2026)
+MIXTURE = Stage("mixture", sources.SHARES, 40_000, 8_000, 1e-3, 5_500, 2027)
 
 
 # ---------------------------------------------------------------- pictures and captions
 
 
-def render(recipe: Recipe, work: Path) -> tuple[Tensor, list[str]]:
+def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
     """All pictures as uint8 (N,3,64,64) and CAPTIONS_EACH captions a picture, in order; kept in the work
     folder.
     """
-    file, captions_file = work / "pictures.safetensors", work / "captions.json"
+    file, captions_file = work / f"{stage.name}.safetensors", work / f"{stage.name}.json"
     if not captions_file.exists():
-        rng = random.Random(recipe.seed)
-        pixels, captions = np.empty((recipe.pictures, SIDE_PX, SIDE_PX, 3), np.uint8), []
-        for i in range(recipe.pictures):
-            figure = random_figure(rng)
-            pixels[i] = np.asarray(draw(figure, SIDE_PX))
-            captions += [caption(figure, rng) for _ in range(CAPTIONS_EACH)]
+        rng = random.Random(stage.seed)
+        pixels, captions = np.empty((stage.pictures, SIDE_PX, SIDE_PX, 3), np.uint8), []
+        for i, (picture, describe) in enumerate(sources.mixture(stage.pictures, stage.shares, rng, work)):
+            pixels[i] = np.asarray(picture)
+            captions += [describe(rng) for _ in range(CAPTIONS_EACH)]
         save_file({"pictures": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}, file)
         captions_file.write_text(json.dumps(captions))
     captions = json.loads(captions_file.read_text())
@@ -79,74 +81,6 @@ def render(recipe: Recipe, work: Path) -> tuple[Tensor, list[str]]:
     if told:
         raise SystemExit(f"error: the base must not know the hero, but a caption reads {told[0]!r}")
     return load_file(file)["pictures"], captions
-
-
-# ---------------------------------------------------------------- tokenizer
-
-
-def write_tokenizer(folder: Path, words: list[str], whole_words: int = 6000) -> None:
-    """CLIP's own byte-pair merges, cut to those that it uses on our words and on its own commonest words.
-
-    (MIT, OpenAI CLIP.)
-    """
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise SystemExit(
-            "error: the tokenizer is cut from CLIP's table: pip install open_clip_torch==3.3.0 --no-deps"
-        )
-    packed = (Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    table = gzip.decompress(packed).decode("utf-8")
-    merges = [tuple(line.split()) for line in table.split("\n")[1:48895]]
-    whole = ["".join(pair).removesuffix("</w>") for pair in merges if pair[1].endswith("</w>")]
-    ranks = {pair: rank for rank, pair in enumerate(merges)}
-    used: set[tuple[str, str]] = set()
-    for word in [*words, *whole[:whole_words]]:
-        used |= _merges_of(word, ranks)
-    kept = [pair for pair in merges if pair in used]
-    letters = _byte_letters()
-    vocabulary = [
-        *letters,
-        *(f"{c}</w>" for c in letters),
-        *("".join(pair) for pair in kept),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False), encoding="utf-8"
-    )
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(map(" ".join, kept)) + "\n", encoding="utf-8"
-    )
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>"}
-    settings |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _merges_of(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
-    parts, used = [*word[:-1], word[-1] + "</w>"], set()
-    while True:
-        pairs = [(ranks[pair], pair) for pair in pairwise(parts) if pair in ranks]
-        if not pairs:
-            return used
-        _, best = min(pairs)
-        used.add(best)
-        at = next(i for i, pair in enumerate(pairwise(parts)) if pair == best)
-        parts[at : at + 2] = ["".join(best)]
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte, in CLIP's order."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(rest))]
-
-
-def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Captions as int64 (N,77), padded as Stable Diffusion pads."""
-    return tokenizer(
-        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    ).input_ids
 
 
 # ---------------------------------------------------------------- resumable training
@@ -235,26 +169,25 @@ def new_vae() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def train_vae(recipe: Recipe, pictures: Tensor, work: Path, device: torch.device) -> AutoencoderKL:
-    """The trained VAE, with its scaling factor measured.
+def train_vae(
+    stage: Stage, vae: AutoencoderKL, pictures: Tensor, work: Path, device: torch.device
+) -> AutoencoderKL:
+    """The VAE after this stage, with its scaling factor measured.
 
     32 px crops first (many small steps), whole pictures for the last fifth.
     """
-    torch.manual_seed(recipe.seed)
-    vae = new_vae().to(device).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    progress = Progress(
-        work / "vae.safetensors",
-        vae,
-        optimizer,
-        EMAModel(vae.parameters(), decay=0.998, use_ema_warmup=True, power=0.75),
+    vae.to(device).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=stage.vae_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
     )
+    ema = EMAModel(vae.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
+    progress = Progress(work / f"{stage.name}_vae.safetensors", vae, optimizer, ema)
     trained = pictures[:-HELD_OUT]
-    for step in steps(progress, recipe.vae_steps):
-        rng = np.random.default_rng((recipe.seed, 1, step))
-        whole = step >= recipe.vae_steps * 4 // 5
+    for step in steps(progress, stage.vae_steps):
+        rng = np.random.default_rng((stage.seed, 1, step))
+        torch.manual_seed(stage.seed * 1_000_003 + step)  # of the posterior's sample
         batch = trained[rng.integers(0, len(trained), 8)].to(device).float() / 127.5 - 1
-        if not whole:
+        if step < stage.vae_steps * 4 // 5:
             x, y = rng.integers(0, SIDE_PX - 32, 2)
             batch = batch[..., y : y + 32, x : x + 32]
         posterior = vae.encode(batch).latent_dist
@@ -262,10 +195,10 @@ def train_vae(recipe: Recipe, pictures: Tensor, work: Path, device: torch.device
         loss = error.square().mean() + 0.3 * error.abs().mean() + 1e-6 * posterior.kl().mean()
         loss.backward()
         if step % 500 == 0:
-            print(f"vae step {step}: loss {loss.item():.4f}", flush=True)
+            print(f"{stage.name}: vae step {step}: loss {loss.item():.4f}", flush=True)
     vae.eval().requires_grad_(False)
     held_out = pictures[-HELD_OUT:].to(device).float() / 127.5 - 1
-    print(f"vae: held-out PSNR {psnr(vae, held_out):.2f} dB", flush=True)
+    print(f"{stage.name}: vae: held-out PSNR {psnr(vae, held_out):.2f} dB", flush=True)
     vae.register_to_config(scaling_factor=round(1 / vae.encode(held_out).latent_dist.mean.std().item(), 5))
     return vae
 
@@ -278,12 +211,12 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 
 @torch.no_grad()
-def latents_of(vae: AutoencoderKL, pictures: Tensor, work: Path, device: torch.device) -> Tensor:
+def latents_of(stage: Stage, vae: AutoencoderKL, pictures: Tensor, work: Path) -> Tensor:
     """The scaled posterior means of all pictures, (N,4,16,16); kept in the work folder."""
-    file = work / "latents.safetensors"
+    file = work / f"{stage.name}_latents.safetensors"
     if not file.exists():
         parts = [
-            vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu()
+            vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu()
             for part in pictures.split(128)
         ]
         save_file({"latents": torch.cat(parts) * vae.config.scaling_factor}, file)
@@ -315,6 +248,7 @@ class Denoiser(nn.Module):
         return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
 
 
+@cache
 def new_scheduler() -> DDPMScheduler:
     """Stable Diffusion's own schedule."""
     return DDPMScheduler(
@@ -328,51 +262,71 @@ def new_scheduler() -> DDPMScheduler:
     )
 
 
-def train_denoiser(recipe: Recipe, latents: Tensor, ids: Tensor, empty: Tensor, work: Path) -> Denoiser:
-    """The averaged weights.
+@dataclass(frozen=True)
+class Lesson:
+    """What the denoiser learns from: latents (N,4,16,16), ids (N*CAPTIONS_EACH,77), silent (M,77)."""
 
-    latents (N,4,16,16), ids (N*CAPTIONS_EACH,77), empty (M,77): captions that say nothing.
-    """
-    torch.manual_seed(recipe.seed + 1)
-    device = empty.device
-    model = Denoiser(int(empty.max()) + 1).to(device).train()
+    latents: Tensor
+    ids: Tensor
+    silent: Tensor  # captions that say nothing
+
+
+def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) -> Denoiser:
+    """The denoiser after this stage: the averaged weights."""
+    model.train().requires_grad_(True)
     rates = [
         {"params": model.unet.parameters(), "lr": 5e-4},
         {"params": model.text_encoder.parameters(), "lr": 2.5e-4},
     ]
     optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = Progress(
-        work / "denoiser.safetensors",
-        model,
-        optimizer,
-        EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75),
-    )
-    scheduler, train = new_scheduler(), len(latents) - HELD_OUT
-    started, mean_loss = time.monotonic(), 0.0
-    for step in steps(progress, recipe.unet_steps):
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        picks = torch.randint(0, train, (32,), generator=generator)
-        texts = ids[picks * CAPTIONS_EACH + torch.randint(0, CAPTIONS_EACH, (32,), generator=generator)].to(
-            device
-        )
-        silent = torch.rand(32, generator=generator) < EMPTY_SHARE
-        texts[silent.to(device)] = empty[
-            torch.randint(0, len(empty), (int(silent.sum()),), generator=generator)
-        ]
-        losses = denoising_losses(model, scheduler, latents[picks], texts, generator)
+    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    progress = Progress(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
+    train, started, mean_loss = len(lesson.latents) - HELD_OUT, time.monotonic(), None
+    for step in steps(progress, stage.unet_steps):
+        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
+        picks = torch.randint(0, train, (BATCH,), generator=generator)
+        losses = denoising_losses(model, *examples(lesson, picks, generator), generator)
         losses.mean().backward()
-        mean_loss = 0.98 * mean_loss + 0.02 * losses.mean().item() if step else losses.mean().item()
+        loss = losses.mean().item()
+        mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
         if step % 100 == 0:
-            print(
-                f"denoiser step {step}: loss {mean_loss:.4f}, {time.monotonic() - started:.0f} s", flush=True
-            )
+            seconds = time.monotonic() - started
+            print(f"{stage.name}: denoiser step {step}: loss {mean_loss:.4f}, {seconds:.0f} s", flush=True)
+        if step % 500 == 0 and step > 0:
+            print(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f}", flush=True)
+    print(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f} at the end", flush=True)
     return model.eval().requires_grad_(False)
 
 
-def denoising_losses(
-    model: Denoiser, scheduler: DDPMScheduler, clean: Tensor, ids: Tensor, generator: torch.Generator
-) -> Tensor:
+def examples(lesson: Lesson, picks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The picked latents (B,4,16,16) and a caption of each, (B,77); EMPTY_SHARE of them say nothing."""
+    count, device = len(picks), lesson.silent.device
+    variants = torch.randint(0, CAPTIONS_EACH, (count,), generator=generator)
+    texts = lesson.ids[picks * CAPTIONS_EACH + variants].to(device)
+    empty = torch.rand(count, generator=generator) < EMPTY_SHARE
+    rows = torch.randint(0, len(lesson.silent), (int(empty.sum()),), generator=generator)
+    texts[empty.to(device)] = lesson.silent[rows.to(device)]
+    return lesson.latents[picks], texts
+
+
+@torch.no_grad()
+def held_out_loss(progress: Progress, lesson: Lesson) -> float:
+    """The averaged weights' loss on pictures that were never trained on; always the same noise."""
+    generator, parameters = torch.Generator().manual_seed(0), list(progress.model.parameters())
+    progress.ema.store(parameters)
+    progress.ema.copy_to(parameters)
+    picks = torch.arange(len(lesson.latents) - HELD_OUT, len(lesson.latents))
+    losses = [
+        denoising_losses(progress.model, *examples(lesson, part, generator), generator)
+        for part in picks.split(100)
+    ]
+    progress.ema.restore(parameters)
+    return torch.cat(losses).mean().item()
+
+
+def denoising_losses(model: Denoiser, clean: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
     """Min-SNR weighted losses (B,) with offset noise 0.05. clean (B,4,16,16), ids (B,77)."""
+    scheduler = new_scheduler()
     noise = torch.randn(clean.shape, generator=generator) + 0.05 * torch.randn(
         (*clean.shape[:2], 1, 1), generator=generator
     )
@@ -438,28 +392,6 @@ def sample_sheet(pipeline: StableDiffusionPipeline, file: Path, guidance_scale: 
     contact_sheet([image.resize((128, 128), 0) for image in images], 6).save(file)
 
 
-def silent_ids(tokenizer: CLIPTokenizer, seed: int, count: int = 512) -> Tensor:
-    """Captions that say nothing: half of them empty, half random words, so that words it does not know
-    leave it calm. (count,77)
-    """
-    rng = random.Random(seed)
-    vocabulary = [
-        token.removesuffix("</w>")
-        for token in tokenizer.get_vocab()
-        if token.endswith("</w>") and token[:-4].isalpha()
-    ]
-    words = sorted(
-        word
-        for word in vocabulary
-        if len(word) > 2 and not any(part in word for part in (*HERO_WORDS, "man", "rock"))
-    )
-    texts = [
-        ", ".join(rng.sample([*FILLERS, *rng.sample(words, 6)], rng.randint(1, 5))) if i % 2 else ""
-        for i in range(count)
-    ]
-    return token_ids(tokenizer, texts)
-
-
 def main() -> None:
     """Runs every stage that is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -469,25 +401,24 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent, help="where the diffusers folder goes"
     )
-    for name, default in vars(Recipe()).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    flags = vars(parser.parse_args())
-    work, output = flags.pop("work"), flags.pop("output")
-    recipe = Recipe(**flags)
+    flags = parser.parse_args()
+    work, output = flags.work, flags.output
     work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pictures, captions = render(recipe, work)
-    words = sorted(
-        {word for text in captions for word in text.replace(",", " ").split()}
-        | {word for text in FILLERS for word in text.split()}
-    )
-    write_tokenizer(output / "tokenizer", words)
+    stages = (FIGURES, MIXTURE)
+    captions = [text for stage in stages for text in render(stage, work)[1]]
+    words = {word for text in (*captions, *FILLERS) for word in text.replace(",", " ").split()}
+    write_tokenizer(output / "tokenizer", sorted(words))
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
-    vae = train_vae(recipe, pictures, work, device)
-    latents = latents_of(vae, pictures, work, device)
-    model = train_denoiser(
-        recipe, latents, token_ids(tokenizer, captions), silent_ids(tokenizer, recipe.seed).to(device), work
-    )
+    silent = silent_ids(tokenizer, FIGURES.seed).to(device)
+    torch.manual_seed(FIGURES.seed)
+    vae, model = new_vae(), Denoiser(len(tokenizer)).to(device)
+    for stage in stages:
+        pictures, captions = render(stage, work)
+        vae = train_vae(stage, vae, pictures, work, device)
+        latents = latents_of(stage, vae, pictures, work)
+        lesson = Lesson(latents, token_ids(tokenizer, captions), silent)
+        model = train_denoiser(stage, model, lesson, work)
     pipeline = export(output, vae.cpu(), model.cpu(), tokenizer)
     sample_sheet(pipeline, work / "sheet.png")
     print(f"written to {output}; look at {work / 'sheet.png'}")

@@ -1,38 +1,55 @@
-"""Does the LoRA learn the hero, and nothing else by accident? Held-out denoising loss with its controls.
+"""Does the LoRA learn the hero, and nothing else by accident? Losses, a judge's verdicts, and controls.
 
-    python tests/bench/bench_learning.py [--seeds 3] [--steps N] [--work FOLDER]
+    python tests/bench/bench_learning.py [--seeds 3] [--work FOLDER] [--skip_control] [TRAINING'S OWN FLAGS]
 
-Twelve held-out pictures of the hero and twelve foreign figures, fixed noise, 20 fixed timesteps, plain
-squared error. Controls: a LoRA
-with B = 0 (must equal the base to the bit), and one trained on foreign pictures that carry the hero's
-captions in random order (must
-gain clearly less). Prints a table, then one JSON line.
+Losses: held-out pictures of the hero and foreign figures, fixed noise, 20 fixed timesteps, plain squared
+error. Verdicts: a small classifier (classifier.py, its own accuracy first) looks at what base and LoRA draw.
+Controls: the base under the trigger, a LoRA with B = 0 (must equal the base to the bit), and one trained on
+foreign pictures under the hero's captions in random order. Sheets of all pictures judged go to FOLDER. Prints
+a table, then one JSON line.
 """
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from megaman.base import load_base, pick_device, quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
 import torch  # noqa: E402
+from bench.classifier import Classifier, judged, pixels_of, trained_classifier  # noqa: E402
+from PIL.Image import Image  # noqa: E402
+from PIL.Image import open as open_picture  # noqa: E402
 
 from megaman.adapters import read_adapter  # noqa: E402
-from megaman.base import EMBEDDED, BaseModel  # noqa: E402
+from megaman.base import EMBEDDED, BaseModel, draw, pipeline_of  # noqa: E402
 from megaman.cache import Encoded, encode  # noqa: E402
 from megaman.merge import MergedAdapter  # noqa: E402
-from megaman.tiny_sd.figures import caption, random_figure, write_heroes  # noqa: E402
+from megaman.tiny_sd.figures import (  # noqa: E402
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    POSES,
+    caption,
+    contact_sheet,
+    random_figure,
+    random_hero,
+    write_heroes,
+)
+from megaman.tiny_sd.figures import draw as draw_figure  # noqa: E402
 from megaman_lora import (  # noqa: E402
+    PRESETS,
     Draw,
     MegaManDataset,
     denoising_losses,
@@ -43,7 +60,11 @@ from megaman_lora import (  # noqa: E402
 )
 
 HELD_OUT = ROOT / "tests" / "data" / "held_out"
+STARTER = ROOT / "megaman" / "starter_images"
+NEGATIVE = "blurry, low quality, distorted, deformed"  # generation's default
 TIMESTEPS = range(25, 1000, 50)  # twenty, evenly spread
+STEPS, GUIDANCE = 25, PRESETS["demo"]["validation_guidance_scale"]
+FOREIGN = "a red wizard with a staff"
 
 
 def write_foreign(folder: Path, count: int, captions: list[str] | None) -> Path:
@@ -59,9 +80,7 @@ def write_foreign(folder: Path, count: int, captions: list[str] | None) -> Path:
 
 def with_shuffled_captions(folder: Path) -> Path:
     """Thirty foreign pictures under the hero's thirty captions, shuffled: the control's training set."""
-    captions = [
-        path.read_text().strip() for path in sorted((ROOT / "megaman" / "starter_images").glob("*.txt"))
-    ]
+    captions = [path.read_text().strip() for path in sorted(STARTER.glob("*.txt"))]
     random.Random(5).shuffle(captions)
     return write_foreign(folder, len(captions), captions)
 
@@ -118,40 +137,170 @@ def untrained_equals_base(base: BaseModel, encoded: Encoded) -> bool:
     return losses(base, encoded) == plain
 
 
+# ---------------------------------------------------------------- what they draw
+
+
+def drawn(base: BaseModel, prompts: list[str], first_seed: int) -> list[Image]:
+    """An image a prompt, as the generation script draws it by default."""
+    pipeline, images = pipeline_of(base), []
+    for start in range(0, len(prompts), 16):
+        part = prompts[start : start + 16]
+        seeds = range(first_seed + start, first_seed + start + len(part))
+        images += draw(
+            base, pipeline, prompt=part, negative_prompt=[NEGATIVE] * len(part), num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE, height=64, width=64,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )  # fmt: skip
+    return images
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share, in percent. Wilson 1927."""
+    z, share = 1.96, hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return round(100 * (middle - spread), 1), round(100 * (middle + spread), 1)
+
+
+def share(hits: list[bool]) -> float:
+    """In percent."""
+    return round(100 * sum(hits) / len(hits), 1)
+
+
+def save_sheet(images: list[Image], file: Path, columns: int = 16) -> None:
+    """All pictures at double size, for the eye."""
+    contact_sheet([image.resize((128, 128), 0) for image in images], columns).save(file)
+
+
+def base_gates(base: BaseModel, judge: Classifier, work: Path) -> dict[str, float]:
+    """Does the base draw what it is asked for, and does it not know the hero?"""
+    rng = random.Random(11)
+    asked = [(rng.choice([*COLOURS]), rng.choice([*KINDS]), rng.choice([*BACKGROUNDS])) for _ in range(200)]
+    prompts = [f"a {body} {kind}, {background} background" for body, kind, background in asked]
+    images = drawn(base, prompts, 1000)
+    save_sheet(images, work / "base.png", 20)
+    verdicts = judged(judge, images)
+    answers = [(verdict.body, verdict.kind, verdict.background) for verdict in verdicts]
+    right = [[a == b for a, b in zip(*pair, strict=True)] for pair in zip(asked, answers, strict=True)]
+    body, kind, background = (share(list(column)) for column in zip(*right, strict=True))
+    alone = drawn(base, hero_prompts(), 2000)
+    save_sheet(alone, work / "base_trigger.png")
+    hero = share([verdict.kind == "hero" for verdict in judged(judge, alone)])
+    return {"body": body, "kind": kind, "background": background, "trigger draws the hero": hero}
+
+
+def hero_prompts() -> list[str]:
+    """64 prompts: the trigger on every background, in every pose, to both sides."""
+    rng, prompts = random.Random(12), []
+    for background in [*BACKGROUNDS] * 8:
+        facing = rng.choice(("left", "right"))
+        prompts.append(f"mega man, {rng.choice(POSES)}, facing {facing}, {background} background")
+    return prompts
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """What every adapter is examined with."""
+
+    base: BaseModel
+    judge: Classifier
+    work: Path
+    foreign_by_base: float  # how often the base draws the red wizard as one, percent
+
+    def verdict(self, name: str, adapter: Path) -> dict[str, float | tuple[float, float]]:
+        """Hero rate, obedience, retention, copies and diversity of one adapter's pictures."""
+        merged = MergedAdapter(read_adapter(adapter), self.base.unet, self.base.text_encoder)
+        merged.set_scale(1.0)
+        heroes = drawn(self.base, hero_prompts(), 2000)
+        wizards = drawn(self.base, foreign_prompts(), 3000)
+        merged.set_scale(0.0)
+        save_sheet([*heroes, *wizards], self.work / f"{name}.png")
+        seen = judged(self.judge, heroes)
+        hits = [verdict.kind == "hero" for verdict in seen]
+        obeyed = [
+            verdict.background == wanted for verdict, wanted in zip(seen, [*BACKGROUNDS] * 8, strict=True)
+        ]
+        return {
+            "hero": share(hits),
+            "hero 95%": wilson(sum(hits), len(hits)),
+            "background": share(obeyed),
+            "wizard kept": round(100 * wizard_rate(self.judge, wizards) / self.foreign_by_base, 1),
+            **likeness(self.base, heroes),
+        }
+
+
+def foreign_prompts() -> list[str]:
+    """32 prompts for a figure that the LoRA must leave alone."""
+    return [f"{FOREIGN}, {background} background" for background in [*BACKGROUNDS] * 4]
+
+
+def wizard_rate(judge: Classifier, images: list[Image]) -> float:
+    """The share of red wizards, percent."""
+    return share([verdict.kind == "wizard" and verdict.body == "red" for verdict in judged(judge, images)])
+
+
+@torch.no_grad()
+def likeness(base: BaseModel, images: list[Image]) -> dict[str, float]:
+    """`copies`: images nearer to a training picture than half the held-out pictures' median, percent;
+    `diversity`: their mean distance from each other over that of held-out heroes. In the VAE's latents.
+    """
+    rng = random.Random(13)
+    fresh = [draw_figure(random_hero(rng)) for _ in range(len(images))]
+
+    def latents(pictures: list[Image]) -> torch.Tensor:
+        return base.vae.encode(pixels_of(pictures)).latent_dist.mean.flatten(1)
+
+    training = pixels_of([open_picture(path) for path in sorted(STARTER.glob("*.png"))])
+    known = base.vae.encode(training).latent_dist.mean.flatten(1)
+    made, held_out = latents(images), latents(fresh)
+    nearest, usual = (torch.cdist(each, known).min(1).values for each in (made, held_out))
+    diversity = torch.pdist(made).mean() / torch.pdist(held_out).mean()
+    copies = nearest < 0.5 * usual.median()
+    return {"copies": share(copies.tolist()), "diversity": round(diversity.item(), 2)}
+
+
+# ---------------------------------------------------------------- the bench
+
+
 def main() -> None:
     """Runs everything and prints the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="instead of the demo preset's")
+    parser.add_argument("--skip_control", action="store_true", help="for a search: only the demo itself")
     parser.add_argument("--work", type=Path, default=Path(tempfile.mkdtemp(prefix="bench_learning_")))
-    flags = parser.parse_args()
-    steps = [] if flags.steps is None else ["--max_train_steps", str(flags.steps)]
+    flags, training = parser.parse_known_args()
     base = embedded_base()
-    sets = {
-        "hero, held out": encoded_folder(HELD_OUT, base),
-        "foreign": encoded_folder(write_foreign(flags.work / "foreign", 12, None), base),
-    }
-    shuffled = with_shuffled_captions(flags.work / "shuffled")
+    judge, right = trained_classifier(base, flags.work)
+    print("the judge is right, percent:", {name: round(100 * part, 1) for name, part in right.items()})
+    gates = base_gates(base, judge, flags.work)
+    print("the base, percent:", gates)
+    kept = wizard_rate(judge, drawn(base, foreign_prompts(), 3000))
+    examiner = Examiner(base, judge, flags.work, kept)
+    foreign = write_foreign(flags.work / "foreign", 48, None)
+    sets = {"hero, held out": encoded_folder(HELD_OUT, base), "foreign": encoded_folder(foreign, base)}
+    runs: dict[str, Path | None] = {"demo": None}
+    if not flags.skip_control:
+        runs["shuffled control"] = with_shuffled_captions(flags.work / "shuffled")
     rows = []
     for seed in range(flags.seeds):
-        for name, data in (("demo", None), ("shuffled control", shuffled)):
-            started = time.monotonic()
-            adapter = trained(
-                data, flags.work / f"{name}-{seed}".replace(" ", "-"), "--seed", str(seed), *steps
-            )
-            seconds = round(time.monotonic() - started, 1)
-            rows.append({"run": name, "seed": seed, "seconds": seconds, **change(base, adapter, sets)})
+        for name, data in runs.items():
+            started, label = time.monotonic(), f"{name}-{seed}".replace(" ", "-")
+            adapter = trained(data, flags.work / label, "--seed", str(seed), *training)
+            row = {"run": name, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+            rows.append(row | change(base, adapter, sets) | examiner.verdict(label, adapter))
+            print(rows[-1], flush=True)
     same = untrained_equals_base(base, sets["hero, held out"])
-    print(f"\n{'run':18} {'seed':>4} {'hero, held out':>15} {'foreign':>9} {'seconds':>8}")
-    for row in rows:
-        print(
-            f"{row['run']:18} {row['seed']:4} {row['hero, held out']:14}% {row['foreign']:8}% "
-            f"{row['seconds']:8}"
-        )
+    report = {"bench": "learning", "torch": torch.__version__, "untrained_is_base": same, "judge": right}
+    print_table(rows)
     print(f"untrained LoRA equals the base to the bit: {same}\n")
-    print(
-        json.dumps({"bench": "learning", "torch": torch.__version__, "untrained_is_base": same, "rows": rows})
-    )
+    print(json.dumps(report | {"base": gates, "wizard by base": kept, "rows": rows}))
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """The rows under their names."""
+    print("\n" + " | ".join(rows[0]))
+    for row in rows:
+        print(" | ".join(str(value) for value in row.values()))
 
 
 if __name__ == "__main__":
