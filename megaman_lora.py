@@ -42,7 +42,7 @@ else:
 adapters, base_models, cache, checkpoints = (
     Lazy(f"megaman.{room}") for room in ("adapters", "base", "cache", "checkpoints")
 )
-pictures, watch = Lazy("megaman.pictures"), Lazy("megaman.watch")
+captions, pictures, watch = (Lazy(f"megaman.{room}") for room in ("captions", "pictures", "watch"))
 
 # ---------------------------------------------------------------- configuration
 
@@ -293,7 +293,7 @@ class MegaManDataset:
                 self.paths.append(path)
             except UserError as error:
                 self.skipped.append(str(error))
-        self.captions = pictures.read_captions(self.paths, self.folder, trigger)
+        self.captions = captions.read_captions(self.paths, self.folder, trigger)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -654,10 +654,10 @@ def set_up(cfg: TrainConfig) -> Run:
 
     base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
     check_resolution(cfg, base)
-    captions = [caption.text for caption in dataset.captions]
+    texts = [caption.text for caption in dataset.captions]
     classes = cfg.preserve_class if cfg.preserve_weight else []
-    class_captions = [pictures.renamed(captions, cfg.trigger, name) for name in classes]
-    encoded = cache.encode((example.pixels for example in dataset), captions, base, class_captions)
+    class_captions = [captions.renamed(texts, cfg.trigger, name) for name in classes]
+    encoded = cache.encode((example.pixels for example in dataset), texts, base, class_captions)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
 
