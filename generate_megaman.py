@@ -42,6 +42,7 @@ merge, pages, records = Lazy("megaman.merge"), Lazy("megaman.pages"), Lazy("mega
 
 TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
 LARGEST_SEED = 2**63  # torch takes no more
+NEGATIVE = "blurry, low quality, distorted, deformed"
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
 BUILT_IN_PROMPTS = (
     "mega man, standing, facing right, sky background",
@@ -87,7 +88,9 @@ class PromptFlags:
         "a prompt a line; # comments; per line --n negative --w width --h height --d seed --s steps --l "
         "guidance",
     )
-    negative_prompt: str = _flag("blurry, low quality, distorted, deformed", "what to keep away from")
+    negative_prompt: str | None = _flag(
+        None, f'what to keep away from; "{NEGATIVE}" if not given, nothing with the embedded base'
+    )
     num_images_per_prompt: int = _flag(1, "pictures a prompt; their seeds count up from --seed")
     seed: int = _flag(42, "seed of each prompt's first picture; 0 is a seed")
 
@@ -209,12 +212,16 @@ def _parse_line(line: str, where: str) -> Prompt:
     return prompt.strip(), settings
 
 
-def settled(cfg: GenerateConfig, adapter: Adapter, native_resolution: int) -> GenerateConfig:
-    """The configuration with size and guidance decided: where the user is silent, those of the training."""
+def settled(cfg: GenerateConfig, adapter: Adapter, base: BaseModel) -> GenerateConfig:
+    """The configuration with size, guidance and negative prompt decided: where the user is silent, those of
+    the training. The embedded base knows no words like "blurry": they would only disturb it.
+    """
     known = adapter.metadata
-    side = known.get("resolution", native_resolution)
+    side = known.get("resolution", base.native_resolution)
+    usual = "" if base.name == base_models.EMBEDDED else NEGATIVE
     return replace(
         cfg,
+        negative_prompt=usual if cfg.negative_prompt is None else cfg.negative_prompt,
         width=side if cfg.width is None else cfg.width,
         height=side if cfg.height is None else cfg.height,
         guidance_scale=known.get("guidance_scale", GUIDANCE)
@@ -387,7 +394,7 @@ def generate(cfg: GenerateConfig) -> Path:
         "precision": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
-    cfg = settled(cfg, adapter, base.native_resolution)
+    cfg = settled(cfg, adapter, base)
     jobs = make_jobs(cfg, prompts)
     check_jobs(jobs, base)
     note_long_prompts(jobs, base)

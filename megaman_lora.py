@@ -11,13 +11,13 @@ noise, the timestep and the dropped caption; the learning rate is a function of 
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ from megaman import errors, files
 from megaman.errors import UserError, say
 from megaman.flags import parse_flags
 from megaman.lazy import Lazy
+from megaman.stream import Place, Stream, generator_of, shares_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +36,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from megaman.base import BaseModel
-    from megaman.cache import Encoded
+    from megaman.cache import Encoded, Store
+    from megaman.report import Report
     from megaman.watch import Watch
 else:
     torch, accelerate, peft = Lazy("torch"), Lazy("accelerate"), Lazy("peft")
-adapters, base_models, cache, checkpoints = (
-    Lazy(f"megaman.{room}") for room in ("adapters", "base", "cache", "checkpoints")
+adapters, base_models, buckets, cache, captions = (
+    Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions")
 )
-captions, pictures, watch = (Lazy(f"megaman.{room}") for room in ("captions", "pictures", "watch"))
+checkpoints, pictures, report, survey, watch = (
+    Lazy(f"megaman.{room}") for room in ("checkpoints", "pictures", "report", "survey", "watch")
+)
 
 # ---------------------------------------------------------------- configuration
 
@@ -55,14 +59,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mixed_precision": "no",
         "lora_rank": 16,
         "lora_alpha": 32,
-        "learning_rate": 8e-4,
+        "learning_rate": 1.2e-3,
         "caption_dropout": 0.1,
-        "train_batch_size": 4,
+        "preserve_weight": 4.0,
+        "train_batch_size": 8,
         "gradient_accumulation_steps": 1,
-        "max_train_steps": 800,
+        "max_train_steps": 400,
         "save_steps": 200,
         "validation_steps": 200,
-        "validation_guidance_scale": 4.0,
+        "validation_guidance_scale": 4.5,
         "validation_prompt": [
             "mega man, standing, facing right, sky background",
             "mega man, running, facing left, sand background",
@@ -95,10 +100,20 @@ class DataFlags:
     data_dir: str = _flag("./megaman_images", "folder of pictures and .txt captions")
     output_dir: str = _flag("./megaman_lora_output", "where everything goes")
     resolution: int = _flag(512, "side of the training square in pixels")
+    crop: Literal["bucket", "center", "random"] = _flag(
+        "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
+    )
+    flip: bool = _flag(False, "also show pictures mirrored; not for a character whose sides differ")
     trigger: str = _flag(
         "mega man", "word that calls the character; begins every caption made from a file name"
     )
     caption_dropout: float = _flag(0.05, "share of examples that train with the empty caption")
+    shuffle_tags: bool = _flag(False, "vary the order of a caption's comma-separated tags")
+    keep_tags: int = _flag(1, "tags at the front that --shuffle_tags leaves in place")
+    cache_dir: str | None = _flag(
+        None, "where latents and text embeddings are kept between runs; the user's cache folder if not given"
+    )
+    strict: bool = _flag(False, "a file that must be skipped is an error")
 
 
 @dataclass(frozen=True)
@@ -165,6 +180,7 @@ class RunFlags:
     validation_guidance_scale: float = _flag(7.5, "guidance of the sample pictures; generation takes it over")
     report_to: Literal["tensorboard", "none"] = _flag("tensorboard", "where to log besides metrics.jsonl")
     logging_dir: str | None = _flag(None, "TensorBoard's folder; OUTPUT/logs if not given")
+    dry_run: bool = _flag(False, "show what would be trained on, as dataset.html too, and stop")
     preset: Literal["demo", "starter", "quality", "pro"] | None = field(
         default=None, metadata={"help": "a whole configuration; flags override it"}
     )
@@ -194,6 +210,10 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
         for name in ("weight_decay", "snr_gamma", "preserve_weight", "seed", "validation_guidance_scale"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
+        _require(self.keep_tags >= 0, "keep_tags", self.keep_tags, "0 or more")
+        _require(
+            self.shuffle_tags or self.keep_tags == 1, "keep_tags", self.keep_tags, "given with --shuffle_tags"
+        )
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
         _require(
             self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
@@ -236,11 +256,11 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     return TrainConfig(**values), chosen
 
 
-def plan(cfg: TrainConfig, picture_count: int, processes: int) -> TrainConfig:
+def plan(cfg: TrainConfig, steps_an_epoch: int) -> TrainConfig:
     """The configuration with everything that was left open decided: steps from epochs, the warm-up."""
     steps = cfg.max_train_steps
     if cfg.num_train_epochs is not None:
-        steps = math.ceil(cfg.num_train_epochs * picture_count / pictures_a_step(cfg, processes))
+        steps = cfg.num_train_epochs * steps_an_epoch
     warmup = round(0.05 * steps) if cfg.lr_warmup_steps is None else cfg.lr_warmup_steps
     return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup)
 
@@ -266,6 +286,9 @@ class Example:
     ids: Tensor | None
 
 
+VARIANTS = 4  # of a picture's random crop and of its shuffled caption: encoded once, drawn per position
+
+
 class MegaManDataset:
     """The pictures and captions of a folder.
 
@@ -276,84 +299,68 @@ class MegaManDataset:
         self,
         data_dir: str | Path,
         tokenizer: CLIPTokenizer | None,
-        resolution: int = 512,
-        trigger: str = "mega man",
+        settings: DataFlags | None = None,
+        *,
+        cell_px: int = 64,
+        seed: int = 42,
+        store: Store | None = None,
     ) -> None:
-        """Looks at every file once.
+        """Looks at every file once. cell_px: the sides of all training sizes are multiples of it.
 
-        Unreadable pictures go to `skipped`; UserError (exit 3) on a missing folder or unreadable
-        captions.
+        Unreadable pictures go to `skipped`; UserError (exit 3) on a missing folder or unreadable captions.
         """
-        self.folder, self.tokenizer, self.resolution = Path(data_dir), tokenizer, resolution
-        self.paths: list[Path] = []
-        self.skipped: list[str] = []
-        for path in pictures.find_pictures(self.folder):
-            try:
-                pictures.load_image(path)
-                self.paths.append(path)
-            except UserError as error:
-                self.skipped.append(str(error))
-        self.captions = captions.read_captions(self.paths, self.folder, trigger)
+        self.folder, self.tokenizer, self.seed = Path(data_dir), tokenizer, seed
+        self.settings = settings or DataFlags()
+        self.facts, self.skipped = survey.survey(self.folder, store or cache.Store(None))
+        self.paths = [fact.path for fact in self.facts]
+        self.captions = captions.read_captions(self.paths, self.folder, self.settings.trigger)
+        self.repeats = [captions.repeats_of(path, self.folder) for path in self.paths]
+        offered = buckets.buckets_of(self.settings.resolution, cell_px, self.settings.crop)
+        self.buckets = [buckets.bucket_for(fact.size, offered) for fact in self.facts]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
         caption = self.captions[index].text
-        pixels = pictures.fit_center(pictures.load_image(self.paths[index]), self.resolution)
-        return Example(
-            self.paths[index], caption, pixels, None if self.tokenizer is None else self._ids(caption)
-        )
+        ids = None if self.tokenizer is None else self._ids(caption)
+        return Example(self.paths[index], caption, self.views(index)[0].pixels(), ids)
 
     def _ids(self, caption: str) -> Tensor:
         kwargs = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
         return self.tokenizer(caption, return_tensors="pt", **kwargs).input_ids[0]
 
-    def describe(self, trigger: str) -> list[str]:
-        """What the user should know before anything costs time, a line each."""
-        derived = sum(caption.source == "name" for caption in self.captions)
-        lines = [
-            f"pictures: {len(self)} in {self.folder}, {len(self) - derived} captions from files, "
-            f"{derived} from names"
-        ]
-        lines += [f"skipped: {reason}" for reason in self.skipped]
-        lacking = [
-            path.name
-            for path, caption in zip(self.paths, self.captions, strict=True)
-            if trigger.lower() not in caption.text.lower()
-        ]
-        if lacking:
-            lines.append(
-                f"note: {len(lacking)} captions lack the trigger {trigger!r} (the first: {lacking[0]}); "
-                "those pictures teach it nothing"
-            )
-        return lines
+    def views(self, index: int) -> list[cache.View]:
+        """The ways in which a picture is shown: crops where they are random, mirrored or not."""
+        random_crop = self.settings.crop == "random"
+        count = VARIANTS if random_crop else 1 + self.settings.flip
+        return [self._view(index, variant, random_crop=random_crop) for variant in range(count)]
+
+    def _view(self, index: int, variant: int, *, random_crop: bool) -> cache.View:
+        fact, bucket = self.facts[index], self.buckets[index]
+        mirrored, at = self.settings.flip and variant % 2 == 1, buckets.CENTRE
+        if random_crop:
+            at = tuple(torch.rand(2, generator=generator_of(self.seed, fact.digest, variant)).tolist())
+
+        def pixels() -> Tensor:
+            return buckets.fitted(pictures.load_image(fact.path), bucket, at, mirrored=mirrored)
+
+        return cache.View(cache.key_of(fact.digest, bucket, at, mirrored), pixels, str(fact.path))
+
+    def texts(self, index: int) -> list[str]:
+        """The wordings of a picture's caption: several where its tags are shuffled."""
+        text, rng = self.captions[index].text, random.Random(f"{self.seed}/{self.facts[index].digest}")
+        if not self.settings.shuffle_tags:
+            return [text]
+        return captions.variants(text, VARIANTS, keep_tags=self.settings.keep_tags, rng=rng)
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> list[int]:
-    return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).tolist()
-
-
-def index_at(position: int, count: int, seed: int) -> int:
-    """Which of `count` examples stands at a position of the endless stream: every epoch holds each once,
-    in an order of its own.
-    """
-    return _order(seed, position // count, count)[position % count]
-
-
-def positions_of(step: int, micro_batch: int, rank: int, processes: int, cfg: TrainConfig) -> range:
-    """The positions of one process's micro-batch: ranks cut one batch between them, so two processes are
-    one with twice the batch.
-    """
-    start = step * pictures_a_step(cfg, processes) + (micro_batch * processes + rank) * cfg.train_batch_size
-    return range(start, start + cfg.train_batch_size)
-
-
-def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:
-    """Randomness as a function of its place: the same on every device and after every resume."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+def stream_of(dataset: MegaManDataset, step_size: int) -> Stream:
+    """The dataset's stream."""
+    members: dict[buckets.Bucket, list[int]] = {}
+    for index, (bucket, repeats) in enumerate(zip(dataset.buckets, dataset.repeats, strict=True)):
+        members.setdefault(bucket, []).extend([index] * repeats)
+    return Stream(tuple(tuple(members[bucket]) for bucket in sorted(members)), step_size, dataset.seed)
 
 
 # ---------------------------------------------------------------- LoRA injection
@@ -381,53 +388,56 @@ def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.P
 
 # ---------------------------------------------------------------- objective
 
-EMPTY_CLASS_SHARE = 0.1  # of what is preserved: the empty caption, which guidance starts from
+PRESERVE_EVERY = 4  # one example in four is also asked for the class: enough to hold it, and half as slow
 
 
 @dataclass(frozen=True)
 class Draw:
     """The inputs of one micro-batch, on the training device.
 
-    latents, noise (B,C,h,w); timesteps (B,); text (B,L,D); class_text (B,L,D) or None: the states of captions
-    that name the class instead of the character.
+    latents, noise (B,C,h,w); timesteps (B,); text (B,L,D); class_text (K,L,D): the states of captions that
+    name the class instead of the character, for the examples class_of (K,); K may be 0.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     text: Tensor
-    class_text: Tensor | None = None
+    class_text: Tensor
+    class_of: Tensor
 
 
 def draw_inputs(
-    positions: Sequence[int], encoded: Encoded, cfg: TrainConfig, scheduler: DDPMScheduler
+    places: Sequence[Place], encoded: Encoded, cfg: TrainConfig, scheduler: DDPMScheduler
 ) -> Draw:
-    """What stands at these positions: the picture's latents sampled anew from its posterior, noise,
-    timestep, caption or no caption.
+    """What stands at these places: a view of the picture, its latents sampled anew from their posterior,
+    noise, timestep, a wording of the caption or no caption.
     """
-    shape, device = encoded.means.shape[1:], encoded.means.device
-    indices, spreads, noises, timesteps, text_rows, class_rows = [], [], [], [], [], []
-    for position in positions:
+    latents, noises, timesteps, text_rows, class_rows = [], [], [], [], {}
+    for position, index in places:
         generator = generator_of(cfg.seed, "example", position)
-        index = index_at(position, len(encoded), cfg.seed)
-        indices.append(index)
-        spreads.append(torch.randn(shape, generator=generator))
+
+        def one_of(rows: list[int], generator: torch.Generator = generator) -> int:
+            return rows[torch.randint(0, len(rows), (), generator=generator).item()]
+
+        shape = encoded.shape_of(index)
+        spread = torch.randn(shape, generator=generator)
         noises.append(torch.randn(shape, generator=generator))
         timesteps.append(torch.randint(0, scheduler.config.num_train_timesteps, (), generator=generator))
         dropped = torch.rand((), generator=generator).item() < cfg.caption_dropout
-        text_rows.append(0 if dropped else int(encoded.text_rows[index]))
-        if cfg.preserve_weight:
-            choice = torch.randint(0, len(cfg.preserve_class), (), generator=generator).item()
-            silent = torch.rand((), generator=generator).item() < EMPTY_CLASS_SHARE
-            class_rows.append(0 if silent else int(encoded.class_rows[index, choice]))
-    rows = encoded.picture_rows[indices]
-    latents = encoded.means[rows] + encoded.stds[rows] * torch.stack(spreads).to(device)
+        view, text = one_of(encoded.view_rows[index]), one_of(encoded.text_rows[index])
+        latents.append(encoded.means[view] + encoded.stds[view] * spread.to(encoded.text.device))
+        text_rows.append(0 if dropped else text)
+        if cfg.preserve_weight and position % PRESERVE_EVERY == 0:
+            class_rows[len(latents) - 1] = one_of(encoded.class_rows[index])
+    device = encoded.text.device
     return Draw(
-        latents,
+        torch.stack(latents),
         torch.stack(noises).to(device),
         torch.stack(timesteps).to(device),
         encoded.text[text_rows],
-        encoded.text[class_rows] if class_rows else None,
+        encoded.text[list(class_rows.values())],
+        torch.tensor(list(class_rows), dtype=torch.long, device=device),
     )
 
 
@@ -442,22 +452,33 @@ def denoising_losses(unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler
 def preserving_losses(
     unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, snr_gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """The same errors (B,), and how far the UNet strays from the base where captions name the class, (B,).
+    """The same errors (B,), and how far the UNet strays from the base where captions name the class, (K,).
 
-    Both from one pass of 2B examples: the same noisy latents under both captions. What the class looks like
-    is asked of the base itself, with the adapter switched off, so no pictures of it are needed.
+    Both from one pass of B + K examples: the same noisy latents under both captions. What the class looks
+    like is asked of the base itself, with the adapter switched off, so no pictures of it are needed.
     """
     noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
+    class_noisy, class_timesteps = noisy[draw.class_of], draw.timesteps[draw.class_of]
     plain = accelerate.utils.extract_model_from_parallel(unet)
     plain.disable_adapters()
     with torch.no_grad():
-        kept = _predicted(plain, noisy, draw.timesteps, draw.class_text)
+        kept = _predicted(plain, class_noisy, class_timesteps, draw.class_text)
     plain.enable_adapters()
-    text, timesteps = torch.cat([draw.text, draw.class_text]), torch.cat([draw.timesteps] * 2)
-    predicted = _predicted(unet, torch.cat([noisy] * 2), timesteps, text)
+    text, timesteps = torch.cat([draw.text, draw.class_text]), torch.cat([draw.timesteps, class_timesteps])
+    predicted = _predicted(unet, torch.cat([noisy, class_noisy]), timesteps, text)
     errors = (predicted - torch.cat([_target(draw, scheduler), kept])).square().mean(dim=(1, 2, 3))
-    own, strayed = (errors * min_snr_weights(timesteps, scheduler, snr_gamma)).chunk(2)
-    return own, strayed
+    errors = errors * min_snr_weights(timesteps, scheduler, snr_gamma)
+    return errors[: len(noisy)], errors[len(noisy) :]
+
+
+def losses_of(
+    unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, cfg: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """What is minimised: the errors (B,), and how far the class strays, (K,); K may be 0."""
+    if len(draw.class_of):
+        return preserving_losses(unet, draw, scheduler, cfg.snr_gamma)
+    losses = denoising_losses(unet, draw, scheduler, cfg.snr_gamma)
+    return losses, losses[:0]
 
 
 def _predicted(unet: torch.nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -506,7 +527,7 @@ SAMPLE_STEPS = 20  # of the preview pictures
 SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
 
 
-def new_accelerator(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> Accelerator:
+def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     """accelerate's view of this process.
 
     Only fp16 asks anything of it: a gradient scaler. The base is in half precision already, so no
@@ -518,7 +539,6 @@ def new_accelerator(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) 
     AcceleratorState._reset_state()  # a program may train twice, in another precision
     return accelerate.Accelerator(
         mixed_precision="fp16" if dtype == torch.float16 else "no",
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         cpu=device.type == "cpu",
         kwargs_handlers=[AutocastKwargs(enabled=False)],
     )
@@ -562,37 +582,72 @@ def every(step: int, interval: int, total: int) -> bool:
 
 
 def open_dataset(cfg: TrainConfig) -> MegaManDataset:
-    """The pictures to train on. UserError (exit 3) if there are none."""
-    dataset = MegaManDataset(cfg.data_dir, None, cfg.resolution, cfg.trigger)
+    """The pictures to train on. UserError (exit 3) if there are none, or if one is skipped under --strict."""
+    folder = Path(cfg.cache_dir) if cfg.cache_dir else cache.default_folder()
+    cell_px = base_models.cell_of(cfg.pretrained_model_name)
+    tokenizer = base_models.tokenizer_of(cfg.pretrained_model_name)
+    store = cache.Store(folder)
+    dataset = MegaManDataset(cfg.data_dir, tokenizer, cfg, cell_px=cell_px, seed=cfg.seed, store=store)
+    reasons = "".join(f"\n  {file.path}: {file.reason}" for file in dataset.skipped)
     if len(dataset) == 0:
-        reasons = "".join(f"\n  {reason}" for reason in dataset.skipped)
         raise UserError(
             f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset "
             f"demo.{reasons}",
             errors.DATA,
         )
+    if cfg.strict and dataset.skipped:
+        raise UserError(f"{cfg.data_dir}: --strict, and these files can't be used:{reasons}", errors.DATA)
     return dataset
 
 
-def describe_plan(cfg: TrainConfig, picture_count: int, processes: int) -> str:
+def report_of(dataset: MegaManDataset) -> Report:
+    """What the user should know of the dataset."""
+    rows = [
+        report.Row(
+            path.relative_to(dataset.folder).as_posix(),
+            dataset.facts[i],
+            dataset.captions[i],
+            dataset.buckets[i],
+            dataset.repeats[i],
+            len(dataset.tokenizer(dataset.captions[i].text).input_ids) - 2,
+        )
+        for i, path in enumerate(dataset.paths)
+    ]
+    return report.Report(dataset.folder, dataset.settings.trigger, rows, dataset.skipped)
+
+
+def describe_plan(cfg: TrainConfig, stream: Stream) -> str:
     """The arithmetic of the run, in a line."""
-    batch = pictures_a_step(cfg, processes)
     return (
-        f"plan: {cfg.max_train_steps} steps of {batch} pictures = "
-        f"{cfg.max_train_steps * batch / picture_count:.1f} epochs; rank {cfg.lora_rank}, alpha "
-        f"{cfg.lora_alpha:g}, learning rate {cfg.learning_rate:g}"
+        f"plan: {cfg.max_train_steps} steps of {stream.step_size} pictures = "
+        f"{cfg.max_train_steps / stream.steps_an_epoch:.1f} epochs of {len(stream)}; rank {cfg.lora_rank}, "
+        f"alpha {cfg.lora_alpha:g}, learning rate {cfg.learning_rate:g}"
     )
 
 
-def check_resolution(cfg: TrainConfig, base: BaseModel) -> None:
+def check_sizes(dataset: MegaManDataset, base: BaseModel) -> None:
     """UserError (exit 2) unless the UNet can halve the latents as often as it must."""
-    cell = base.stride * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    if cfg.resolution % cell:
+    cell, resolution = base.cell_px, dataset.settings.resolution
+    if resolution % cell or any(b.width % cell or b.height % cell for b in dataset.buckets):
         raise UserError(
-            f"--resolution {cfg.resolution}: {base.name} needs a multiple of {cell}; "
-            f"{max(cell, cfg.resolution // cell * cell)} is near",
+            f"--resolution {resolution}: {base.name} needs a multiple of {cell}; "
+            f"{max(cell, resolution // cell * cell)} is near",
             errors.USAGE,
         )
+
+
+def encode(cfg: TrainConfig, dataset: MegaManDataset, base: BaseModel) -> Encoded:
+    """The dataset in the base's terms, from the cache where it was encoded before."""
+    store = cache.Store(Path(cfg.cache_dir) if cfg.cache_dir else cache.default_folder())
+    views = [dataset.views(index) for index in range(len(dataset))]
+    texts = [dataset.texts(index) for index in range(len(dataset))]
+    classes = cfg.preserve_class if cfg.preserve_weight else []
+    plain = [caption.text for caption in dataset.captions]
+    named = [captions.renamed(plain, cfg.trigger, name) for name in classes]
+    encoded = cache.encode(views, texts, base, store, list(zip(*named, strict=True)))
+    say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
+    store.prune()
+    return encoded
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
@@ -614,11 +669,11 @@ def count_skips(skips: int, skipped: bool, step: int) -> int:
     return skips
 
 
-def new_watch(cfg: TrainConfig, processes: int, *, enabled: bool) -> Watch:
+def new_watch(cfg: TrainConfig, stream: Stream, *, enabled: bool) -> Watch:
     """The run's metrics and samples; silent in all processes but the first."""
     output = Path(cfg.output_dir)
     logging_dir = Path(cfg.logging_dir or output / "logs") if cfg.report_to == "tensorboard" else None
-    pictures_each = pictures_a_step(cfg, processes)
+    pictures_each = len(stream) / stream.steps_an_epoch
     return watch.Watch(output, cfg.max_train_steps, pictures_each, logging_dir=logging_dir, enabled=enabled)
 
 
@@ -629,6 +684,7 @@ class Run:
     cfg: TrainConfig  # with everything decided
     accelerator: Accelerator
     base: BaseModel  # its UNet carries the adapter
+    stream: Stream
     encoded: Encoded
     validation_text: Tensor  # (1+P,L,D): the empty caption's states, then the validation prompts'
     unet: torch.nn.Module  # base.unet as accelerate has prepared it
@@ -643,21 +699,20 @@ def set_up(cfg: TrainConfig) -> Run:
     """Everything before the first step, what is quick and may fail before what is slow."""
     device = base_models.pick_device()
     dtype = base_models.pick_dtype(cfg.mixed_precision, device)
-    accelerator = new_accelerator(cfg, device, dtype)
+    accelerator = new_accelerator(device, dtype)
     processes, output = accelerator.num_processes, Path(cfg.output_dir)
 
     dataset = open_dataset(cfg)
-    cfg = plan(cfg, len(dataset), processes)
-    for line in [*dataset.describe(cfg.trigger), describe_plan(cfg, len(dataset), processes)]:
+    stream = stream_of(dataset, pictures_a_step(cfg, processes))
+    cfg, told = plan(cfg, stream.steps_an_epoch), report_of(dataset)
+    for line in [*told.lines(), describe_plan(cfg, stream)]:
         say(line)
     files.check_output(output, RECORD, Path(cfg.data_dir))
 
     base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
-    check_resolution(cfg, base)
-    texts = [caption.text for caption in dataset.captions]
-    classes = cfg.preserve_class if cfg.preserve_weight else []
-    class_captions = [captions.renamed(texts, cfg.trigger, name) for name in classes]
-    encoded = cache.encode((example.pixels for example in dataset), texts, base, class_captions)
+    check_sizes(dataset, base)
+    with accelerator.main_process_first():  # the others then find everything in the cache
+        encoded = encode(cfg, dataset, base)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
 
@@ -672,11 +727,13 @@ def set_up(cfg: TrainConfig) -> Run:
 
     if accelerator.is_main_process:
         prepare_output(cfg)
-    watcher = new_watch(cfg, processes, enabled=accelerator.is_main_process)
+        told.write(output)
+    watcher = new_watch(cfg, stream, enabled=accelerator.is_main_process)
     about = describe_run(cfg, base)
     return Run(
-        cfg, accelerator, base, encoded, validation_text, unet, trainable, optimizer, watcher, output, about
-    )
+        cfg, accelerator, base, stream, encoded, validation_text, unet, trainable, optimizer, watcher, output,
+        about,
+    )  # fmt: skip
 
 
 def save_state(run: Run, step: int) -> None:
@@ -737,23 +794,19 @@ def train(cfg: TrainConfig) -> Path:
     skips = 0
     for step in range(cfg.max_train_steps):
         rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
-        step_losses = []
-        for micro_batch in range(cfg.gradient_accumulation_steps):
-            with accelerator.accumulate(unet):
-                positions = positions_of(step, micro_batch, rank, processes, cfg)
-                draw = draw_inputs(positions, run.encoded, cfg, scheduler)
-                if cfg.preserve_weight:
-                    losses, strayed = preserving_losses(unet, draw, scheduler, cfg.snr_gamma)
-                    accelerator.backward(losses.mean() + cfg.preserve_weight * strayed.mean())
-                else:
-                    losses = denoising_losses(unet, draw, scheduler, cfg.snr_gamma)
-                    accelerator.backward(losses.mean())
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
-                run.optimizer.step()
-                run.optimizer.zero_grad()
-            step_losses.append(losses.detach().mean())
-        loss = accelerator.reduce(torch.stack(step_losses).mean(), "mean")
+        places, sums = run.stream.at(step), []
+        shares = shares_of(places, rank, processes, cfg.train_batch_size)
+        for number, share in enumerate(shares, 1):
+            with contextlib.nullcontext() if number == len(shares) else accelerator.no_sync(unet):
+                draw = draw_inputs(share or places[:1], run.encoded, cfg, scheduler)
+                weight = processes / run.stream.step_size if share else 0.0  # a short step weighs by its size
+                losses, strayed = losses_of(unet, draw, scheduler, cfg)
+                accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
+            sums.append(losses.detach().sum() * bool(share))
+        grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        loss = accelerator.reduce(torch.stack(sums).sum(), "sum") / len(places)
         skips = count_skips(skips, accelerator.optimizer_step_was_skipped, step)
         run.watch.record(step, loss, grad_norm, rate)
 
@@ -788,12 +841,28 @@ def first_contact(cfg: TrainConfig, chosen: set[str]) -> bool:
     return True
 
 
+def show_dataset(cfg: TrainConfig) -> None:
+    """--dry_run: the report, on the terminal and as a page."""
+    dataset, output = open_dataset(cfg), Path(cfg.output_dir)
+    stream, told = stream_of(dataset, pictures_a_step(cfg, 1)), report_of(dataset)
+    for line in [*told.lines(), describe_plan(plan(cfg, stream.steps_an_epoch), stream)]:
+        say(line)
+    files.check_output(output, RECORD, Path(cfg.data_dir))
+    say(f"dry run: nothing was trained. {told.write(output)} shows every picture and its caption")
+    if told.offer_captions(output / "captions"):
+        say(
+            f"captions made from names lie in {output / 'captions'}: edit them and copy them to your pictures"
+        )
+
+
 def main() -> None:
     """The command line."""
     base_models.quiet_libraries()
     cfg, chosen = read_config(sys.argv[1:])
     if first_contact(cfg, chosen):
         return
+    if cfg.dry_run:
+        return show_dataset(cfg)
     weights = train(cfg)
     say(f"done: {weights} (PEFT), {weights / 'megaman_lora.safetensors'} (A1111, Forge, ComfyUI, kohya)")
     say(

@@ -3,7 +3,9 @@
 Knows diffusers.
 """
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
 import warnings
@@ -44,6 +46,11 @@ class BaseModel:
     def stride(self) -> int:
         """Pixels a latent cell: 8 for Stable Diffusion 1.5."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def cell_px(self) -> int:
+        """The sides of a picture must be multiples of it: the UNet halves the latents so often."""
+        return self.stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def digest(self) -> str:
@@ -187,6 +194,45 @@ def is_local(name: str) -> bool:
     path = Path(name).expanduser()
     written_as_path = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
     return path.exists() or written_as_path or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+
+
+def cell_of(name: str) -> int:
+    """A base's cell_px before it is loaded; Stable Diffusion's 64 where its configuration is not at hand."""
+    try:
+        halvings = [
+            len(json.loads(_at_hand(name, f"{part}/config.json").read_bytes())["block_out_channels"]) - 1
+            for part in ("vae", "unet")
+        ]
+    except (OSError, ValueError, KeyError):
+        return 64
+    return 2 ** sum(halvings)
+
+
+def tokenizer_of(name: str) -> "CLIPTokenizer":
+    """A base's tokenizer before it is loaded; the embedded base's, cut from the same table, where it is not
+    at hand.
+    """
+    from transformers import CLIPTokenizer
+
+    for file in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
+        with contextlib.suppress(OSError, ValueError):
+            return CLIPTokenizer.from_pretrained(_at_hand(name, file).parent)
+    return CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
+
+
+def _at_hand(name: str, file: str) -> Path:
+    """A file of a base that lies on this disk. FileNotFoundError if it doesn't."""
+    if canonical_name(name) == EMBEDDED:
+        return EMBEDDED_FOLDER / file
+    if is_local(name):
+        found = Path(name).expanduser() / file
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(MOVED.get(name, name), file)
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        raise FileNotFoundError(file)
+    return Path(found)
 
 
 def load_base(name: str, *, device: "torch.device", dtype: "torch.dtype") -> BaseModel:

@@ -1,97 +1,249 @@
-"""Latents and text embeddings, made once.
+"""What has been worked out once: facts about pictures, latents, text embeddings.
 
-A picture or caption that occurs twice is encoded once: the key is the content.
+Everything is found by its content (the picture's bytes, the recipe, the model's weights), so nothing can be
+stale; a file that is torn or damaged is made anew; any number of processes may share the folder.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from megaman.base import BaseModel
+from megaman import files
 from megaman.errors import NUMBERS, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megaman.base import BaseModel
+
+LIMIT_BYTES = 4 * 2**30  # the least recently used entries go when the folder is larger
+CHECKSUM = "sha256"
+
+
+def default_folder() -> Path:
+    """`megaman_lora` in the user's cache folder, by the platform's convention."""
+    home = Path.home()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "megaman_lora" / "Cache"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "megaman_lora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "megaman_lora"
+
+
+def key_of(*parts: object) -> str:
+    """The key of what follows from these parts alone: numbers, texts, bytes, digests."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+class Store:
+    """The cache folder. Without one, nothing is remembered."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.hits = self.misses = 0
+
+    def facts(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns (JSON's types), made only if it is not there yet."""
+
+        def read(path: Path) -> Any:
+            entry = json.loads(path.read_bytes())
+            if entry[CHECKSUM] != key_of(json.dumps(entry["facts"])):
+                raise ValueError("damaged")
+            return entry["facts"]
+
+        def write(path: Path, facts: Any) -> None:
+            files.write_text(path, json.dumps({"facts": facts, CHECKSUM: key_of(json.dumps(facts))}))
+
+        return self._remembered(f"{key}.json", make, read, write)
+
+    def tensors(self, key: str, make: Callable[[], "dict[str, Tensor]"]) -> "dict[str, Tensor]":
+        """What `make` returns, made only if it is not there yet. On the CPU."""
+        from safetensors import safe_open
+
+        def read(path: Path) -> "dict[str, Tensor]":
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors):
+                    raise ValueError("damaged")
+            return tensors
+
+        def write(path: Path, tensors: "dict[str, Tensor]") -> None:
+            files.save_tensors(tensors, path, {CHECKSUM: _checksum(tensors)})
+
+        return self._remembered(f"{key}.safetensors", make, read, write)
+
+    def _remembered(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        read: Callable[[Path], Any],
+        write: Callable[[Path, Any], None],
+    ) -> Any:
+        if self.folder is None:
+            return make()
+        path = self.folder / name[:2] / name
+        try:
+            found = read(path)
+            os.utime(path)  # what is used stays longest
+            self.hits += 1
+            return found
+        except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain
+            pass
+        self.misses += 1
+        made = make()
+        try:
+            write(path, made)
+        except OSError:  # a full or read-only cache folder costs time, never the run
+            self.folder = None
+        return made
+
+    def prune(self, limit_bytes: int = LIMIT_BYTES) -> int:
+        """Deletes the least recently used entries beyond the limit; returns how many."""
+        if self.folder is None or not self.folder.is_dir():
+            return 0
+        entries = []
+        for path in self.folder.glob("??/*"):
+            try:
+                entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            except OSError:  # another process was quicker
+                continue
+        kept = deleted = 0
+        for _, size, path in sorted(entries, reverse=True):
+            kept += size
+            if kept > limit_bytes:
+                path.unlink(missing_ok=True)
+                deleted += 1
+        return deleted
+
+
+def _checksum(tensors: "Mapping[str, Tensor]") -> str:
+    parts = [
+        part for name in sorted(tensors) for part in (name, tensors[name].contiguous().numpy().tobytes())
+    ]
+    return key_of(*parts)
+
+
+# ---------------------------------------------------------------- encoded data
+
+
+@dataclass(frozen=True)
+class View:
+    """One way in which a picture is seen: where its pixels come from, and what decides them."""
+
+    key: str
+    pixels: "Callable[[], Tensor]"  # (3,H,W) in [-1, 1]
+    label: str  # for an error's line
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What training needs of N pictures and captions, all on the training device.
+    """What training needs of N pictures and their captions, all on the training device.
 
-    means, stds (P,C,h,w) float32: the VAE's posterior, already scaled; text (T,L,D): hidden states, row 0 of
-    the empty caption; picture_rows, text_rows (N,): where each example's are; class_rows (N,K): where its
-    captions are that name something else instead of the character.
+    means, stds: the VAE's posterior of each view, (C,h,w) float32, already scaled; text (T,L,D): hidden
+    states, row 0 of the empty caption; view_rows, text_rows, class_rows: for each of the N, the rows of its
+    views, of its caption's variants, and of its captions that name something else instead of the character.
     """
 
-    means: Tensor
-    stds: Tensor
-    text: Tensor
-    picture_rows: Tensor
-    text_rows: Tensor
-    class_rows: Tensor
+    means: "list[Tensor]"
+    stds: "list[Tensor]"
+    text: "Tensor"
+    view_rows: list[list[int]]
+    text_rows: list[list[int]]
+    class_rows: list[list[int]]
 
     def __len__(self) -> int:
-        return len(self.picture_rows)
+        return len(self.view_rows)
+
+    def shape_of(self, index: int) -> "torch.Size":
+        """The latents' shape (C,h,w) of one of the N: the same for all its views."""
+        return self.means[self.view_rows[index][0]].shape
 
 
-@torch.no_grad()
 def encode(
-    pictures: Iterable[Tensor],
-    captions: Sequence[str],
-    base: BaseModel,
+    views: Sequence[Sequence[View]],
+    captions: Sequence[Sequence[str]],
+    base: "BaseModel",
+    store: Store,
     class_captions: Sequence[Sequence[str]] = (),
 ) -> Encoded:
-    """Runs the VAE and the text encoder over everything. pictures: (3,H,W) in [-1, 1], one at a time;
-    class_captions: K lists of as many captions.
+    """Runs the VAE and the text encoder over all that the store does not hold; equal things once.
 
+    For each of N pictures: its views, its caption's variants, its class captions.
     UserError (exit 5) on a non-finite latent.
     """
-    device = base.unet.device
+    import torch
 
-    def posterior(picture: Tensor) -> tuple[Tensor, Tensor]:
-        latent = base.vae.encode(picture[None].to(base.vae.device, torch.float32)).latent_dist
-        return latent.mean[0] * base.vae.config.scaling_factor, latent.std[0] * base.vae.config.scaling_factor
+    device, scaling = base.unet.device, base.vae.config.scaling_factor
+    vae, reader = _weights_digest(base.vae), _weights_digest(base.text_encoder)
 
-    latents, picture_rows = _each_once(
-        pictures, posterior, lambda picture: hashlib.sha256(picture.numpy().tobytes()).digest()
-    )
-    columns = ["", *captions, *(caption for captions in class_captions for caption in captions)]
-    text, rows = _each_once(columns, lambda caption: base.embed([caption])[0], str)
-    means, stds = (torch.stack(part).to(device) for part in zip(*latents, strict=True))
-    bad = [
-        i
-        for i, row in enumerate(picture_rows)
-        if not (means[row].isfinite().all() and stds[row].isfinite().all())
-    ]
-    if bad:
-        raise UserError(
-            f"the VAE makes non-finite latents of picture {bad[0] + 1} ({captions[bad[0]]!r}); remove it "
-            "or use another base model",
-            NUMBERS,
+    def seen(view: View) -> "dict[str, Tensor]":
+        return store.tensors(key_of("latents", vae, view.key), lambda: _posterior(view, base))
+
+    def read(caption: str) -> "dict[str, Tensor]":
+        ids = base.tokenizer(caption).input_ids
+        return store.tensors(
+            key_of("text", reader, ids), lambda: {"states": base.embed([caption])[0].float().cpu()}
         )
-    text_rows = torch.tensor(rows[1:]).view(1 + len(class_captions), len(captions)).T
+
+    latents, view_rows = _each_once(views, lambda view: view.key, seen)
+    text, text_rows = _each_once([[""], *captions, *class_captions], str, read)
     return Encoded(
-        means,
-        stds,
-        torch.stack(text).to(device),
-        torch.tensor(picture_rows),
-        text_rows[:, 0],
-        text_rows[:, 1:],
+        [(entry["mean"] * scaling).to(device) for entry in latents],
+        [(entry["std"] * scaling).to(device) for entry in latents],
+        torch.stack([entry["states"] for entry in text]).to(device, base.unet.dtype),
+        view_rows,
+        text_rows[1 : 1 + len(captions)],
+        text_rows[1 + len(captions) :],
     )
+
+
+def _posterior(view: View, base: "BaseModel") -> "dict[str, Tensor]":
+    import torch
+
+    with torch.no_grad():
+        latent = base.vae.encode(view.pixels()[None].to(base.vae.device, torch.float32)).latent_dist
+    made = {"mean": latent.mean[0].cpu(), "std": latent.std[0].cpu()}
+    if not all(tensor.isfinite().all() for tensor in made.values()):
+        raise UserError(
+            f"the VAE makes non-finite latents of {view.label}; remove it or use another base model", NUMBERS
+        )
+    return made
+
+
+def _weights_digest(module: "torch.nn.Module") -> str:
+    """Of every bit that decides what the module computes, its precision included."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(raw.numpy())
+    return total.hexdigest()
 
 
 def _each_once(
-    items: Iterable[Any], encoder: Callable[[Any], Any], key_of: Callable[[Any], Hashable]
-) -> tuple[list[Any], list[int]]:
-    """The encodings of the distinct items, and for every item the row of its own."""
-    rows: dict[Hashable, int] = {}
+    groups: Iterable[Iterable[Any]], key: Callable[[Any], str], encoder: Callable[[Any], Any]
+) -> tuple[list[Any], list[list[int]]]:
+    """The encodings of the distinct items, and for every item of every group the row of its own."""
+    rows: dict[str, int] = {}
     encodings: list[Any] = []
-    order: list[int] = []
-    for item in items:
-        key = key_of(item)
-        if key not in rows:
-            rows[key] = len(encodings)
-            encodings.append(encoder(item))
-        order.append(rows[key])
+    order: list[list[int]] = []
+    for group in groups:
+        order.append([])
+        for item in group:
+            if key(item) not in rows:
+                rows[key(item)] = len(encodings)
+                encodings.append(encoder(item))
+            order[-1].append(rows[key(item)])
     return encodings, order

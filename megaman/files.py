@@ -70,6 +70,13 @@ def _with_sorted_metadata(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
+SHOWN = frozenset({"dataset.html", "captions"})  # what a dry run leaves; a run goes on beside it
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name not in SHOWN for path in folder.iterdir())
+
+
 def check_output(folder: Path, mark: str, data_dir: Path) -> None:
     """Raises UserError unless a run may begin in `folder`; makes nothing. Asked before anything slow begins.
 
@@ -77,7 +84,7 @@ def check_output(folder: Path, mark: str, data_dir: Path) -> None:
     """
     if data_dir.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", USAGE)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+    if _holds_files(folder) and not (folder / mark).is_file():
         raise UserError(f"{folder}: holds files that no run of ours made. Name another --output_dir.", STATE)
     check_writable(folder)
 
@@ -98,7 +105,7 @@ def moved_aside(folder: Path) -> Path | None:
     nothing.
     """
     folder = folder.resolve()
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not _holds_files(folder):
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number:03}")).exists():

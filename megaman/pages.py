@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -77,3 +78,9 @@ def render_samples(
         .get_template("samples.html.j2")
         .render(prompts=prompts, samples=samples, size=size, small_px=SMALL_PX)
     )
+
+
+def render_dataset(report: Any, max_tokens: int) -> str:
+    """The dataset's page: every picture with what of it is seen. report: a report.Report."""
+    template = _environment().get_template("dataset.html.j2")
+    return template.render(report=report, max_tokens=max_tokens, small_px=SMALL_PX)

@@ -5,6 +5,7 @@ pictures, the two scripts as a user runs them.
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch a model
+os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = tempfile.mkdtemp(prefix="megaman_cache_")
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # test_gpu.py gives them back to its own processes
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit equality is promised on a CPU
 

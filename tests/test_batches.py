@@ -1,37 +1,62 @@
 """Which example stands where: a pure function of (seed, position)."""
 
+import random
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
 
 from megaman.base import BaseModel
-from megaman.cache import Encoded, encode
-from megaman_lora import TrainConfig, draw_inputs, generator_of, index_at, positions_of
+from megaman.cache import Encoded, Store, View, encode
+from megaman.stream import Place, Stream, generator_of, shares_of
+from megaman_lora import TrainConfig, draw_inputs
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 30])
-def test_each_epoch_holds_each_picture_once_in_an_order_of_its_own(count: int) -> None:
-    epochs = [[index_at(epoch * count + i, count, seed=3) for i in range(count)] for epoch in range(5)]
-    assert all(Counter(epoch) == Counter(range(count)) for epoch in epochs)
-    if count == 30:
-        assert len({tuple(epoch) for epoch in epochs}) == 5
-        assert epochs[0] != [index_at(i, count, seed=4) for i in range(count)]
+def epoch_of(stream: Stream, number: int) -> list[list[Place]]:
+    first = number * stream.steps_an_epoch
+    return [stream.at(step) for step in range(first, first + stream.steps_an_epoch)]
 
 
-@pytest.mark.parametrize("step", [0, 5])
-def test_two_processes_take_what_one_with_twice_the_batch_takes(step: int) -> None:
-    two = TrainConfig(train_batch_size=3, gradient_accumulation_steps=2)
-    one = TrainConfig(train_batch_size=6, gradient_accumulation_steps=2)
-    for micro_batch in range(2):
-        parts = [list(positions_of(step, micro_batch, rank, 2, two)) for rank in (0, 1)]
-        assert parts[0] + parts[1] == list(positions_of(step, micro_batch, 0, 1, one))
+@pytest.mark.parametrize("seed", range(40))
+def test_every_epoch_shows_each_picture_as_often_as_it_repeats_whatever_the_sizes(seed: int) -> None:
+    rng = random.Random(seed)
+    wanted, buckets, index = Counter(), [], 0
+    for _ in range(rng.randint(1, 6)):
+        bucket: list[int] = []
+        for _ in range(rng.randint(1, 9)):
+            wanted[index] = rng.randint(1, 4)
+            bucket += [index] * wanted[index]
+            index += 1
+        buckets.append(tuple(bucket))
+    stream = Stream(tuple(buckets), step_size=rng.randint(1, 13), seed=seed)
+    for epoch in range(3):
+        steps = epoch_of(stream, epoch)
+        assert Counter(place.index for step in steps for place in step) == wanted
+        positions = [place.position for step in steps for place in step]
+        assert positions == list(range(epoch * len(stream), (epoch + 1) * len(stream)))
+        for step in steps:
+            assert 1 <= len(step) <= stream.step_size
+            assert any({place.index for place in step} <= set(bucket) for bucket in stream.buckets)
 
 
-def test_positions_are_consecutive_over_steps_and_micro_batches() -> None:
-    cfg = TrainConfig(train_batch_size=2, gradient_accumulation_steps=3)
-    taken = [p for step in range(4) for micro in range(3) for p in positions_of(step, micro, 0, 1, cfg)]
-    assert taken == list(range(24))
+def test_each_epoch_has_an_order_of_its_own_and_each_seed_others() -> None:
+    stream = Stream((tuple(range(30)),), 1, seed=3)
+    orders = [tuple(step[0].index for step in epoch_of(stream, epoch)) for epoch in range(5)]
+    assert len(set(orders)) == 5
+    assert orders[0] != tuple(step[0].index for step in epoch_of(Stream(stream.buckets, 1, seed=4), 0))
+
+
+@pytest.mark.parametrize(("count", "batch"), product((1, 3, 7, 12), (1, 2, 3)))
+def test_processes_and_micro_batches_cut_a_step_without_loss_or_repetition(count: int, batch: int) -> None:
+    places = [Place(i, i) for i in range(count)]
+    for processes in (1, 2, 3):
+        shares = [shares_of(places, rank, processes, batch) for rank in range(processes)]
+        assert len({len(each) for each in shares}) == 1  # all take part in every backward pass
+        assert sorted(place for each in shares for share in each for place in share) == places
+        assert all(len(share) <= batch for each in shares for share in each)
+    two, one = [shares_of(places, rank, 2, batch) for rank in (0, 1)], shares_of(places, 0, 1, 2 * batch)
+    assert [list(a) + list(b) for a, b in zip(*two, strict=True)] == [list(share) for share in one]
 
 
 def test_randomness_is_decided_by_seed_purpose_and_number() -> None:
@@ -43,17 +68,31 @@ def test_randomness_is_decided_by_seed_purpose_and_number() -> None:
     assert len({tuple(n) for n in numbers}) == 4
 
 
+def encoded_of(
+    base: BaseModel, values: list[float], captions: list[list[str]], classes: list[list[str]] | None = None
+) -> Encoded:
+    """Plain pictures of 32 px, one view each."""
+    pixels = [torch.full((3, 32, 32), value) for value in values]
+    views = [[View(str(value), lambda p=p: p, "a.png")] for value, p in zip(values, pixels, strict=True)]
+    return encode(views, captions, base, Store(None), classes or [])
+
+
 @pytest.fixture
 def encoded(tiny_base: BaseModel) -> Encoded:
-    pictures = [torch.full((3, 32, 32), value) for value in (-0.5, 0.0, 0.5, 0.0)]
-    return encode(pictures, ["mega man", "a wizard", "mega man", "a wizard"], tiny_base)
+    return encoded_of(
+        tiny_base, [-0.5, 0.0, 0.5, 0.0], [["mega man"], ["a wizard"], ["mega man"], ["a wizard"]]
+    )
+
+
+def places_of(count: int, pictures: int = 4, first: int = 0) -> list[Place]:
+    return [Place(first + i, (first + i) % pictures) for i in range(count)]
 
 
 def test_equal_pictures_and_captions_are_encoded_once(encoded: Encoded) -> None:
-    assert encoded.means.shape == (3, 4, 16, 16)
-    assert encoded.picture_rows.tolist() == [0, 1, 2, 1]
+    assert [tuple(mean.shape) for mean in encoded.means] == [(4, 16, 16)] * 3
+    assert encoded.view_rows == [[0], [1], [2], [1]]
     assert encoded.text.shape[:2] == (3, 77)
-    assert encoded.text_rows.tolist() == [1, 2, 1, 2]  # row 0 is the empty caption
+    assert encoded.text_rows == [[1], [2], [1], [2]]  # row 0 is the empty caption
 
 
 def test_latents_are_the_vaes_posterior(encoded: Encoded, tiny_base: BaseModel) -> None:
@@ -64,9 +103,9 @@ def test_latents_are_the_vaes_posterior(encoded: Encoded, tiny_base: BaseModel) 
 
 
 def test_a_batch_is_its_examples_drawn_one_by_one(encoded: Encoded, tiny_base: BaseModel) -> None:
-    cfg = TrainConfig(caption_dropout=0.5)
-    together = draw_inputs(range(20, 28), encoded, cfg, tiny_base.scheduler)
-    singly = [draw_inputs([position], encoded, cfg, tiny_base.scheduler) for position in range(20, 28)]
+    cfg, places = TrainConfig(caption_dropout=0.5), places_of(8, first=20)
+    together = draw_inputs(places, encoded, cfg, tiny_base.scheduler)
+    singly = [draw_inputs([place], encoded, cfg, tiny_base.scheduler) for place in places]
     for name in ("latents", "noise", "timesteps", "text"):
         assert torch.equal(getattr(together, name), torch.cat([getattr(draw, name) for draw in singly]))
 
@@ -74,9 +113,8 @@ def test_a_batch_is_its_examples_drawn_one_by_one(encoded: Encoded, tiny_base: B
 def test_the_posterior_is_sampled_anew_each_time_a_picture_comes_round(
     encoded: Encoded, tiny_base: BaseModel
 ) -> None:
-    cfg = TrainConfig()
-    places = [p for p in range(400) if index_at(p, len(encoded), cfg.seed) == 0][:60]
-    latents = draw_inputs(places, encoded, cfg, tiny_base.scheduler).latents
+    places = [Place(position, 0) for position in range(60)]
+    latents = draw_inputs(places, encoded, TrainConfig(), tiny_base.scheduler).latents
     deviations = (latents - encoded.means[0]) / encoded.stds[0]
     assert abs(deviations.mean()) < 0.05
     assert abs(deviations.std() - 1) < 0.05
@@ -84,22 +122,29 @@ def test_the_posterior_is_sampled_anew_each_time_a_picture_comes_round(
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_caption_dropout_takes_its_share(encoded: Encoded, tiny_base: BaseModel, share: float) -> None:
-    draw = draw_inputs(range(400), encoded, TrainConfig(caption_dropout=share), tiny_base.scheduler)
+    draw = draw_inputs(places_of(400), encoded, TrainConfig(caption_dropout=share), tiny_base.scheduler)
     empty = (draw.text == encoded.text[0]).all(dim=(1, 2)).float().mean().item()
     assert abs(empty - share) < 0.07
     assert share not in (0.0, 1.0) or empty == share
 
 
+def test_variants_of_a_caption_are_drawn_per_position(tiny_base: BaseModel) -> None:
+    encoded = encoded_of(tiny_base, [0.1], [["mega man, a, b", "mega man, b, a"]])
+    draw = draw_inputs(places_of(60, 1), encoded, TrainConfig(caption_dropout=0), tiny_base.scheduler)
+    rows = [(encoded.text == text).all(dim=(1, 2)).nonzero()[0].item() for text in draw.text]
+    assert 15 < rows.count(1) < 45
+    assert set(rows) == {1, 2}
+
+
 def test_class_captions_stand_beside_the_pictures_own(tiny_base: BaseModel) -> None:
-    pictures = [torch.full((3, 32, 32), value) for value in (-0.5, 0.0)]
-    classes = [["a robot", "a robot, red"], ["a knight", "a knight, red"]]
-    encoded = encode(pictures, ["mega man", "mega man, red"], tiny_base, classes)
-    assert encoded.class_rows.tolist() == [[3, 5], [4, 6]]
+    classes = [["a robot", "a knight"], ["a robot, red", "a knight, red"]]
+    encoded = encoded_of(tiny_base, [-0.5, 0.0], [["mega man"], ["mega man, red"]], classes)
+    assert encoded.class_rows == [[3, 4], [5, 6]]
     cfg = TrainConfig(preserve_weight=1.0, preserve_class=["robot", "knight"])
-    drawn = draw_inputs(range(200), encoded, cfg, tiny_base.scheduler)
-    plain = draw_inputs(range(200), encoded, TrainConfig(), tiny_base.scheduler)
-    assert plain.class_text is None
+    drawn = draw_inputs(places_of(200, 2), encoded, cfg, tiny_base.scheduler)
+    plain = draw_inputs(places_of(200, 2), encoded, TrainConfig(), tiny_base.scheduler)
+    assert len(plain.class_of) == len(plain.class_text) == 0
     assert torch.equal(plain.text, drawn.text)  # preserving changes nothing of what is learned
+    assert drawn.class_of.tolist() == list(range(0, 200, 4))  # one in four
     rows = [(encoded.text == text).all(dim=(1, 2)).nonzero()[0].item() for text in drawn.class_text]
-    assert {0, 3, 4, 5, 6} == set(rows)
-    assert rows.count(0) < 50
+    assert set(rows) == {3, 4}  # of picture 0: both classes, and never the other picture's

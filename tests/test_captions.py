@@ -1,54 +1,420 @@
 """Captions as people have them: sidecar files, and what names tell."""
 
+import os
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from megaman.captions import caption_from_name, read_captions, renamed
+from megaman.captions import (
+    VOCABULARY,
+    Caption,
+    caption_from_name,
+    odd_repeats,
+    read_captions,
+    renamed,
+    repeats_of,
+    shared_captions,
+    tag_frequencies,
+    variants,
+    write_caption_set,
+)
 from megaman.errors import UserError
 
+TRIGGER = "mega man"
+HOME = Path("/pictures")
+TEXTS = ("mega man, blue robot", "洛克人, 藍色", "[trigger], naïve\n", "", "a" * 300, "🤖, x\r\n")
+PIECES = (
+    "megaman",
+    "X",
+    "boss",
+    "robot",
+    "jump",
+    "left",
+    "洛克人",
+    "IMG_",
+    "02",
+    "(1)",
+    "é",
+    "a1b2c3d4",
+    " ",
+)
 
+
+def from_name(name: str, trigger: str = TRIGGER) -> str:
+    return caption_from_name(HOME / name, HOME, trigger)
+
+
+def complaint(folder: Path, *names: str) -> list[str]:
+    """The lines of the error about the captions of these pictures, each without the folder's path."""
+    with pytest.raises(UserError) as error:
+        read_captions([folder / name for name in names], folder, TRIGGER)
+    assert error.value.exit_code == 3
+    return str(error.value).replace(f"{folder}{os.sep}", "").splitlines()
+
+
+# ---------------------------------------------------------------- captions from names
 @pytest.mark.parametrize(
     ("name", "caption"),
     [
+        # the promises of SPEC and of the guide
         ("megaman_x_02.jpg", "mega man X"),
+        ("boss_robot_03.png", "mega man, boss, robot master"),
         ("megaman_01.png", "mega man"),
+        # the trigger, however it is spelled
         ("MegaMan01.png", "mega man"),
-        ("mega-man running left.png", "mega man running left"),
-        ("boss_robot_03.png", "mega man boss robot"),
-        ("10_megaman/IMG_0042.jpg", "mega man"),
+        ("MegaManX02.png", "mega man X"),
+        ("megamanx4_intro.png", "mega man X, intro"),
+        ("MEGAMAN_VICTORY.PNG", "mega man, victory pose"),
+        ("rockman_x_03.png", "mega man X"),
+        ("running_megaman.png", "mega man, running"),
+        # poses, views, figures, media
+        ("mega-man running left.png", "mega man, running left"),
+        ("MegaManRunning.png", "mega man, running"),
+        ("protoman_idle_front.png", "mega man, Proto Man, standing, front view"),
+        ("proto man shoot.png", "mega man, Proto Man, shooting"),
+        ("megaman_x_zero.png", "mega man X, Zero"),
+        ("megaman_side_view.png", "mega man, side view"),
+        ("megaman_close-up.png", "mega man, close-up"),
+        ("megaman 8-bit sprite_03.png", "mega man, 8-bit, sprite"),
+        ("megaman_8bit.png", "mega man, 8-bit"),
+        ("megaman_concept_art.png", "mega man, concept art"),
+        ("robot_arm.png", "mega man, robot, arm"),
+        ("boss_blue_robot.png", "mega man, boss, blue robot master"),
+        # words it doesn't know stay together
+        ("zero_saber_03.png", "mega man, Zero, saber"),
+        ("mega man holding a red sword in the rain.png", "mega man, holding red sword in the rain"),
+        ("mega man jumping and shooting.png", "mega man, jumping, shooting"),
+        ("Mega Man, running, blue background.png", "mega man, running, blue background"),
+        ("mega man & bass.png", "mega man, Bass"),
+        ("wily's castle.png", "mega man, wily's castle"),
+        ("jump02left.png", "mega man, jumping left"),
+        # other languages
+        ("洛克人_01.png", "mega man, 洛克人"),
+        ("洛克人X跳躍02.png", "mega man X, 洛克人 跳躍"),
+        ("cafe\u0301_03.png", "mega man, café"),  # as macOS writes é
+        ("हिन्दी_03.png", "mega man, हिन्दी"),
+        ("🤖️ megaman.png", "mega man"),
+        # counters, hashes, dates, cameras
         ("a1b2c3d4e5.png", "mega man"),
+        ("45cfed92.png", "mega man"),
+        ("d41d8cd98f00b204e9800998ecf8427e.png", "mega man"),
+        ("550e8400-e29b-41d4-a716-446655440000.png", "mega man"),
+        ("FzQ3kXaWcAE1abc.jpg", "mega man"),
+        ("facade01.png", "mega man, facade"),
+        ("IMG-20230101-WA0001.jpg", "mega man"),
+        ("PXL_20230101_123456789.jpg", "mega man"),
+        ("DSC00012.JPG", "mega man"),
+        ("WhatsApp Image 2023-01-01 at 10.00.00 AM (1).jpeg", "mega man"),
+        ("Screenshot_20230101-123456_Chrome.png", "mega man"),
+        ("截圖 2024-01-01 上午10.00.00.png", "mega man"),
+        ("Copy of megaman_jump - Copy (2).png", "mega man, jumping"),
+        ("megaman_jump_1920x1080_v2.png", "mega man, jumping"),
+        ("megaman_jump_4x.png", "mega man, jumping"),
+        ("_.png", "mega man"),
+        # folders
+        ("10_megaman/IMG_0042.jpg", "mega man"),
+        ("10_x/01.png", "mega man X"),
+        ("boss/robot_03.png", "mega man, boss, robot master"),
+        ("megaman_x/x_armor_03.png", "mega man X, armor"),
+        ("running/run_01.png", "mega man, running"),
+        ("running/run_left_01.png", "mega man, running left"),
+        ("pixel/pixel art jump.png", "mega man, pixel art, jumping"),
+        ("blue armor/blue armor_sword.png", "mega man, blue armor, sword"),
     ],
 )
 def test_a_caption_from_a_name_begins_with_the_trigger(name: str, caption: str) -> None:
-    assert caption_from_name(Path("/pictures") / name, Path("/pictures"), "mega man") == caption
+    assert from_name(name) == caption
 
 
+@pytest.mark.parametrize(
+    ("trigger", "name", "caption"),
+    [
+        ("mgmn", "mgmn_jump.png", "mgmn, jumping"),
+        ("mgmn", "megaman_02.png", "mgmn, mega man"),
+        ("mm01", "mm01_02.png", "mm01"),
+        ("MEGA MAN", "megaman_x.png", "MEGA MAN X"),
+        ("Mega Man X", "megaman_x_02.png", "Mega Man X"),
+        ("Mega Man X", "megaman_02.png", "Mega Man X"),
+        ("C++ (hero)", "c++ hero jump.png", "C++ (hero), jumping"),
+        (".*", "megaman.png", ".*, mega man"),
+        ("***", "jump.png", "***, jumping"),
+        ("洛克人", "洛克人跳躍02.png", "洛克人, 跳躍"),
+        ("ロックマン", "ロックマン_front.png", "ロックマン, front view"),
+        ("roll", "scroll_rolling.png", "roll, scroll rolling"),
+        (" mega  man ", "megaman_jump.png", "mega man, jumping"),
+    ],
+)
+def test_any_trigger_stands_first_and_is_not_said_twice(trigger: str, name: str, caption: str) -> None:
+    assert from_name(name, trigger) == caption
+
+
+def test_every_word_of_the_vocabulary_gives_its_tag() -> None:
+    for words, tag in VOCABULARY.items():
+        said = TRIGGER if tag.lower() in ("", TRIGGER) else f"{TRIGGER}, {tag}"
+        assert from_name(f"megaman_{words.replace(' ', '_')}_03.png") == said
+
+
+def test_names_of_any_kind_give_one_caption_that_begins_with_the_trigger() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        odd = "".join(chr(rng.choice((rng.randrange(32, 0xD800), rng.randrange(32, 127)))) for _ in range(9))
+        name = "".join(rng.choices((*PIECES, odd.replace("/", "")), k=5)).strip(". ") + "_.png"
+        caption = from_name(f"10_{name}/{name}")
+        assert caption == from_name(f"10_{name}/{name}")
+        assert caption.startswith(TRIGGER), name
+        tags = caption.split(", ")
+        assert all(tag.split() and tag == " ".join(tag.split()) for tag in tags), name
+        assert max(Counter(tag.lower() for tag in tags).values()) == 1, name
+
+
+# ---------------------------------------------------------------- captions from files
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_captions_are_read_in_the_three_encodings(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "a.txt").write_text("[trigger],  洛克人\n blue", encoding=encoding)
-    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, "mgmn")
-    assert (caption.text, caption.source) == ("mgmn, 洛克人 blue", "file")
+    (tmp_path / "a.txt").write_text("[Trigger],  洛克人\n blue", encoding=encoding)
+    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, r"mg\1mn")
+    assert (caption.text, caption.source) == (r"mg\1mn, 洛克人 blue", "file")
+
+
+def test_utf_16_is_read_from_either_end(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xfe\xff" + "洛克人".encode("utf-16-be"))
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe" + "洛克人".encode("utf-16-le"))
+    captions = read_captions([tmp_path / "a.png", tmp_path / "b.png"], tmp_path, TRIGGER)
+    assert captions == [Caption("洛克人", "file")] * 2
+
+
+def test_joined_files_leave_no_byte_order_mark_in_the_caption(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfmega man\n\xef\xbb\xbfblue")
+    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, TRIGGER)
+    assert caption.text == "mega man blue"
 
 
 def test_all_unreadable_captions_are_named_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"mega man\x92s helmet")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfeabc")
     (tmp_path / "c.txt").write_bytes("mega man".encode("utf-16-le"))
-    with pytest.raises(UserError) as error:
-        read_captions([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"], tmp_path, "mega man")
-    assert "a.txt: not UTF-8 at byte 8 (0x92)" in str(error.value)
-    assert "b.txt: not UTF-16-LE at byte 4" in str(error.value)
-    assert "c.txt: holds NUL at byte 1" in str(error.value)
-    assert error.value.exit_code == 3
+    (tmp_path / "d.txt").write_text("洛克\x1b人")
+    (tmp_path / "e.txt").write_bytes(b"\xff\xfe" + "ab\0".encode("utf-16-le"))
+    (tmp_path / "f.txt").write_bytes(b"a" * 100_001)
+    (tmp_path / "g.txt").write_bytes(b"a" * 100_000)
+    lines = complaint(tmp_path, *[f"{letter}.png" for letter in "abcdefg"])
+    assert lines == [
+        "a.txt: not UTF-8 at byte 8 (0x92); save it as UTF-8",
+        "b.txt: not UTF-16-LE at byte 4 (0x63); save it as UTF-8",
+        "c.txt: holds NUL at byte 1, as UTF-16 without a mark does; save it as UTF-8 text",
+        "d.txt: holds control character U+001B at byte 6; save it as UTF-8 text",
+        "e.txt: holds NUL at byte 6, as UTF-16 without a mark does; save it as UTF-8 text",
+        "f.txt: over 100 kB, which is no caption; shorten it or rename it",
+    ]
 
 
-def test_an_empty_caption_file_falls_back_to_the_name(tmp_path: Path) -> None:
-    (tmp_path / "megaman_x.txt").write_text(" \n")
-    (caption,) = read_captions([tmp_path / "megaman_x.png"], tmp_path, "mega man")
-    assert (caption.text, caption.source) == ("mega man X", "name")
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    names = ["a.png"]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "b.txt")
+        (tmp_path / "c.txt").symlink_to("gone.txt")
+        (tmp_path / "d.txt").symlink_to("d.txt")
+        names += ["b.png", "c.png", "d.png"]
+    lines = complaint(tmp_path, *names)
+    expected = [
+        "is a folder",
+        "is no ordinary file",
+        "a link to a file that is gone",
+        "caption can't be read",
+    ]
+    for line, name, reason in zip(lines, names, expected, strict=False):
+        assert line.startswith(f"{name[0]}.txt: {reason}")
+    assert len(lines) == len(names)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_caption_without_the_right_to_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("mega man")
+    (tmp_path / "a.txt").chmod(0)
+    assert complaint(tmp_path, "a.png")[0].startswith("a.txt: caption can't be read")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="Linux shows its memory as a file")
+def test_a_caption_that_fails_while_it_is_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")
+    assert complaint(tmp_path, "a.png")[0].startswith("a.txt: caption can't be read (")
+
+
+@pytest.mark.parametrize(
+    ("files", "picture", "text"),
+    [
+        (["a.txt", "a.caption"], "a.png", "a.txt"),
+        (["a.caption"], "a.png", "a.caption"),
+        (["a.TXT"], "a.PNG", "a.TXT"),
+        (["a.Caption"], "a.png", "a.Caption"),
+        (["a.txt", "a.png.txt"], "a.png", "a.png.txt"),
+        (["a.txt", "a.png.txt"], "a.jpg", "a.txt"),
+        (["a.png.caption", "a.txt"], "a.png", "a.txt"),
+        (["Mega Man.TXT"], "mega man.png", "Mega Man.TXT"),
+        (["cafe\u0301.txt"], "café.png", "cafe\u0301.txt"),
+        (["ab.txt", "b.txt", "a.text"], "a.png", "mega man"),
+        (["v1.txt"], "v1.2.png", "mega man"),
+        (["v1.2.txt"], "v1.2.png", "v1.2.txt"),
+    ],
+)
+def test_a_picture_finds_its_own_caption_file(
+    tmp_path: Path, files: list[str], picture: str, text: str
+) -> None:
+    for file in files:
+        (tmp_path / file).write_text(file)
+    (caption,) = read_captions([tmp_path / picture], tmp_path, TRIGGER)
+    assert (caption.text, caption.file) == (text, tmp_path / text if text in files else None)
+
+
+def test_an_empty_caption_file_falls_back_to_the_next_and_then_to_the_name(tmp_path: Path) -> None:
+    (tmp_path / "megaman_x.txt").write_bytes(b"\xef\xbb\xbf \r\n")
+    (caption,) = read_captions([tmp_path / "megaman_x.png"], tmp_path, TRIGGER)
+    assert (caption.text, caption.source, caption.file) == ("mega man X", "name", None)
+    (tmp_path / "megaman_x.caption").write_text("blue")
+    (caption,) = read_captions([tmp_path / "megaman_x.png"], tmp_path, TRIGGER)
+    assert (caption.text, caption.source) == ("blue", "file")
+
+
+def test_pictures_that_share_a_caption_file_are_named(tmp_path: Path) -> None:
+    pictures = [tmp_path / name for name in ("a.jpg", "a.png", "a.webp", "b.png", "c.jpg", "c.png")]
+    for name in ("a.txt", "a.webp.txt", "b.txt"):
+        (tmp_path / name).write_text("blue")
+    captions = read_captions(pictures, tmp_path, TRIGGER)
+    assert shared_captions(pictures, captions) == {tmp_path / "a.txt": pictures[:2]}
+
+
+def test_a_shared_caption_file_that_is_bad_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    assert len(complaint(tmp_path, "a.jpg", "a.png")) == 1
+
+
+def test_bytes_of_any_kind_give_a_caption_or_one_line_that_names_the_file(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    seen = set()
+    for _ in range(200):
+        data = bytearray(rng.choice(TEXTS).encode(rng.choice(("utf-8", "utf-8-sig", "utf-16", "utf-16-le"))))
+        for _ in range(rng.randrange(3)):
+            at = rng.randrange(len(data) + 1)
+            data[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        (tmp_path / "a.txt").write_bytes(data)
+        try:
+            (caption,) = read_captions([tmp_path / "a.png"], tmp_path, TRIGGER)
+            assert caption.text == " ".join(caption.text.split()) != ""
+            assert "\0" not in caption.text
+            seen.add(caption.source)
+        except UserError as error:
+            assert str(error).startswith(f"{tmp_path / 'a.txt'}: ")
+            assert len(str(error).splitlines()) == 1
+            seen.add("error")
+    assert seen == {"file", "name", "error"}
+
+
+# ---------------------------------------------------------------- kohya's folders
+@pytest.mark.parametrize(
+    ("picture", "repeats", "odd"),
+    [
+        ("a.png", 1, []),
+        ("10_megaman/a.png", 10, []),
+        ("10_megaman/sub/a.png", 10, []),
+        ("10_megaman/5_boss/a.png", 5, []),
+        ("010_mega man/a.png", 10, []),
+        ("1000_a/a.png", 1000, []),
+        ("1001_a/a.png", 1, ["1001_a"]),
+        ("0_skip/a.png", 1, ["0_skip"]),
+        ("10_megaman/2023_summer/a.png", 10, ["10_megaman/2023_summer"]),
+        ("20230101_a/20240101_b/a.png", 1, ["20230101_a/20240101_b", "20230101_a"]),
+        ("10 megaman/a.png", 1, []),
+        ("10_/a.png", 1, []),
+        ("-5_a/a.png", 1, []),
+        ("megaman_10/a.png", 1, []),
+        ("10_megaman.png", 1, []),
+        ("¹⁰_a/a.png", 1, []),
+    ],
+)
+def test_a_number_before_a_folders_name_is_its_repeats(picture: str, repeats: int, odd: list[str]) -> None:
+    folder = Path("/20_data")  # in kohya, the folder that is named on the command line doesn't count
+    assert repeats_of(folder / picture, folder) == repeats
+    assert odd_repeats([folder / picture] * 2, folder) == odd
+
+
+# ---------------------------------------------------------------- what is made of captions
 def test_a_class_takes_the_triggers_place_and_stands_alone_where_there_is_none() -> None:
     captions = ["Mega Man, running", "a boss"]
-    assert renamed(captions, "mega man", "robot") == ["robot, running", "robot"]
+    assert renamed(captions, TRIGGER, "robot") == ["robot, running", "robot"]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "caption", "expected"),
+    [
+        ("C++ (hero)", "a c++ (HERO), blue", r"a \1 robot, blue"),
+        (".*", "anything", r"\1 robot"),
+        ("洛克人", "藍色洛克人跳躍", r"藍色\1 robot跳躍"),
+        ("man", "mega woman and man", r"mega woman and \1 robot"),
+        ("mega man", "mega\u00a0man's helmet", r"\1 robot's helmet"),
+        ("ÉMILE", "émile, blue", r"\1 robot, blue"),
+        (" mega man ", "mega man", r"\1 robot"),
+        ("", "anything", r"\1 robot"),
+    ],
+)
+def test_any_trigger_can_be_renamed(trigger: str, caption: str, expected: str) -> None:
+    assert renamed([caption], trigger, r"\1 robot") == [expected]
+
+
+def test_variants_shuffle_the_tags_behind_those_that_are_kept() -> None:
+    text = "mega man,  blue robot ,helmet,, detailed\n armor, jumping"
+    shuffled = variants(text, 20, keep_tags=2, rng=random.Random(3))
+    assert shuffled == variants(text, 20, keep_tags=2, rng=random.Random(3))
+    assert len(shuffled) == 20
+    assert len(set(shuffled)) > 1
+    for variant in shuffled:
+        assert variant.startswith("mega man, blue robot, ")
+        assert sorted(variant.split(", ")) == sorted(
+            ["mega man", "blue robot", "helmet", "detailed armor", "jumping"]
+        )
+
+
+def test_a_caption_without_commas_or_with_all_tags_kept_has_equal_variants() -> None:
+    rng = random.Random(0)
+    assert variants(" mega man  runs ", 2, keep_tags=0, rng=rng) == ["mega man runs"] * 2
+    assert variants("a, b, c", 2, keep_tags=3, rng=rng) == ["a, b, c"] * 2
+    assert variants("", 1, keep_tags=1, rng=rng) == [""]
+    assert variants("a, b", 0, keep_tags=0, rng=rng) == []
+
+
+def test_tags_are_counted_with_the_most_frequent_first() -> None:
+    counts = tag_frequencies(["mega man, Blue", "Mega  Man, blue, boss,", "mega man", ""])
+    assert list(counts.items()) == [("mega man", 3), ("blue", 2), ("boss", 1)]
+
+
+def test_a_written_caption_set_is_read_back_beside_the_pictures(tmp_path: Path) -> None:
+    names = [
+        "a.png",
+        "10_x/a.jpg",
+        "10_x/a.png",
+        "10_x/sub/洛克人.webp",
+        "b.1.png",
+        "b.2.png",
+        "c.bmp",
+        "c.png",
+    ]
+    texts = ["one", "same", "same", "洛克人, 藍色", "three", "four", "this", "that"]
+    pairs = [(Path(name), text) for name, text in zip(names, texts, strict=True)]
+    files = write_caption_set(tmp_path / "set", pairs)
+    assert sorted(file.name for file in files) == sorted(
+        ["a.txt", "a.txt", "洛克人.txt", "b.1.txt", "b.2.txt", "c.txt", "c.png.txt"]
+    )
+    assert (tmp_path / "set" / "10_x" / "a.txt").read_bytes() == b"same\n"
+    captions = read_captions([tmp_path / "set" / name for name in names], tmp_path / "set", TRIGGER)
+    assert [caption.text for caption in captions] == texts
+
+
+@pytest.mark.parametrize("picture", ["../a.png", "sub/../../a.png", "/a.png", "link/a.png"])
+def test_a_caption_set_never_leaves_its_folder(tmp_path: Path, picture: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(UserError, match="outside"):
+        write_caption_set(tmp_path / "set", [(Path("good.png"), "blue"), (Path(picture), "blue")])
+    assert not list(tmp_path.rglob("*.txt"))

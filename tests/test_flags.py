@@ -42,10 +42,10 @@ def test_steps_and_epochs_replace_each_other_across_sources(tmp_path: Path) -> N
     path = tmp_path / "run.json"
     path.write_text('{"max_train_steps": 77}', encoding="utf-8")
     cfg, _ = read_config(["--config", str(path), "--num_train_epochs", "3", "--train_batch_size", "2"])
-    assert plan(cfg, picture_count=20, processes=1).max_train_steps == 8  # 60 examples, 8 a step
+    assert plan(cfg, steps_an_epoch=4).max_train_steps == 12
     path.write_text('{"num_train_epochs": 9}', encoding="utf-8")
     cfg, _ = read_config(["--config", str(path), "--max_train_steps", "12"])
-    assert plan(cfg, picture_count=20, processes=1).max_train_steps == 12
+    assert plan(cfg, steps_an_epoch=4).max_train_steps == 12
     with pytest.raises(UserError, match="give one"):
         read_config(["--max_train_steps", "5", "--num_train_epochs", "3"])
 

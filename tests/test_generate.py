@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,20 +44,31 @@ def records(folder: Path) -> list[dict]:
 # ---------------------------------------------------------------- jobs
 
 
+SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", native_resolution=512)
+
+
 def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
     """The jobs of a configuration, for an adapter that was trained at side_px."""
-    cfg = settled(cfg, Adapter({}, {"resolution": side_px}), 512)
+    cfg = settled(cfg, Adapter({}, {"resolution": side_px}), SD15)
     return generate_megaman.make_jobs(cfg, generate_megaman.read_prompts(cfg, trigger))
 
 
 def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> None:
     trained = Adapter({}, {"resolution": 64, "guidance_scale": 4.0})
-    cfg = settled(GenerateConfig(height=128), trained, 512)
+    cfg = settled(GenerateConfig(height=128), trained, SD15)
     assert (cfg.width, cfg.height, cfg.guidance_scale) == (64, 128, 4.0)
-    cfg = settled(GenerateConfig(guidance_scale=0.0), trained, 512)
+    cfg = settled(GenerateConfig(guidance_scale=0.0), trained, SD15)
     assert cfg.guidance_scale == 0
-    cfg = settled(GenerateConfig(), Adapter({}), 512)
+    cfg = settled(GenerateConfig(), Adapter({}), SD15)
     assert (cfg.width, cfg.height, cfg.guidance_scale) == (512, 512, 7.5)
+
+
+def test_the_negative_prompt_is_the_users_else_ours_and_none_for_the_embedded_base() -> None:
+    embedded = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64)
+    assert settled(GenerateConfig(), Adapter({}), SD15).negative_prompt.startswith("blurry")
+    assert settled(GenerateConfig(), Adapter({}), embedded).negative_prompt == ""
+    assert settled(GenerateConfig(negative_prompt="red"), Adapter({}), embedded).negative_prompt == "red"
+    assert settled(GenerateConfig(negative_prompt=""), Adapter({}), SD15).negative_prompt == ""
 
 
 def test_prompts_come_from_flags_then_file_else_from_us(tmp_path: Path) -> None:

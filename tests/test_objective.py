@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megaman.adapters import ADAPTER_NAME, lora_modules
 from megaman.base import BaseModel
-from megaman.cache import encode
+from megaman.cache import Store, View, encode
 from megaman.errors import UserError
+from megaman.stream import Place
 from megaman_lora import (
     Draw,
     TrainConfig,
@@ -35,7 +36,10 @@ class Silent(torch.nn.Module):
 def draw() -> Draw:
     torch.manual_seed(1)
     timesteps = torch.tensor([0, 50, 500, 999])
-    return Draw(torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), timesteps, torch.zeros(4, 77, 24))
+    text, nothing = torch.zeros(4, 77, 24), torch.tensor([], dtype=torch.long)
+    return Draw(
+        torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), timesteps, text, torch.zeros(0, 77, 24), nothing
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -96,11 +100,13 @@ def test_restarts_rise_again_and_polynomial_falls_below_linear() -> None:
 def preserving(tiny_base: BaseModel) -> tuple[BaseModel, Draw]:
     """A base with an untrained LoRA, and a batch whose class is a knight or a robot."""
     cfg = TrainConfig(preserve_weight=1.0, preserve_class=["knight", "robot"])
-    pictures = [torch.full((3, 32, 32), value) for value in (-0.5, 0.5)]
-    classes = [["a knight", "a knight, red"], ["a robot", "a robot, red"]]
-    encoded = encode(pictures, ["mega man", "mega man, red"], tiny_base, classes)
+    pixels = [torch.full((3, 32, 32), value) for value in (-0.5, 0.5)]
+    views = [[View(str(i), lambda p=p: p, "a.png")] for i, p in enumerate(pixels)]
+    classes = [["a knight", "a robot"], ["a knight, red", "a robot, red"]]
+    encoded = encode(views, [["mega man"], ["mega man, red"]], tiny_base, Store(None), classes)
     inject_lora(tiny_base.unet, cfg)
-    return tiny_base, draw_inputs(range(8), encoded, cfg, tiny_base.scheduler)
+    places = [Place(i, i % 2) for i in range(8)]
+    return tiny_base, draw_inputs(places, encoded, cfg, tiny_base.scheduler)
 
 
 def test_an_untrained_lora_strays_nowhere_and_its_own_errors_are_the_plain_ones(
@@ -117,11 +123,13 @@ def test_what_strays_is_the_difference_from_the_base_under_the_class_caption(
 ) -> None:
     base, draw = preserving
     unet = base.unet.requires_grad_(False)
-    noisy = base.scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
-    before = unet(noisy, draw.timesteps, draw.class_text).sample
+    assert draw.class_of.tolist() == [0, 4]
+    noisy = base.scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)[draw.class_of]
+    timesteps = draw.timesteps[draw.class_of]
+    before = unet(noisy, timesteps, draw.class_text).sample
     for layer in lora_modules(unet).values():
         torch.nn.init.normal_(layer.lora_B[ADAPTER_NAME].weight, std=0.05)
-    after = unet(noisy, draw.timesteps, draw.class_text).sample
+    after = unet(noisy, timesteps, draw.class_text).sample
     own, strayed = preserving_losses(unet, draw, base.scheduler, snr_gamma=0)
     assert strayed.min() > 1e-6
     torch.testing.assert_close(strayed, (after - before).square().mean(dim=(1, 2, 3)))

@@ -1,6 +1,7 @@
 """The embedded base: what it may know, how large it is, and that it draws what it is asked for."""
 
 import random
+import re
 import statistics
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from conftest import ROOT
 from PIL import Image
 
 from megaman.base import EMBEDDED, EMBEDDED_FOLDER, draw, load_base, pipeline_of
+from megaman.files import sha256_of
+from megaman.tiny_sd import sources
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,
     HERO_WORDS,
@@ -42,6 +45,33 @@ def test_no_caption_of_the_base_tells_of_the_hero_and_no_figure_wears_his_dress(
         assert not any(word in caption(figure, rng).lower() for word in HERO_WORDS)
         assert figure.kind != "hero"
         assert not (figure.kind == "robot" and figure.body == "blue" and figure.trim in ("white", "yellow"))
+
+
+def test_no_other_source_holds_a_blue_robot_or_the_heros_name() -> None:
+    assert "blue" not in sources.ROBOT_COLOURS
+    words = (*sources.ROBOT_EYES, *sources.ROBOT_EXTRAS, *sources.ROBOT_FACES, *sources.EMOJI_SETS.values())
+    assert not any(hero in word for hero in HERO_WORDS for word in words)
+    assert sum(sources.SHARES.values()) == pytest.approx(1)
+
+
+def test_other_sources_are_captioned_in_the_manner_of_the_figures() -> None:
+    fox = sources.Subject(Image.new("RGBA", (128, 128)), "orange fox", ("emoji", "fluent style"))
+    rng = random.Random(0)
+    captions = {sources.describe(fox, "mint", rng) for _ in range(60)}
+    assert {"an orange fox", "orange fox", "orange fox, mint background"} & captions
+    assert sum("mint background" in caption for caption in captions) > len(captions) / 2
+    picture = sources.on_background(fox, "mint")
+    assert (picture.size, picture.getpixel((9, 9))) == ((64, 64), (180, 236, 194))
+
+
+def test_the_card_tells_the_sums_of_the_files_that_lie_there() -> None:
+    card = (EMBEDDED_FOLDER / "README.md").read_text(encoding="utf-8")
+    sums = dict(re.findall(r"^\| ([\w/.]+) \| `([0-9a-f]{64})` \|$", card, flags=re.M))
+    files = {path for path in EMBEDDED_FOLDER.glob("*/*") if path.suffix in (".json", ".safetensors", ".txt")}
+    named = {path.relative_to(EMBEDDED_FOLDER).as_posix() for path in files if path.parent.name != "LICENSES"}
+    assert sums.keys() == named | {"model_index.json"}
+    for name, digest in sums.items():
+        assert sha256_of(EMBEDDED_FOLDER / name) == digest, name
 
 
 def test_one_seed_draws_one_picture() -> None:

@@ -21,10 +21,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference between two adapters, as a share of the largest weight of B."""
+def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of every weight, as a share of the largest weight of B."""
     scale = max(value.abs().max() for key, value in a.items() if "lora_B" in key)
-    return max(((a[key] - b[key]).abs().max() / scale).item() for key in a)
+    return torch.cat([(a[key] - b[key]).abs().flatten() / scale for key in a])
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two adapters."""
+    return differences(a, b).max().item()
 
 
 def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
@@ -138,7 +143,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(train_flags: list[str],
     two = weights_of(tmp_path / "out" / "lora_weights")
     single = [*flags, "--train_batch_size", "4", f"--output_dir={tmp_path / 'single'}"]
     one = weights_of(megaman_lora.train(megaman_lora.read_config(single)[0]))
-    assert distance(one, two) < 1e-3
+    assert differences(one, two).quantile(0.99) < 1e-4
+    assert distance(one, two) < 1e-2  # Adam turns the rounding of an almost vanishing gradient into a step
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "out",
         "pictures",
@@ -251,7 +257,7 @@ def test_captions_without_the_trigger_are_reported(
 ) -> None:
     (folder_of_pictures / "megaman_0.txt").write_text("a boss")
     train()
-    assert "1 captions lack the trigger 'mega man' (the first: megaman_0.png)" in capsys.readouterr().err
+    assert "1 captions lack the trigger 'mega man' (megaman_0.png)" in capsys.readouterr().err
 
 
 def test_an_unwritable_output_is_said_before_the_model_loads(train_flags: list[str], tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_an_unwritable_output_is_said_before_the_model_loads(train_flags: list[s
 
 def test_a_run_prints_our_lines_only(train_flags: list[str]) -> None:
     result = run_script("megaman_lora.py", *train_flags)
-    ours = r"(pictures|plan|training|step|done|next): ?|step \d+/\d+ · "
+    ours = r"(pictures|sizes|plan|cache|training|step|done|next): ?|step \d+/\d+ · "
     assert result.returncode == 0
     assert all(re.match(ours, line) for line in result.stderr.splitlines()), result.stderr
     assert result.stdout == ""
@@ -332,7 +338,7 @@ def test_memory_that_runs_out_is_exit_6() -> None:
 def test_one_process_may_train_in_one_precision_after_another(train: Callable[..., Path]) -> None:
     train()
     accelerator = megaman_lora.new_accelerator(
-        megaman_lora.TrainConfig(), torch.device("cpu"), torch.float16
+        torch.device("cpu"), torch.float16
     )  # accelerate keeps the precision of a process, unless it is told to forget
     assert accelerator.mixed_precision == "fp16"
     train()

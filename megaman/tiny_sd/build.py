@@ -57,7 +57,7 @@ class Stage:
 
 
 FIGURES = Stage("figures", {"figures": 1.0}, 30_000, 14_000, 2e-3, 4_800, 2026)
-MIXTURE = Stage("mixture", sources.SHARES, 40_000, 8_000, 1e-3, 5_500, 2027)
+MIXTURE = Stage("mixture", sources.SHARES, 40_000, 8_000, 1e-3, 3_400, 2027)
 
 
 # ---------------------------------------------------------------- pictures and captions
@@ -279,7 +279,7 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
         {"params": model.text_encoder.parameters(), "lr": 2.5e-4},
     ]
     optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
     progress = Progress(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
     train, started, mean_loss = len(lesson.latents) - HELD_OUT, time.monotonic(), None
     for step in steps(progress, stage.unet_steps):

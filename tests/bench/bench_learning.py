@@ -5,8 +5,8 @@
 Losses: held-out pictures of the hero and foreign figures, fixed noise, 20 fixed timesteps, plain squared
 error. Verdicts: a small classifier (classifier.py, its own accuracy first) looks at what base and LoRA draw.
 Controls: the base under the trigger, a LoRA with B = 0 (must equal the base to the bit), and one trained on
-foreign pictures under the hero's captions in random order. Sheets of all pictures judged go to FOLDER. Prints
-a table, then one JSON line.
+foreign pictures under the hero's captions in random order. Sheets of all pictures judged go to FOLDER, whose
+adapters and classifier are used again. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -34,8 +34,9 @@ from PIL.Image import open as open_picture  # noqa: E402
 
 from megaman.adapters import read_adapter  # noqa: E402
 from megaman.base import EMBEDDED, BaseModel, draw, pipeline_of  # noqa: E402
-from megaman.cache import Encoded, encode  # noqa: E402
+from megaman.cache import Encoded, Store, encode  # noqa: E402
 from megaman.merge import MergedAdapter  # noqa: E402
+from megaman.stream import generator_of  # noqa: E402
 from megaman.tiny_sd.figures import (  # noqa: E402
     BACKGROUNDS,
     COLOURS,
@@ -50,10 +51,10 @@ from megaman.tiny_sd.figures import (  # noqa: E402
 from megaman.tiny_sd.figures import draw as draw_figure  # noqa: E402
 from megaman_lora import (  # noqa: E402
     PRESETS,
+    DataFlags,
     Draw,
     MegaManDataset,
     denoising_losses,
-    generator_of,
     inject_lora,
     read_config,
     train,
@@ -61,7 +62,7 @@ from megaman_lora import (  # noqa: E402
 
 HELD_OUT = ROOT / "tests" / "data" / "held_out"
 STARTER = ROOT / "megaman" / "starter_images"
-NEGATIVE = "blurry, low quality, distorted, deformed"  # generation's default
+NEGATIVE = ""  # as the generation script draws with the embedded base
 TIMESTEPS = range(25, 1000, 50)  # twenty, evenly spread
 STEPS, GUIDANCE = 25, PRESETS["demo"]["validation_guidance_scale"]
 FOREIGN = "a red wizard with a staff"
@@ -92,22 +93,24 @@ def embedded_base() -> BaseModel:
 
 def encoded_folder(folder: Path, base: BaseModel) -> Encoded:
     """A folder's pictures and captions at 64 px."""
-    dataset = MegaManDataset(folder, None, resolution=base.native_resolution)
-    return encode((example.pixels for example in dataset), [c.text for c in dataset.captions], base)
+    settings = DataFlags(resolution=base.native_resolution)
+    dataset = MegaManDataset(folder, None, settings, cell_px=base.cell_px)
+    views = [dataset.views(i) for i in range(len(dataset))]
+    return encode(views, [dataset.texts(i) for i in range(len(dataset))], base, Store(None))
 
 
 @torch.no_grad()
 def losses(base: BaseModel, encoded: Encoded) -> list[float]:
     """Each picture's mean squared error over the fixed timesteps and noise."""
-    found, device = [], encoded.means.device
+    found, device = [], encoded.text.device
     count = len(TIMESTEPS)
     for i in range(len(encoded)):
-        noise = torch.randn((count, *encoded.means.shape[1:]), generator=generator_of(0, "held out", i)).to(
-            device
-        )
-        latents = encoded.means[encoded.picture_rows[i]].expand(count, -1, -1, -1)
-        text = encoded.text[encoded.text_rows[i]].expand(count, -1, -1)
-        drawn = Draw(latents, noise, torch.tensor(TIMESTEPS, device=device), text)
+        noise = torch.randn((count, *encoded.shape_of(i)), generator=generator_of(0, "held out", i))
+        noise = noise.to(device)
+        latents = encoded.means[encoded.view_rows[i][0]].expand(count, -1, -1, -1)
+        text = encoded.text[encoded.text_rows[i][0]].expand(count, -1, -1)
+        none = torch.tensor([], dtype=torch.long, device=device)
+        drawn = Draw(latents, noise, torch.tensor(TIMESTEPS, device=device), text, text[:0], none)
         found.append(denoising_losses(base.unet, drawn, base.scheduler, snr_gamma=0).mean().item())
     return found
 
@@ -218,7 +221,7 @@ class Examiner:
         seen = judged(self.judge, heroes)
         hits = [verdict.kind == "hero" for verdict in seen]
         obeyed = [
-            verdict.background == wanted for verdict, wanted in zip(seen, [*BACKGROUNDS] * 8, strict=True)
+            verdict.background == wanted for verdict, wanted in zip(seen, [*BACKGROUNDS] * 8, strict=False)
         ]
         return {
             "hero": share(hits),
@@ -285,8 +288,12 @@ def main() -> None:
     for seed in range(flags.seeds):
         for name, data in runs.items():
             started, label = time.monotonic(), f"{name}-{seed}".replace(" ", "-")
-            adapter = trained(data, flags.work / label, "--seed", str(seed), *training)
-            row = {"run": name, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+            adapter = flags.work / label / "lora_weights"
+            if not adapter.is_dir():
+                trained(data, flags.work / label, "--seed", str(seed), *training)
+                (flags.work / label / "seconds").write_text(f"{time.monotonic() - started:.1f}")
+            seconds = float((flags.work / label / "seconds").read_text())
+            row = {"run": name, "seed": seed, "seconds": seconds}
             rows.append(row | change(base, adapter, sets) | examiner.verdict(label, adapter))
             print(rows[-1], flush=True)
     same = untrained_equals_base(base, sets["hero, held out"])

@@ -1,7 +1,8 @@
 """A small judge of generated figures: which kind, which body colour, which background; the hero is a kind.
 
 Trained on renders of our own generator, plain, blurred, noisy and after a round trip through the base's VAE;
-a share of it is rubbish (noise, two figures in one, smears), so that a smear is called a smear.
+a share of it is rubbish, so that a smear is called a smear: noise, two figures in one, and what the base
+makes of words that name no figure.
 """
 
 import itertools
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megaman.base import BaseModel
+from megaman.base import BaseModel, pipeline_of
+from megaman.base import draw as draw_images
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,
     COLOURS,
+    HERO_WORDS,
     KINDS,
     Figure,
     draw,
@@ -33,6 +36,7 @@ COLOUR_NAMES, BACKGROUND_NAMES = tuple(COLOURS), tuple(BACKGROUNDS)
 HEADS = {"kind": KIND_NAMES, "body": COLOUR_NAMES, "background": BACKGROUND_NAMES}
 RENDERS, TESTED = 12_000, 1_500
 STEPS, BATCH = 1_400, 64
+BLOBS = 256  # of the base's pictures of no figure
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,29 @@ def spoiled(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(kind == 0, noisy, torch.where(kind == 1, mixed, smeared)).clamp(-1, 1)
 
 
+def blobs(base: BaseModel, count: int, seed: int) -> Tensor:
+    """What the base draws for words that name no figure; never for the trigger. (N,3,64,64)"""
+    rng, images = random.Random(seed), []
+    known = {word for name in (*KINDS, "hero", "nothing") for word in name.split()}
+    words = sorted(
+        token.removesuffix("</w>")
+        for token in base.tokenizer.get_vocab()
+        if token.endswith("</w>") and token[:-4].isalpha() and len(token) > 6
+    )
+    words = [word for word in words if word not in known and not any(part in word for part in HERO_WORDS)]
+    for start in range(0, count, 32):
+        prompts = [
+            f"{' '.join(rng.sample(words, rng.randint(1, 3)))}, {rng.choice(BACKGROUND_NAMES)} background"
+            for _ in range(32)
+        ]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(32)]
+        images += draw_images(
+            base, pipeline_of(base), prompt=prompts, num_inference_steps=rng.choice((6, 10, 15)), height=64,
+            width=64, guidance_scale=rng.choice((1.5, 3.0, 4.5)), generator=generators,
+        )  # fmt: skip
+    return pixels_of(images)[:count]
+
+
 def roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Blur, noise, contrast and a shift, each by chance: generated pictures are less crisp. (B,3,64,64)"""
     chance = torch.rand(4, len(pixels), 1, 1, 1, generator=generator)
@@ -140,7 +167,7 @@ def trained_classifier(base: BaseModel, work: Path) -> tuple[Classifier, dict[st
 
 def _train(model: Classifier, base: BaseModel) -> None:
     pixels, labels = renders(RENDERS, seed=1)
-    back = round_trip(pixels, base)
+    back, shapeless = round_trip(pixels, base), blobs(base, BLOBS, seed=50_000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
     generator = torch.Generator().manual_seed(2)
@@ -149,8 +176,9 @@ def _train(model: Classifier, base: BaseModel) -> None:
         source = torch.where(
             torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.5, pixels[picks], back[picks]
         )
-        batch = torch.cat([roughened(source, generator), spoiled(source[: BATCH // 8], generator)])
-        nothing = torch.full((BATCH // 8,), KIND_NAMES.index("nothing"))
+        blob = roughened(shapeless[torch.randint(0, BLOBS, (BATCH // 8,), generator=generator)], generator)
+        batch = torch.cat([roughened(source, generator), spoiled(source[: BATCH // 8], generator), blob])
+        nothing = torch.full((BATCH // 4,), KIND_NAMES.index("nothing"))
         logits = model.train()(batch)
         loss = functional.cross_entropy(logits["kind"], torch.cat([labels["kind"][picks], nothing]))
         for name in ("body", "background"):
@@ -164,7 +192,7 @@ def _train(model: Classifier, base: BaseModel) -> None:
 @torch.no_grad()
 def accuracy(model: Classifier, base: BaseModel) -> dict[str, float]:
     """The share of right answers on renders it never saw, half of them after a round trip; `hero`: is it
-    he or not; `rubbish called hero`: how often spoiled pictures are.
+    he or not; `rubbish called hero`: how often spoiled pictures and shapeless ones are.
     """
     pixels, labels = renders(TESTED, seed=3)
     half = TESTED // 2
@@ -173,7 +201,8 @@ def accuracy(model: Classifier, base: BaseModel) -> dict[str, float]:
     right = {name: (found[name] == labels[name]).float().mean().item() for name in HEADS}
     hero = KIND_NAMES.index("hero")
     right["hero"] = ((found["kind"] == hero) == (labels["kind"] == hero)).float().mean().item()
-    rubbish = model(spoiled(pixels, torch.Generator().manual_seed(4)))["kind"].argmax(1)
+    rubbish = torch.cat([spoiled(pixels, torch.Generator().manual_seed(4)), blobs(base, 64, seed=60_000)])
+    rubbish = model(rubbish)["kind"].argmax(1)
     right["rubbish called hero"] = (rubbish == hero).float().mean().item()
     return {name: round(share, 4) for name, share in right.items()}
 

@@ -1,0 +1,74 @@
+"""Which example stands where: a pure function of (seed, position). No generator's state is ever kept."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from megaman.lazy import Lazy
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Lazy("torch")
+
+
+def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:
+    """Randomness as a function of its place: the same on every device and after every resume."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Place(NamedTuple):
+    """One example of the endless stream: its position decides all its randomness."""
+
+    position: int
+    index: int  # of the picture
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The endless stream of examples. Every epoch holds each picture as often as it repeats, in an order of
+    its own; the examples of one step come from one bucket, so the last step of a bucket may be short.
+    """
+
+    buckets: tuple[tuple[int, ...], ...]  # the pictures of each bucket, each as often as it repeats
+    step_size: int  # examples a step, all processes together
+    seed: int
+
+    def __len__(self) -> int:
+        """Examples an epoch."""
+        return sum(len(bucket) for bucket in self.buckets)
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """A short step counts as one."""
+        return sum(-(-len(bucket) // self.step_size) for bucket in self.buckets)
+
+    def at(self, step: int) -> list[Place]:
+        """The examples of an optimizer step, counted from 0."""
+        epoch, number = divmod(step, self.steps_an_epoch)
+        return _epoch(self, epoch)[number]
+
+
+@lru_cache(maxsize=2)
+def _epoch(stream: Stream, epoch: int) -> list[list[Place]]:
+    generator, steps = generator_of(stream.seed, "epoch", epoch), []
+    for bucket in stream.buckets:
+        order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
+        steps += [order[i : i + stream.step_size] for i in range(0, len(order), stream.step_size)]
+    shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+    positions = itertools.count(epoch * len(stream))
+    return [[Place(next(positions), index) for index in step] for step in shuffled]
+
+
+def shares_of(places: Sequence[Place], rank: int, processes: int, batch: int) -> list[Sequence[Place]]:
+    """One process's micro-batches of a step: processes cut each between them, so two are one with twice the
+    batch. A process may go without in the last one, but all have equally many.
+    """
+    starts = range(0, len(places), batch * processes)
+    return [places[start + rank * batch : min(start + (rank + 1) * batch, len(places))] for start in starts]

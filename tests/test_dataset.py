@@ -1,0 +1,231 @@
+"""A folder of pictures as the training sees it, and what the user is told before anything costs time."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image
+
+import megaman_lora
+from megaman.buckets import Bucket
+from megaman.cache import Store
+from megaman.errors import UserError
+from megaman_lora import DataFlags, MegaManDataset, report_of, stream_of
+
+
+def test_the_dataset_works_without_a_model(folder_of_pictures: Path) -> None:
+    dataset = MegaManDataset(str(folder_of_pictures), None)
+    assert len(dataset) == 6
+    assert dataset[0].caption == "mega man, red background"
+    assert dataset[5].caption == "mega man"
+    assert dataset[0].pixels.shape == (3, 576, 448)
+    assert dataset[0].ids is None
+
+
+def test_the_dataset_tokenizes_when_it_has_a_tokenizer(folder_of_pictures: Path, tiny_base: object) -> None:
+    dataset = MegaManDataset(
+        folder_of_pictures, tiny_base.tokenizer, DataFlags(resolution=32, crop="center"), cell_px=4
+    )
+    ids = dataset[0].ids
+    assert ids.shape == (77,)
+    assert tiny_base.tokenizer.decode(ids, skip_special_tokens=True) == "mega man , red background"
+    assert dataset[0].pixels.shape == (3, 32, 32)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Wide, tall and small pictures, in kohya's folders too, and one that is no picture."""
+    folder = tmp_path / "mixed"
+    for name, size in {
+        "wide.png": (200, 100),
+        "tall.png": (100, 200),
+        "small.png": (20, 20),
+        "3_megaman/a.png": (120, 120),
+    }.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        seed = sum(map(ord, name))
+        noise = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(seed))
+        Image.fromarray(noise.byte().numpy()).resize(size).save(path)
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "wide.txt").write_text("mega man, blue, running, sky", encoding="utf-8")
+    (folder / "tall.txt").write_text("a boss <b>& friends</b>", encoding="utf-8")
+    (folder / "small.txt").write_text("mega man, " + "word " * 90, encoding="utf-8")
+    return folder
+
+
+def test_pictures_of_many_shapes_are_trained_in_theirs_and_repeat_as_their_folder_says(mixed: Path) -> None:
+    dataset = MegaManDataset(mixed, None, DataFlags(resolution=64), cell_px=16)
+    shapes = {path.name: bucket for path, bucket in zip(dataset.paths, dataset.buckets, strict=True)}
+    assert shapes == {
+        "wide.png": Bucket(80, 48), "tall.png": Bucket(48, 80),
+        "small.png": Bucket(64, 64), "a.png": Bucket(64, 64),
+    }  # fmt: skip
+    assert dict(zip([path.name for path in dataset.paths], dataset.repeats, strict=True))["a.png"] == 3
+    stream = stream_of(dataset, 4)
+    assert (len(stream), stream.steps_an_epoch) == (6, 3)
+    for index, bucket in enumerate(dataset.buckets):
+        assert dataset[index].pixels.shape == (3, bucket.height, bucket.width)
+
+
+def test_flip_and_random_crop_give_several_views_and_only_then(mixed: Path) -> None:
+    def views(**settings: object) -> list[torch.Tensor]:
+        dataset = MegaManDataset(mixed, None, DataFlags(resolution=64, **settings), cell_px=16)
+        return [view.pixels() for view in dataset.views([p.name for p in dataset.paths].index("wide.png"))]
+
+    (plain,) = views()
+    assert len(views(crop="center")) == 1
+    straight, mirrored = views(flip=True)
+    assert torch.equal(straight, plain)
+    assert torch.equal(mirrored, plain.flip(2))
+    crops = views(crop="random")
+    assert len(crops) == 4
+    assert len({crop.numpy().tobytes() for crop in crops}) == 4
+    assert all(torch.equal(a, b) for a, b in zip(crops, views(crop="random"), strict=True))
+
+
+def test_shuffled_tags_keep_the_first_ones_in_place(mixed: Path) -> None:
+    settings = DataFlags(resolution=64, shuffle_tags=True)
+    dataset = MegaManDataset(mixed, None, settings, cell_px=16)
+    texts = dataset.texts([p.name for p in dataset.paths].index("wide.png"))
+    assert len(texts) == 4
+    assert len(set(texts)) > 1
+    for text in texts:
+        assert text.startswith("mega man, ")
+        assert sorted(text.split(", ")) == ["blue", "mega man", "running", "sky"]
+
+
+def test_the_report_names_what_a_user_would_want_to_know(mixed: Path, tiny_base: object) -> None:
+    dataset = MegaManDataset(mixed, tiny_base.tokenizer, DataFlags(resolution=64), cell_px=16)
+    text = "\n".join(report_of(dataset).lines())
+    assert "pictures: 4 in" in text
+    assert "3 captions from files, 1 from names" in text
+    assert "sizes: 48x80 (1), 64x64 (2), 80x48 (1)" in text
+    assert "skipped: broken.png: " in text
+    assert "1 pictures are smaller than they are trained at" in text
+    assert "small.png, 3.2 times" in text
+    assert "1 captions are longer than 75 tokens; the rest is not read (small.png)" in text
+    assert "1 captions lack the trigger 'mega man' (tall.png)" in text
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            assert name not in ("src", "href") or (value or "").startswith("data:image/webp;base64,")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_every_picture_and_no_caption_becomes_markup(
+    mixed: Path, tmp_path: Path, tiny_base: object
+) -> None:
+    dataset = MegaManDataset(mixed, tiny_base.tokenizer, DataFlags(resolution=64), cell_px=16)
+    report = report_of(dataset)
+    page = Page(report.write(tmp_path / "out").read_text(encoding="utf-8"))
+    assert page.tags.count("img") == 4
+    assert "b" in page.tags
+    assert "a boss <b>& friends</b>" in page.text
+    assert "enlarged 3.2 times" in page.text
+    assert "3 times an epoch" in page.text
+    (caption,) = report.offer_captions(tmp_path / "out" / "captions")
+    assert caption.relative_to(tmp_path / "out").as_posix() == "captions/3_megaman/a.txt"
+    assert caption.read_text(encoding="utf-8").startswith("mega man")
+
+
+def tree_of(folder: Path) -> str:
+    """Names, bytes and times of everything below a folder."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        facts = path.stat()
+        total.update(f"{path.relative_to(folder)} {facts.st_mtime_ns} {facts.st_mode}".encode())
+        total.update(path.read_bytes() if path.is_file() else b"")
+    return total.hexdigest()
+
+
+def test_the_users_folder_is_never_written_to_even_where_it_could_not_be(
+    train: Callable[..., Path], folder_of_pictures: Path, train_flags: list[str]
+) -> None:
+    before = tree_of(folder_of_pictures)
+    for path in [folder_of_pictures, *folder_of_pictures.iterdir()]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    locked = tree_of(folder_of_pictures)
+    train()
+    megaman_lora.show_dataset(megaman_lora.read_config([*train_flags, "--dry_run"])[0])
+    assert tree_of(folder_of_pictures) == locked
+    for path in [folder_of_pictures, *folder_of_pictures.iterdir()]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert before != locked
+
+
+def test_a_dry_run_trains_nothing_and_the_real_run_follows_it(
+    train_flags: list[str], tmp_path: Path, folder_of_pictures: Path
+) -> None:
+    result = run_script("megaman_lora.py", *train_flags, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["captions", "dataset.html"]
+    assert "nothing was trained" in result.stderr
+    assert "plan: 4 steps of 2 pictures" in result.stderr
+    (out / "captions" / "megaman_5.txt").write_text("mega man, orange, edited", encoding="utf-8")
+    megaman_lora.train(megaman_lora.read_config(train_flags)[0])
+    assert (out / "lora_weights").is_dir()
+    assert (out / "captions" / "megaman_5.txt").read_text() == "mega man, orange, edited"
+
+
+def test_strict_makes_a_skipped_file_an_error_that_names_it(
+    train_flags: list[str], folder_of_pictures: Path
+) -> None:
+    (folder_of_pictures / "broken.png").write_bytes(b"no picture")
+    result = run_script("megaman_lora.py", *train_flags, "--strict")
+    assert result.returncode == 3
+    assert "broken.png" in result.stderr
+    assert "--strict" in result.stderr
+
+
+def test_a_second_run_encodes_nothing(
+    train: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--cache_dir", str(tmp_path / "cache"))
+    first, second = train(*flags), None
+    told = re.findall(r"cache: (\d+) of (\d+) encodings", capfd.readouterr().err)
+    second = train(*flags)
+    assert told == [("0", "12")]  # six pictures; four captions, one made from two names, the empty one
+    hits, asked = re.findall(r"cache: (\d+) of (\d+) encodings", capfd.readouterr().err)[0]
+    assert hits == asked == "12"
+    assert first.exists()
+    assert second.exists()
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        MegaManDataset(tmp_path / "nowhere", None, store=Store(None))
+
+
+def test_facts_are_remembered_by_content_and_not_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    MegaManDataset(folder, None, store=Store(tmp_path / "cache"))
+    os.rename(folder / "a.png", folder / "b.png")
+    store = Store(tmp_path / "cache")
+    MegaManDataset(folder, None, store=store)
+    assert (store.hits, store.misses) == (1, 0)
+    Image.new("RGB", (9, 8), "red").save(folder / "b.png")
+    store = Store(tmp_path / "cache")
+    assert MegaManDataset(folder, None, store=store).facts[0].size == (9, 8)
+    assert (store.hits, store.misses) == (0, 1)
