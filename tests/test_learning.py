@@ -15,7 +15,7 @@ from bench.bench_learning import (
     with_shuffled_captions,
 )
 
-SHORT = ("--max_train_steps", "80", "--train_batch_size", "2")
+SHORT = ("--max_train_steps", "70", "--train_batch_size", "2", "--preserve_weight", "0")
 
 
 def test_a_short_run_learns_the_hero_and_foreign_pictures_do_not_teach_him(tmp_path: Path) -> None:

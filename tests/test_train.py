@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import megaman_lora
+from megaman import errors
 from megaman.base import load_base, pick_device, pick_dtype
 from megaman.errors import UserError
 
@@ -105,8 +107,13 @@ def test_gradient_checkpointing_changes_the_memory_and_not_the_result(train: Cal
         ["--resolution", "48"],
         ["--mixed_precision", "bf16"],
         ["--trigger", "mgmn"],
+        ["--crop", "center"],
+        ["--crop", "random"],
+        ["--shuffle_tags", "--keep_tags", "0"],
+        ["--preserve_weight", "1"],
+        ["--preserve_weight", "1", "--preserve_class", "wizard"],
     ],
-    ids=lambda flags: flags[0],
+    ids=" ".join,
 )
 def test_every_setting_changes_the_result(train: Callable[..., Path], flags: list[str]) -> None:
     plain, changed = weights_of(train()), weights_of(train(*flags))
@@ -219,7 +226,13 @@ def test_the_guide_in_the_repository_is_the_one_that_is_written() -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_its_code_and_leaves_nothing(
-    train_flags: list[str], tmp_path: Path, flags: list[str], code: int, complaint: str
+    train_flags: list[str],
+    tmp_path: Path,
+    flags: list[str],
+    code: int,
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("EMPTY", "USERS"):
         (tmp_path / name).mkdir()
@@ -230,11 +243,14 @@ def test_a_mistake_is_one_line_with_its_code_and_leaves_nothing(
         "USERS": str(tmp_path / "USERS"),
     }
     flags = [places.get(flag, flag) for flag in flags]
-    result = run_script("megaman_lora.py", *train_flags, *flags)
-    assert result.returncode == code, result.stderr
-    assert complaint in result.stderr
-    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
-    assert "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["megaman_lora.py", *train_flags, *flags])
+    with pytest.raises(SystemExit) as left:
+        errors.run(megaman_lora.main)
+    told = capsys.readouterr().err
+    assert left.value.code == code, told
+    assert complaint in told
+    assert len([line for line in told.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "USERS", "pictures"]
     assert not Path("nowhere").exists()
 
