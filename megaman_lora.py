@@ -145,7 +145,7 @@ class OptimisationFlags:
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
     snr_gamma: float = _flag(5.0, "min-SNR loss weighting; 0 = off")
     preserve_weight: float = _flag(
-        0.0, "how strongly the rest of the base's world is kept; 0 = off, 1 doubles the work of a step"
+        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 4"
     )
     preserve_class: list[str] = _flag(
         ["robot"], "what the character is one of: the words to keep as they are"
@@ -413,7 +413,7 @@ def draw_inputs(
     """What stands at these places: a view of the picture, its latents sampled anew from their posterior,
     noise, timestep, a wording of the caption or no caption.
     """
-    latents, noises, timesteps, text_rows, class_rows = [], [], [], [], {}
+    view_rows, spreads, noises, timesteps, text_rows, class_rows = [], [], [], [], [], {}
     for position, index in places:
         generator = generator_of(cfg.seed, "example", position)
 
@@ -421,18 +421,19 @@ def draw_inputs(
             return rows[torch.randint(0, len(rows), (), generator=generator).item()]
 
         shape = encoded.shape_of(index)
-        spread = torch.randn(shape, generator=generator)
+        spreads.append(torch.randn(shape, generator=generator))
         noises.append(torch.randn(shape, generator=generator))
         timesteps.append(torch.randint(0, scheduler.config.num_train_timesteps, (), generator=generator))
         dropped = torch.rand((), generator=generator).item() < cfg.caption_dropout
         view, text = one_of(encoded.view_rows[index]), one_of(encoded.text_rows[index])
-        latents.append(encoded.means[view] + encoded.stds[view] * spread.to(encoded.text.device))
+        view_rows.append(view)
         text_rows.append(0 if dropped else text)
         if cfg.preserve_weight and position % PRESERVE_EVERY == 0:
-            class_rows[len(latents) - 1] = one_of(encoded.class_rows[index])
+            class_rows[len(view_rows) - 1] = one_of(encoded.class_rows[index])
     device = encoded.text.device
+    means, stds = (torch.stack([part[row] for row in view_rows]) for part in (encoded.means, encoded.stds))
     return Draw(
-        torch.stack(latents),
+        means + stds * torch.stack(spreads).to(device),
         torch.stack(noises).to(device),
         torch.stack(timesteps).to(device),
         encoded.text[text_rows],
@@ -581,12 +582,16 @@ def every(step: int, interval: int, total: int) -> bool:
     return step % interval == 0 or step == total
 
 
+def open_store(cfg: TrainConfig) -> Store:
+    """The cache folder that the user named, or the platform's."""
+    return cache.Store(Path(cfg.cache_dir) if cfg.cache_dir else cache.default_folder())
+
+
 def open_dataset(cfg: TrainConfig) -> MegaManDataset:
     """The pictures to train on. UserError (exit 3) if there are none, or if one is skipped under --strict."""
-    folder = Path(cfg.cache_dir) if cfg.cache_dir else cache.default_folder()
     cell_px = base_models.cell_of(cfg.pretrained_model_name)
     tokenizer = base_models.tokenizer_of(cfg.pretrained_model_name)
-    store = cache.Store(folder)
+    store = open_store(cfg)
     dataset = MegaManDataset(cfg.data_dir, tokenizer, cfg, cell_px=cell_px, seed=cfg.seed, store=store)
     reasons = "".join(f"\n  {file.path}: {file.reason}" for file in dataset.skipped)
     if len(dataset) == 0:
@@ -638,7 +643,7 @@ def check_sizes(dataset: MegaManDataset, base: BaseModel) -> None:
 
 def encode(cfg: TrainConfig, dataset: MegaManDataset, base: BaseModel) -> Encoded:
     """The dataset in the base's terms, from the cache where it was encoded before."""
-    store = cache.Store(Path(cfg.cache_dir) if cfg.cache_dir else cache.default_folder())
+    store = open_store(cfg)
     views = [dataset.views(index) for index in range(len(dataset))]
     texts = [dataset.texts(index) for index in range(len(dataset))]
     classes = cfg.preserve_class if cfg.preserve_weight else []
