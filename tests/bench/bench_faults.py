@@ -38,7 +38,7 @@ from PIL import Image  # noqa: E402
 
 import generate_megaman  # noqa: E402
 import megaman_lora  # noqa: E402
-from megaman import checkpoints, errors  # noqa: E402
+from megaman import checkpoints, errors, files  # noqa: E402
 from megaman.adapters import read_adapter  # noqa: E402
 
 torch.set_num_threads(1)
@@ -121,7 +121,8 @@ class Bench:
             f"--max_train_steps={STEPS}", f"--save_steps={SAVE}", "--validation_steps=10",
             "--train_batch_size=1", "--gradient_accumulation_steps=2", "--caption_dropout=0.3",
             "--shuffle_tags", "--mixed_precision=no", "--lora_rank=4", "--learning_rate=1e-3",
-            "--report_to=none", *more,
+            "--report_to=none",
+            *more,
         ]  # fmt: skip
 
     def train(self, prepare: Prepare = nothing, *more: str, **fault: Any) -> Ended:
@@ -379,18 +380,36 @@ def stop_in_step(step: int) -> Prepare:
     return prepare
 
 
+def once_begun(fault: Prepare) -> Prepare:
+    """In the child: the fault comes when the run has its folder, after all that is probed before."""
+
+    def prepare() -> None:
+        honest = files.claim
+
+        def claim(*args: Any, **kwargs: Any) -> Any:
+            claimed = honest(*args, **kwargs)
+            fault()
+            return claimed
+
+        files.claim = claim
+
+    return prepare
+
+
 def disk_full(bench: Bench, wanted: str, sizes: list[int]) -> dict[str, int]:
     """No file may grow beyond a limit: exit 6, and whatever was finished stays whole."""
-    counts: Counter[str] = Counter({"limits": len(sizes)})
+    counts: Counter[str] = Counter({"limits": 2 * len(sizes)})
+
+    def limit(size: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
     for size in sizes:
-        bench.clear()
-
-        def limited(size: int = size) -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            bench.note_saves()
-
-        look_at_full_disk(bench, bench.train(limited), wanted, counts)
+        for report_to in ("none", "tensorboard"):
+            bench.clear()
+            late = once_begun(lambda size=size: limit(size))
+            ended = bench.train(lambda late=late: (bench.note_saves(), late())[0], f"--report_to={report_to}")
+            look_at_full_disk(bench, ended, wanted, counts)
     return dict(counts)
 
 
@@ -404,18 +423,26 @@ def look_at_full_disk(bench: Bench, ended: Ended, wanted: str, counts: Counter[s
     bench.verdict(wanted, counts)
 
 
-def small_disks(bench: Bench, wanted: str, sizes_kb: list[int]) -> dict[str, int]:
-    """The output on a file system of so many kilobytes; empty where this user may not mount one."""
+def small_disks(bench: Bench, wanted: str, free_kb: list[int]) -> dict[str, int]:
+    """The output on a file system of its own with so many kilobytes left once the run has begun; skipped
+    where this user may not mount one.
+    """
     counts: Counter[str] = Counter()
-    for size in sizes_kb:
+    for free in free_kb:
         bench.clear()
         bench.out.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(bench.out)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(bench.out)]
         if subprocess.run(mount, capture_output=True).returncode:
             return {"skipped": 1}
-        ended = bench.train(bench.note_saves)
+
+        def fill(free: int = free) -> None:
+            room = shutil.disk_usage(bench.out).free - free * 1024
+            (bench.out / "filler").write_bytes(b"\0" * max(0, room))
+
+        late = once_begun(fill)
+        ended = bench.train(lambda late=late: (bench.note_saves(), late())[0])
         kept = bench.work / "copy"
-        shutil.copytree(bench.out, kept, dirs_exist_ok=True)
+        shutil.copytree(bench.out, kept)
         subprocess.run(["umount", str(bench.out)], check=True)
         shutil.rmtree(bench.out)
         kept.rename(bench.out)
@@ -442,9 +469,9 @@ def every(bench: Bench, share: float) -> Iterator[tuple[str, dict[str, int]]]:
     yield "SIGINT and SIGTERM", stopped(bench, wanted, seconds, max(1, round(50 * share)))
     chains = [[cut] for cut in range(1, STEPS)] + [[1, 4, 9], [2, 3, 5], [5, 6, 7]]
     yield "resumed after each step", cut_everywhere(bench, wanted, some(chains, share))
-    sizes = [int(200 * 1.45**i) for i in range(20)]
+    sizes = [int(300 * 1.4**i) for i in range(20)]
     yield "disk full (RLIMIT_FSIZE)", disk_full(bench, wanted, some(sizes, share))
-    yield "disk full (tmpfs)", small_disks(bench, wanted, some([64, 128, 256, 512, 1024], share))
+    yield "disk full (tmpfs)", small_disks(bench, wanted, some([4, 16, 40, 80, 120, 200, 400], share))
 
 
 def main() -> None:
