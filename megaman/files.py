@@ -29,6 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not say where
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -54,7 +57,7 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[
         try:
             save_file(dict(tensors), partial, dict(metadata))
         except SafetensorError as error:  # its words for a failed write; the numbers were checked before
-            raise OSError(errno.ENOSPC, " ".join(str(error).split()), str(path)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         partial.write_bytes(_with_sorted_metadata(partial.read_bytes()))
 
 
