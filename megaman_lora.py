@@ -1,12 +1,11 @@
 """Teaches Stable Diffusion a character from 15-100 pictures: trains a LoRA and writes it for every tool.
 
-    python megaman_lora.py --preset demo                       # the embedded base and our own pictures; no
-    GPU, no network
-    python megaman_lora.py --data_dir ./megaman_images         # Stable Diffusion 1.5 and yours
+    python megaman_lora.py --preset demo                  # the embedded base, our pictures; no GPU, no network
+    python megaman_lora.py --data_dir ./megaman_images    # Stable Diffusion 1.5 and yours
 
 What a step does is a function of (seed, position): position is the index in one endless stream of examples.
-It fixes the picture, the
-noise, the timestep and the dropped caption; the learning rate is a function of the step.
+It fixes the picture, the noise, the timestep and the dropped caption; the learning rate is a function of the
+step. So a run that is stopped goes on to the very bits of one that was not.
 """
 
 from __future__ import annotations
@@ -805,7 +804,8 @@ def train(cfg: TrainConfig) -> Path:
     writes = accelerator.is_main_process
     with runs.ready(run.output, asdict(cfg), run.progress, writes=writes) as stop, closing(run.watch):
         if run.start == 0:
-            run.told.write(run.output)
+            if writes:
+                run.told.write(run.output)
             show_samples(run, 0, stop)
         for step in range(run.start, total):
             rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
