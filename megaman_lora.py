@@ -1,7 +1,7 @@
 """Teaches Stable Diffusion a character from 15-100 pictures: trains a LoRA and writes it for every tool.
 
-    python megaman_lora.py --preset demo                  # the embedded base, our pictures; no GPU, no network
-    python megaman_lora.py --data_dir ./megaman_images    # Stable Diffusion 1.5 and yours
+    python megaman_lora.py --preset demo               # the embedded base, our pictures: no GPU, no network
+    python megaman_lora.py --data_dir ./megaman_images # Stable Diffusion 1.5 and yours
 
 What a step does is a function of (seed, position): position is the index in one endless stream of examples.
 It fixes the picture, the noise, the timestep and the dropped caption; the learning rate is a function of the
