@@ -129,15 +129,17 @@ class Caption:
     file: Path | None = field(default=None, compare=False)  # the sidecar; equal words are equal captions
 
 
-def read_captions(pictures: Sequence[Path], folder: Path, trigger: str) -> list[Caption]:
+def read_captions(
+    pictures: Sequence[Path], folder: Path, trigger: str, errors: Sequence[str] = ()
+) -> list[Caption]:
     """A caption a picture: its sidecar's text, else words from its name behind the trigger.
 
     Sidecars, the first with any text counts: a.png.txt, a.txt, a.png.caption, a.caption. All unreadable files
-    are named in one error.
+    are named in one error, behind the folder's other errors.
     """
     sidecars = _sidecars_of(pictures)
     captions: list[Caption] = []
-    problems: list[str] = []
+    problems = list(errors)
     for picture in pictures:
         try:
             own = _own_caption(sidecars[picture], trigger)
@@ -387,15 +389,23 @@ def _numbered(picture: Path, folder: Path) -> list[tuple[str, int]]:
 
 
 # ---------------------------------------------------------------- what is made of captions
+def holds(caption: str, trigger: str) -> bool:
+    """Whether the trigger stands in the caption, in any case, and not as a part of other words."""
+    return _pattern_in_captions(trigger).search(caption) is not None
+
+
 def renamed(captions: Sequence[str], trigger: str, name: str) -> list[str]:
     """The captions with another name in the trigger's place; the bare name where the trigger is missing."""
+    pattern = _pattern_in_captions(trigger)
+    return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]
+
+
+def _pattern_in_captions(trigger: str) -> re.Pattern[str]:
     words = trigger.split()
     if not words:
-        return [name] * len(captions)
+        return re.compile("(?!)")  # nothing holds it
     spelled = r"\s+".join(re.escape(word) for word in words)
-    around = f"(?<!{_kind(words[0][0])}){spelled}(?!{_kind(words[-1][-1])})"
-    pattern = re.compile(around, re.IGNORECASE)
-    return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]
+    return re.compile(f"(?<!{_kind(words[0][0])}){spelled}(?!{_kind(words[-1][-1])})", re.IGNORECASE)
 
 
 def variants(text: str, count: int, *, keep_tags: int, rng: random.Random) -> list[str]:

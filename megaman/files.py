@@ -89,6 +89,13 @@ def check_output(folder: Path, mark: str, data_dir: Path) -> None:
     check_writable(folder)
 
 
+def check_apart(flag: str, folder: str | None, data_dir: str) -> None:
+    """Raises UserError where a flag would have something written among the user's pictures."""
+    if folder is not None and Path(folder).resolve().is_relative_to(Path(data_dir).resolve()):
+        reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
+        raise UserError(f"{reason}. Name another.", USAGE)
+
+
 def check_writable(folder: Path) -> None:
     """Raises UserError (exit 6) unless `folder` can be made and written to; makes nothing."""
     try:

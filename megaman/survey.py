@@ -34,6 +34,9 @@ class Skipped:
     path: Path
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
 
 def survey(folder: Path, store: Store) -> tuple[list[Fact], list[Skipped]]:
     """Every picture below the folder, decoded once in its life. UserError (exit 3) if there is no folder."""

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -108,10 +110,63 @@ def test_the_report_names_what_a_user_would_want_to_know(mixed: Path, tiny_base:
     assert "3 captions from files, 1 from names" in text
     assert "sizes: 48x80 (1), 64x64 (2), 80x48 (1)" in text
     assert "skipped: broken.png: " in text
-    assert "1 pictures are smaller than they are trained at" in text
-    assert "small.png, 3.2 times" in text
-    assert "1 captions are longer than 75 tokens; the rest is not read (small.png)" in text
-    assert "1 captions lack the trigger 'mega man' (tall.png)" in text
+    assert "captions: from names: 3_megaman/a.png “mega man”" in text
+    assert "1 picture smaller than the training size, enlarged to it (at most 3.2 times: small.png)" in text
+    assert "1 caption longer than 75 tokens; what is over is not read (small.png)" in text
+    assert "1 caption without the trigger 'mega man', which learns nothing from there (tall.png)" in text
+    assert not re.search(r"\b1 \w+s\b", text.partition("\n")[2])  # "1 pictures"
+
+
+def test_the_trigger_counts_as_words_of_its_own_and_not_inside_of_others(folder_of_pictures: Path) -> None:
+    (folder_of_pictures / "megaman_0.txt").write_text("a hammer", encoding="utf-8")
+    (folder_of_pictures / "megaman_1.txt").write_text("the Mm, running", encoding="utf-8")
+    told = report_of(dataset_of(folder_of_pictures, trigger="mm"))
+    assert [row.name for row in told.lacking] == ["megaman_0.png", "megaman_2.png", "megaman_3.png"]
+
+
+def dataset_of(folder: Path, **settings: object) -> MegaManDataset:
+    """The folder as the demo's base sees it."""
+    tokenizer = megaman_lora.base_models.tokenizer_of("megaman/tiny_sd")
+    settings = {"pretrained_model_name": "megaman/tiny_sd", "resolution": 64} | settings
+    return MegaManDataset(folder, tokenizer, DataFlags(**settings), cell_px=16)
+
+
+def test_a_count_by_another_bases_vocabulary_is_called_an_estimate(mixed: Path) -> None:
+    own = "\n".join(report_of(dataset_of(mixed)).lines())
+    borrowed = "\n".join(report_of(dataset_of(mixed, pretrained_model_name="some/base")).lines())
+    assert "a high estimate" not in own
+    assert "longer than 75 tokens (a high estimate: the base's vocabulary is not here yet)" in borrowed
+
+
+def test_the_report_groups_look_alikes_and_names_the_first_pictures_of_each_remark(tmp_path: Path) -> None:
+    for i in range(7):
+        Image.new("RGBA", (64, 64), (255, 0, 0, 51)).save(tmp_path / f"{i}.png")
+    Image.new("RGB", (128, 64), (255, 204, 204)).save(tmp_path / "wide.png")
+    told = report_of(dataset_of(tmp_path))
+    assert [[row.name for row in group] for group in told.alike] == [[f"{i}.png" for i in range(7)]]
+    text = "\n".join(told.lines())
+    assert "note: look alike: 0.png, 1.png, 2.png, 3.png, 4.png, …" in text
+    assert "note: 7 pictures: transparency laid on white (0.png, 1.png, 2.png, 3.png, 4.png, …)" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_a_name_of_any_bytes_breaks_neither_the_report_nor_the_page(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in (b"\xff\x1b[31m\n.png", b"\xff<b>.webp"):
+        Image.new("RGB", (64, 64), "red").save(os.path.join(os.fsencode(data), name), "PNG")
+    (data / "\r\x1b.gif").write_bytes(b"GIF89a")
+    result = run_script(
+        *("megaman_lora.py", "--data_dir", str(data), "--output_dir", str(tmp_path / "out"), "--dry_run"),
+        *("--pretrained_model_name", "megaman/tiny_sd", "--resolution", "64"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stderr
+    ours = ("pictures", "sizes", "captions", "skipped", "note", "plan", "dry run")
+    assert all(line.startswith(ours) for line in result.stderr.splitlines()), result.stderr
+    page = (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
+    assert Page(page).tags.count("i") == 2
+    assert "\\udcff&lt;b&gt;.webp" in page
 
 
 class Page(HTMLParser):
@@ -142,9 +197,18 @@ def test_the_page_shows_every_picture_and_no_caption_becomes_markup(
     assert "a boss <b>& friends</b>" in page.text
     assert "enlarged 3.2 times" in page.text
     assert "3 times an epoch" in page.text
-    (caption,) = report.offer_captions(tmp_path / "out" / "captions")
-    assert caption.relative_to(tmp_path / "out").as_posix() == "captions/3_megaman/a.txt"
-    assert caption.read_text(encoding="utf-8").startswith("mega man")
+
+
+def test_captions_from_names_are_offered_once_and_then_left_to_the_user(mixed: Path, tmp_path: Path) -> None:
+    offered, told = tmp_path / "captions", report_of(dataset_of(mixed))
+    (line,) = told.offer_captions(offered)
+    assert line.startswith(f"captions made from names lie in {offered}")
+    assert [path.relative_to(offered).as_posix() for path in offered.rglob("*.txt")] == ["3_megaman/a.txt"]
+    assert (offered / "3_megaman" / "a.txt").read_text(encoding="utf-8") == "mega man\n"
+    (offered / "3_megaman" / "a.txt").write_text("mine", encoding="utf-8")
+    (line,) = told.offer_captions(offered)
+    assert line == f"1 caption of an earlier dry run left as found in {offered}"
+    assert (offered / "3_megaman" / "a.txt").read_text(encoding="utf-8") == "mine"
 
 
 def tree_of(folder: Path) -> str:
@@ -187,14 +251,49 @@ def test_a_dry_run_trains_nothing_and_the_real_run_follows_it(
     assert (out / "captions" / "megaman_5.txt").read_text() == "mega man, orange, edited"
 
 
-def test_strict_makes_a_skipped_file_an_error_that_names_it(
+def test_strict_makes_skipped_files_errors_and_names_them_with_all_else_that_is_wrong(
     train_flags: list[str], folder_of_pictures: Path
 ) -> None:
     (folder_of_pictures / "broken.png").write_bytes(b"no picture")
+    (folder_of_pictures / "anim.gif").write_bytes(b"GIF89a")
+    (folder_of_pictures / "megaman_0.txt").write_bytes(b"caf\xe9")
     result = run_script("megaman_lora.py", *train_flags, "--strict")
     assert result.returncode == 3
-    assert "broken.png" in result.stderr
-    assert "--strict" in result.stderr
+    for words in (
+        "anim.gif: a GIF, and only",
+        "broken.png: not a picture",
+        "--strict",
+        "not UTF-8 at byte 3",
+    ):
+        assert words in result.stderr
+    (folder_of_pictures / "megaman_0.txt").write_text("mega man", encoding="utf-8")
+    assert run_script("megaman_lora.py", *train_flags, "--strict", "--dry_run").returncode == 3
+    assert run_script("megaman_lora.py", *train_flags, "--dry_run").returncode == 0
+
+
+def test_a_dry_run_leaves_a_finished_runs_files_alone(
+    train: Callable[..., Path], train_flags: list[str], tmp_path: Path
+) -> None:
+    before = tree_of(train().parent)
+    megaman_lora.show_dataset(megaman_lora.read_config([*train_flags, "--dry_run", "--trigger", "zero"])[0])
+    shown = tmp_path / "out" / "dry_run"
+    assert "zero" in (shown / "dataset.html").read_text(encoding="utf-8")
+    assert (shown / "captions" / "megaman_5.txt").is_file()
+    shutil.rmtree(shown)
+    assert tree_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "cache_dir", "logging_dir"])
+def test_nothing_may_be_written_among_the_users_pictures(
+    flag: str, train_flags: list[str], folder_of_pictures: Path
+) -> None:
+    before = tree_of(folder_of_pictures)
+    flags = [*train_flags, f"--{flag}", str(folder_of_pictures / "sub" / "x")]
+    for ending in ([], ["--dry_run"]):
+        with pytest.raises(UserError, match=f"--{flag} .*never written to") as caught:
+            megaman_lora.open_dataset(megaman_lora.read_config([*flags, *ending])[0])
+        assert caught.value.exit_code == 2
+    assert tree_of(folder_of_pictures) == before
 
 
 def test_a_second_run_encodes_nothing(
