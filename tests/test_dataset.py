@@ -1,11 +1,14 @@
 """A folder of pictures as the training sees it, and what the user is told before anything costs time."""
 
+import ctypes
 import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,8 +16,11 @@ import pytest
 import torch
 from conftest import run_script
 from PIL import Image
+from test_pictures import KINDS, png_of
 
+import generate_megaman
 import megaman_lora
+from megaman import errors
 from megaman.buckets import Bucket
 from megaman.cache import Store
 from megaman.errors import UserError
@@ -221,19 +227,130 @@ def tree_of(folder: Path) -> str:
     return total.hexdigest()
 
 
-def test_the_users_folder_is_never_written_to_even_where_it_could_not_be(
-    train: Callable[..., Path], folder_of_pictures: Path, train_flags: list[str]
+CAP_DAC_OVERRIDE = 1  # linux/capability.h: root's right to write whatever a file's mode says
+
+
+@contextmanager
+def bound_by_modes() -> Iterator[None]:
+    """Root gives up its right to write everywhere for the time, and is as bound by modes as anybody."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc, version = ctypes.CDLL(None, use_errno=True), 0x20080522
+    header, rights = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+    if sys.platform != "linux" or libc.capget(header, rights) != 0:
+        pytest.skip("root can't give up its rights here")
+    effective = rights[0]
+    rights[0] = effective & ~(1 << CAP_DAC_OVERRIDE)
+    assert libc.capset(header, rights) == 0
+    try:
+        yield
+    finally:
+        rights[0] = effective
+        libc.capset(header, rights)
+
+
+def exit_code_of(main: Callable[[], None], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as left:
+        errors.run(main)
+    return left.value.code
+
+
+def exit_codes_of_every_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Trains, looks, draws and fails in several ways on root/data with the base in root/base."""
+    work = Path(tempfile.mkdtemp(dir=root))
+    training = [
+        *("megaman_lora.py", "--data_dir", str(root / "data"), "--pretrained_model_name", str(root / "base")),
+        *("--output_dir", str(work / "out"), "--cache_dir", str(work / "cache"), "--resolution", "32"),
+        *("--max_train_steps", "1", "--train_batch_size", "2", "--validation_steps", "1"),
+        *("--report_to", "none", "--mixed_precision", "no"),
+    ]
+    drawing = [
+        *("generate_megaman.py", "--lora_path", str(work / "out" / "lora_weights"), "--prompts", "mega man"),
+        *(
+            "--base_model",
+            str(root / "base"),
+            "--output_dir",
+            str(work / "gen"),
+            "--num_inference_steps",
+            "1",
+        ),
+    ]
+    ways = (
+        ["--dry_run"],
+        [],
+        ["--dry_run"],
+        ["--strict"],
+        ["--resolution", "33"],
+        ["--shuffle_tags", "--flip"],
+    )
+    codes = [exit_code_of(megaman_lora.main, [*training, *flags], monkeypatch) for flags in ways]
+    codes.append(exit_code_of(megaman_lora.main, [*training, "--pretrained_model_name", "./no"], monkeypatch))
+    return [*codes, exit_code_of(generate_megaman.main, drawing, monkeypatch)]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users and modes of POSIX")
+def test_no_command_changes_the_users_folder_and_none_needs_to_write_there(
+    tiny_folder: Path, folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = tree_of(folder_of_pictures)
-    for path in [folder_of_pictures, *folder_of_pictures.iterdir()]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    locked = tree_of(folder_of_pictures)
-    train()
-    megaman_lora.show_dataset(megaman_lora.read_config([*train_flags, "--dry_run"])[0])
-    assert tree_of(folder_of_pictures) == locked
-    for path in [folder_of_pictures, *folder_of_pictures.iterdir()]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    assert before != locked
+    (folder_of_pictures / "broken.png").write_bytes(b"no picture")
+    (folder_of_pictures / "sub.png").mkdir()
+    expected = [0, 0, 0, 3, 2, 0, 4, 0]
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        shutil.copytree(tiny_folder, root / "base")
+        shutil.copytree(folder_of_pictures, root / "data")
+        before = tree_of(root / "data")
+        assert exit_codes_of_every_command(root, monkeypatch) == expected
+        assert tree_of(root / "data") == before
+        for path in (root / "data", *(root / "data").rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        before = tree_of(root / "data")
+        with bound_by_modes():
+            with pytest.raises(PermissionError):
+                (root / "data" / "x").touch()
+            assert exit_codes_of_every_command(root, monkeypatch) == expected
+        assert tree_of(root / "data") == before
+        (root / "data").chmod(0o755)
+        (root / "data" / "sub.png").chmod(0o755)
+
+
+def test_a_folder_of_every_kind_of_file_trains_on_all_that_can_be_read_and_names_the_rest(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    for name, (content, *_) in KINDS.items():
+        (folder / name).write_bytes(content)
+    refused = {
+        "zero.png": (b"", "empty file"),
+        "cut.png": (KINDS["plain.png"][0][:60], "damaged: "),
+        "cut.jpg": (KINDS["plain.jpg"][0][:-30], "damaged: "),
+        "zeros.webp": (bytes(99), "nothing but zeros where a picture begins"),
+        "moving.gif": (b"GIF89a" + bytes(20), "a GIF, and only JPEG, PNG, BMP and WebP are read"),
+        "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIC, and only"),
+        "bomb.png": (png_of((60_000, 60_000), 8, 0, b""), "over the limit of 64 megapixels"),
+    }
+    for name, (content, _) in refused.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.png").mkdir()
+    (folder / "dangling.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "around").symlink_to(folder)
+    train("--data_dir", str(folder), "--train_batch_size", "8", "--validation_steps", "99")
+    told = capsys.readouterr().err
+    assert f"pictures: {len(KINDS)} in" in told
+    for name, (_, reason) in refused.items():
+        assert f"skipped: {name}: {reason}" in told
+    for line in (
+        "folder.png: a folder",
+        "dangling.png: a link to a file that",
+        "loop.png: a link that leads",
+    ):
+        assert f"skipped: {line}" in told
+    assert "skipped: around: a link to a folder, which is not followed" in told
+    assert told.count("skipped: ") == len(refused) + 4
 
 
 def test_a_dry_run_trains_nothing_and_the_real_run_follows_it(

@@ -90,7 +90,7 @@ try:
 finally:
     most = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
     print("memory:", int(most[1]) / 1024, file=sys.stderr)
-"""  # the kernel's own count of a child's peak begins with its parent's, and torch is here: it has to say itself
+"""  # the kernel's count for a child begins with its parent's, which holds torch: the child has to say itself
 
 
 def run(*flags: str) -> dict[str, float | str]:
