@@ -617,7 +617,7 @@ def report_of(dataset: MegaManDataset) -> Report:
     ]
     borrowed = Path(dataset.tokenizer.name_or_path).parent == base_models.EMBEDDED_FOLDER
     own = base_models.canonical_name(dataset.settings.pretrained_model_name) == base_models.EMBEDDED
-    return report.Report(dataset.folder, dataset.settings.trigger, rows, dataset.skipped, own or not borrowed)
+    return report.Report(dataset.folder, dataset.settings, rows, dataset.skipped, own or not borrowed)
 
 
 def describe_plan(cfg: TrainConfig, stream: Stream) -> str:

@@ -112,6 +112,8 @@ class Store:
         try:
             write(path, made)
         except OSError as error:  # a full or read-only cache folder costs time, never the run
+            if path.exists():  # another process was quicker; Windows does not replace what is being read
+                return
             self.is_writable = False
             say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
 

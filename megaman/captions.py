@@ -18,10 +18,7 @@ from megaman.files import write_text
 CAPTION_SUFFIXES = (".txt", ".caption")
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something else under a caption's name
-MAX_REPEATS = (
-    1000  # kohya's users write 1-200; a larger number in front of a folder's name is a year or a date
-)
-
+MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but the characters that end a line
 
 # ---------------------------------------------------------------- the words of names
@@ -95,7 +92,8 @@ JOINTS = frozenset({"and", "of", "or"})  # tie words together; one that nothing 
 LINKS = JOINTS | {"a", "an", "at", "by", "for", "from", "in", "on", "over", "the", "to", "under", "with"}
 NOISE = """
     cimg dcim dji dsc dscf dscn gopr img imgp mvimg pxl wa
-    app comfyui copy download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture png
+    app comfyui copy download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture
+    pictures png
     am pm bildschirmfoto kopie resized screenshot screenshots thumb thumbnail unnamed untitled webp whatsapp
     上午 下午 副本 複本 拷贝 拷貝 图片 圖片 照片 微信图片 未命名 截图 截圖 屏幕截图 螢幕截圖 螢幕擷取畫面
     スクリーンショット

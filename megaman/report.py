@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
-from megaman.buckets import Bucket, Fit, fit_of
+from megaman.buckets import Bucket, Crop, Fit, fit_of
 from megaman.captions import (
     Caption,
     holds,
@@ -41,6 +42,14 @@ class Row:
         return fit_of(self.fact.size, self.bucket)
 
 
+class Settings(Protocol):
+    """What the report asks of the settings; the training script's DataFlags have it."""
+
+    trigger: str
+    crop: Crop
+    flip: bool
+
+
 @dataclass(frozen=True)
 class Report:
     """The dataset as the training sees it.
@@ -50,7 +59,7 @@ class Report:
     """
 
     folder: Path
-    trigger: str
+    settings: Settings
     rows: Sequence[Row]
     skipped: Sequence[Skipped]
     counted_exactly: bool = True
@@ -90,7 +99,7 @@ class Report:
     @cached_property
     def lacking(self) -> list[Row]:
         """Captions without the trigger."""
-        return [row for row in self.rows if not holds(row.caption.text, self.trigger)]
+        return [row for row in self.rows if not holds(row.caption.text, self.settings.trigger)]
 
     @cached_property
     def tags(self) -> dict[str, int]:
@@ -105,7 +114,9 @@ class Report:
             f"pictures: {len(self.rows)} in {self.folder}, {from_files} from files, {derived} from names"
         ]
         sizes = (f"{bucket} ({len(members)})" for bucket, members in self.buckets.items())
-        lines.append(f"sizes: {', '.join(sizes)}")
+        ways = {"bucket": "", "center": ", cut in the middle", "random": ", cut at random places"}
+        mirrored = ", also mirrored" if self.settings.flip else ""
+        lines.append(f"sizes: {', '.join(sizes)}{ways[self.settings.crop]}{mirrored}")
         if derived:
             lines.append(
                 f"captions: from names: {_listed(f'{r.name} “{r.caption.text}”' for r in self.derived)}"
@@ -146,10 +157,8 @@ class Report:
                 f"over is not read ({_named(self.too_long)})"
             )
         if self.lacking:
-            notes.append(
-                f"{_count(len(self.lacking), 'caption')} without the trigger {self.trigger!r}, which learns "
-                f"nothing from there ({_named(self.lacking)})"
-            )
+            lacking = f"{_count(len(self.lacking), 'caption')} without the trigger {self.settings.trigger!r}"
+            notes.append(f"{lacking}, which learns nothing from there ({_named(self.lacking)})")
         captions = [row.caption for row in self.rows]
         for sidecar, users in shared_captions([row.fact.path for row in self.rows], captions).items():
             notes.append(f"{self.below(sidecar)} is the caption of {len(users)} pictures")

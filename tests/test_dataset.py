@@ -1,20 +1,18 @@
 """A folder of pictures as the training sees it, and what the user is told before anything costs time."""
 
-import ctypes
 import hashlib
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import bound_by_modes, run_script
 from PIL import Image
 from test_pictures import KINDS, png_of
 
@@ -96,6 +94,16 @@ def test_flip_and_random_crop_give_several_views_and_only_then(mixed: Path) -> N
     assert len(crops) == 4
     assert len({crop.numpy().tobytes() for crop in crops}) == 4
     assert all(torch.equal(a, b) for a, b in zip(crops, views(crop="random"), strict=True))
+
+
+def test_the_report_tells_how_pictures_are_cut_and_that_they_are_mirrored(
+    mixed: Path, tmp_path: Path
+) -> None:
+    told = report_of(dataset_of(mixed, crop="random", flip=True))
+    assert "sizes: 64x64 (4), cut at random places, also mirrored" in told.lines()
+    page = told.write(tmp_path).read_text(encoding="utf-8")
+    assert "cut at random places, the frame is in the middle · also mirrored" in page
+    assert "sizes: 64x64 (4), cut in the middle" in report_of(dataset_of(mixed, crop="center")).lines()
 
 
 def test_shuffled_tags_keep_the_first_ones_in_place(mixed: Path) -> None:
@@ -225,29 +233,6 @@ def tree_of(folder: Path) -> str:
         total.update(f"{path.relative_to(folder)} {facts.st_mtime_ns} {facts.st_mode}".encode())
         total.update(path.read_bytes() if path.is_file() else b"")
     return total.hexdigest()
-
-
-CAP_DAC_OVERRIDE = 1  # linux/capability.h: root's right to write whatever a file's mode says
-
-
-@contextmanager
-def bound_by_modes() -> Iterator[None]:
-    """Root gives up its right to write everywhere for the time, and is as bound by modes as anybody."""
-    if os.geteuid() != 0:
-        yield
-        return
-    libc, version = ctypes.CDLL(None, use_errno=True), 0x20080522
-    header, rights = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
-    if sys.platform != "linux" or libc.capget(header, rights) != 0:
-        pytest.skip("root can't give up its rights here")
-    effective = rights[0]
-    rights[0] = effective & ~(1 << CAP_DAC_OVERRIDE)
-    assert libc.capset(header, rights) == 0
-    try:
-        yield
-    finally:
-        rights[0] = effective
-        libc.capset(header, rights)
 
 
 def exit_code_of(main: Callable[[], None], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
