@@ -96,6 +96,18 @@ def test_flip_and_random_crop_give_several_views_and_only_then(mixed: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(crops, views(crop="random"), strict=True))
 
 
+def test_whatever_changes_a_views_pixels_changes_its_key(mixed: Path) -> None:
+    pixels_of: dict[str, bytes] = {}
+    for settings in (
+        *({}, {"flip": True}, {"crop": "center"}, {"crop": "random"}, {"crop": "random", "flip": True}),
+        *({"resolution": 128}, {"trigger": "zero"}),
+    ):
+        dataset = MegaManDataset(mixed, None, DataFlags(**{"resolution": 64} | settings), cell_px=16)
+        for view in (view for index in range(len(dataset)) for view in dataset.views(index)):
+            pixels = view.pixels().numpy().tobytes()
+            assert pixels_of.setdefault(view.key, pixels) == pixels, settings
+
+
 def test_the_report_tells_how_pictures_are_cut_and_that_they_are_mirrored(
     mixed: Path, tmp_path: Path
 ) -> None:
