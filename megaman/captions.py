@@ -70,6 +70,8 @@ FIGURES = {
     "sigma": "Sigma",
     "wily": "Dr. Wily",
     "zero": "Zero",
+    "ロックマン": "mega man",
+    "洛克人": "mega man",
 }
 MEDIA = {
     "16bit": "16-bit",
@@ -92,9 +94,9 @@ JOINTS = frozenset({"and", "of", "or"})  # tie words together; one that nothing 
 LINKS = JOINTS | {"a", "an", "at", "by", "for", "from", "in", "on", "over", "the", "to", "under", "with"}
 NOISE = """
     cimg dcim dji dsc dscf dscn gopr img imgp mvimg pxl wa
-    app comfyui copy download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture
-    pictures png
-    am pm bildschirmfoto kopie resized screenshot screenshots thumb thumbnail unnamed untitled webp whatsapp
+    am app comfyui copy dall download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture
+    pictures pm png received resized screenshot screenshots thumb thumbnail tumblr unnamed untitled webp
+    bildschirmfoto kopie whatsapp
     上午 下午 副本 複本 拷贝 拷貝 图片 圖片 照片 微信图片 未命名 截图 截圖 屏幕截图 螢幕截圖 螢幕擷取畫面
     スクリーンショット
 """  # what cameras, systems and programs write into names, and no words of a picture

@@ -70,13 +70,14 @@ def _fact(path: Path, store: Store) -> Fact:
 
 
 def _looked_at(path: Path) -> dict[str, object]:
-    picture = open_picture(path)
-    small, data = picture.image.copy(), io.BytesIO()
+    picture, data = open_picture(path), io.BytesIO()
+    size, bits = picture.image.size, fingerprint(picture.image)
+    small = picture.image  # no copy: a large scan takes 256 MB
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
-    small.save(data, "WEBP", quality=70, lossless=max(picture.image.size) <= THUMBNAIL_PX)  # sprites
+    small.save(data, "WEBP", quality=70, lossless=max(size) <= THUMBNAIL_PX)  # sprites
     return {
-        "size": picture.image.size,
+        "size": size,
         "remarks": picture.remarks,
-        "fingerprint": f"{fingerprint(picture.image):x}",
+        "fingerprint": f"{bits:x}",
         "thumbnail": base64.b64encode(data.getvalue()).decode("ascii"),
     }
