@@ -14,6 +14,7 @@ from typing import Literal
 
 from megaman.errors import DATA, USAGE, UserError
 from megaman.files import write_text
+from megaman.pictures import one_line
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
@@ -96,9 +97,8 @@ NOISE = """
     cimg dcim dji dsc dscf dscn gopr img imgp mvimg pxl wa
     am app comfyui copy dall download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture
     pictures pm png received resized screenshot screenshots thumb thumbnail tumblr unnamed untitled webp
-    bildschirmfoto kopie whatsapp
     上午 下午 副本 複本 拷贝 拷貝 图片 圖片 照片 微信图片 未命名 截图 截圖 屏幕截图 螢幕截圖 螢幕擷取畫面
-    スクリーンショット
+    スクリーンショット bildschirmfoto kopie whatsapp
 """  # what cameras, systems and programs write into names, and no words of a picture
 DROPPED = frozenset(NOISE.split())
 BREAKS = ",;()[]{}+&"  # separate tags in names too
@@ -145,7 +145,7 @@ def read_captions(
             own = _own_caption(sidecars[picture], trigger)
             captions.append(own or Caption(caption_from_name(picture, folder, trigger), "name"))
         except UserError as error:
-            problems.append(str(error))
+            problems.append(one_line(str(error)))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)), DATA)  # two pictures may share a bad file
     return captions

@@ -9,7 +9,7 @@ from PIL import Image
 
 from megaman.cache import Store, key_of
 from megaman.files import sha256_of
-from megaman.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, fingerprint, open_picture
+from megaman.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, fingerprint, one_line, open_picture
 
 RECIPE = 2  # raised whenever decoding changes: older facts and latents are then no longer found
 THUMBNAIL_PX = 128
@@ -35,7 +35,7 @@ class Skipped:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return one_line(f"{self.path}: {self.reason}")
 
 
 def survey(folder: Path, store: Store) -> tuple[list[Fact], list[Skipped]]:

@@ -192,6 +192,11 @@ def test_a_name_of_any_bytes_breaks_neither_the_report_nor_the_page(tmp_path: Pa
     assert all(line.startswith(ours) for line in result.stderr.splitlines()), result.stderr
     page = (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
     assert Page(page).tags.count("i") == 2
+    (data / "\r\x1b\n.txt").write_bytes(b"caf\xe9")
+    (data / "\r\x1b\n.png").write_bytes((data / os.fsdecode(b"\xff<b>.webp")).read_bytes())
+    with pytest.raises(UserError) as caught:
+        dataset_of(data, strict=True)
+    assert [line.isprintable() for line in str(caught.value).splitlines()] == [True, True]
     assert "\\udcff&lt;b&gt;.webp" in page
 
 
