@@ -91,7 +91,8 @@ def check_output(folder: Path, mark: str, data_dir: Path) -> None:
 
 def check_apart(flag: str, folder: str | None, data_dir: str) -> None:
     """Raises UserError where a flag would have something written among the user's pictures."""
-    if folder is not None and Path(folder).resolve().is_relative_to(Path(data_dir).resolve()):
+    real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
+    if folder is not None and Path(real(folder)).is_relative_to(real(data_dir)):
         reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
         raise UserError(f"{reason}. Name another.", USAGE)
 

@@ -429,9 +429,14 @@ def test_a_second_run_encodes_nothing(
     assert second.exists()
 
 
-def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path, train_flags: list[str]) -> None:
     with pytest.raises(UserError, match="no such folder"):
         MegaManDataset(tmp_path / "nowhere", None, store=Store(None))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="no such folder"):
+        megaman_lora.open_dataset(
+            megaman_lora.read_config([*train_flags, "--data_dir", str(tmp_path / "loop")])[0]
+        )
 
 
 def test_facts_are_remembered_by_content_and_not_by_name(tmp_path: Path) -> None:
