@@ -96,6 +96,14 @@ def check_output(folder: Path, mark: str, data_dir: Path) -> None:
     check_writable(folder)
 
 
+def check_apart(flag: str, folder: str | None, data_dir: str) -> None:
+    """Raises UserError where a flag would have something written among the user's pictures."""
+    real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
+    if folder is not None and Path(real(folder)).is_relative_to(real(data_dir)):
+        reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
+        raise UserError(f"{reason}. Name another.", USAGE)
+
+
 def check_writable(folder: Path) -> None:
     """Raises UserError (exit 6) unless `folder` can be made and written to; makes nothing."""
     try:
@@ -156,9 +164,13 @@ class OutputLock:
             raise UserError(
                 f"{folder}: in use by process {other}. Wait for it, or name another --output_dir.", STATE
             )
+
+    def sign(self) -> "OutputLock":
+        """Leaves this process's number there, for those who are refused."""
         self.file.truncate(0)
         self.file.write(str(os.getpid()))
         self.file.flush()
+        return self
 
     def release(self) -> None:
         """Lets others in. The file stays: deleting it could delete the next one's. Safe to call twice."""
@@ -169,14 +181,14 @@ def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
     """The lock on an output folder, which is emptied first if `fresh`: an earlier run's is moved aside, and
     its new name is returned too.
     """
-    lock = OutputLock(folder)
+    lock = OutputLock(folder).sign()
     if not fresh or not _holds_files(folder):
         return lock, None
     if os.name == "nt":  # Windows moves no folder with an open file in it
         lock.release()
     aside = moved_aside(folder)
     try:
-        return OutputLock(folder), aside
+        return OutputLock(folder).sign(), aside
     finally:
         lock.release()
 
