@@ -674,7 +674,8 @@ def set_up(cfg: TrainConfig) -> Run:
     accelerator = devices.new_accelerator(device, dtype)
     progress = runs.progress_of(cfg.resume_from_checkpoint, Path(cfg.output_dir))
 
-    dataset = open_dataset(cfg)
+    with accelerator.main_process_first():  # the others then find what it has seen in the cache
+        dataset = open_dataset(cfg)
     stream = stream_of(dataset, pictures_a_step(cfg, accelerator.num_processes))
     cfg, told = plan(cfg, stream.steps_an_epoch, progress), report_of(dataset)
     for line in [*told.lines(), describe_plan(cfg, stream)]:
@@ -689,7 +690,7 @@ def set_up(cfg: TrainConfig) -> Run:
     origins["the base model's weights"] = base.digest
     if progress is not None:
         runs.check_resume(progress, asdict(cfg), origins)
-    with accelerator.main_process_first():  # the others then find everything in the cache
+    with accelerator.main_process_first():
         encoded = encode(cfg, dataset, base)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
