@@ -25,7 +25,7 @@ from megaman import errors, files
 from megaman.errors import UserError, say
 from megaman.flags import parse_flags
 from megaman.lazy import Lazy
-from megaman.stream import Place, Stream, generator_of, shares_of
+from megaman.stream import Place, Stream, generator_of, seed_dropout, shares_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from megaman.watch import Watch
 else:
     torch, accelerate, peft = Lazy("torch"), Lazy("accelerate"), Lazy("peft")
-adapters, base_models, buckets, cache, captions = (
-    Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions")
+adapters, base_models, buckets, cache, captions, card = (
+    Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions", "card")
 )
-checkpoints, pictures, report, survey, watch = (
-    Lazy(f"megaman.{room}") for room in ("checkpoints", "pictures", "report", "survey", "watch")
+checkpoints, forms, pictures, report, survey, watch = (
+    Lazy(f"megaman.{room}") for room in ("checkpoints", "forms", "pictures", "report", "survey", "watch")
 )
 
 # ---------------------------------------------------------------- configuration
@@ -125,6 +125,15 @@ class AdapterFlags:
         8, "rank of the update: 4-16; higher learns more detail, and more of your pictures' accidents"
     )
     lora_alpha: float = _flag(32, "strength: the update is scaled by alpha / rank")
+    lora_targets: Literal["attention", "attention+ff", "linear", "conv"] = _flag(
+        "attention", "what it changes: attention; its feed-forward too; all linear; the resnets too"
+    )
+    lora_dropout: float = _flag(0.0, "share of the update's inputs that each example trains without")
+    use_dora: bool = _flag(False, "DoRA: also learn the length of each row of the weights; slower")
+    use_rslora: bool = _flag(False, "rsLoRA: scale the update by alpha / sqrt(rank)")
+    init_lora: str | None = _flag(
+        None, "adapter file or folder of any tool to go on from; rank, alpha, targets and DoRA are its own"
+    )
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
             self.shuffle_tags or self.keep_tags == 1, "keep_tags", self.keep_tags, "given with --shuffle_tags"
         )
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
         _require(
             self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
             "lr_warmup_steps",
@@ -253,6 +263,8 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     )
     if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
         values["data_dir"] = str(Path(__file__).parent / STARTER_IMAGES)  # wherever the command is run from
+    if values["init_lora"] is not None:
+        values |= forms.fitted(values, chosen)
     return TrainConfig(**values), chosen
 
 
@@ -365,24 +377,33 @@ def stream_of(dataset: MegaManDataset, step_size: int) -> Stream:
 
 # ---------------------------------------------------------------- LoRA injection
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.Parameter]:
-    """Wraps the UNet's attention projections through PEFT and returns the trainable parameters, float32.
+    """Wraps the UNet's modules through PEFT and returns the trainable parameters, float32.
 
     B = 0, so that training starts at the base itself; A ~ N(0, 1/rank), the same numbers on every device.
+    With --init_lora both are the file's.
     """
-    settings = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=list(ATTENTION))
+    start = forms.start_of(asdict(cfg))
+    forms.check_possible(asdict(cfg), unet)
+    settings = peft.LoraConfig(
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        target_modules=forms.modules_for(unet, cfg.lora_targets, start),
+        lora_dropout=cfg.lora_dropout,
+        use_dora=cfg.use_dora,
+        use_rslora=cfg.use_rslora,
+    )
     unet.add_adapter(settings, adapter_name=adapters.ADAPTER_NAME)
     for number, module in enumerate(adapters.lora_modules(unet).values()):
         down = module.lora_A[adapters.ADAPTER_NAME].weight
         drawn = torch.randn(down.shape, generator=generator_of(cfg.seed, "lora", number)) / cfg.lora_rank
         down.data = drawn.to(down.device)
         up = module.lora_B[adapters.ADAPTER_NAME].weight
-        up.data = torch.zeros_like(
-            up, dtype=torch.float32
-        )  # an update of 1e-4 is below half precision's last bit
+        up.data = torch.zeros_like(up, dtype=torch.float32)  # half precision would lose updates of 1e-4
+    forms.set_lengths(unet)
+    if start is not None:
+        forms.place(start, unet)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
@@ -545,14 +566,8 @@ def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     )
 
 
-def describe_run(cfg: TrainConfig, base: BaseModel) -> dict[str, Any]:
+def describe_run(cfg: TrainConfig, base: BaseModel, told: Report) -> dict[str, Any]:
     """What the adapter's files tell about their making; no path and no name of the user."""
-    settings = {
-        key: value
-        for key, value in asdict(cfg).items()
-        if key not in ("data_dir", "output_dir", "logging_dir", "config", "preset")
-    }
-    settings["pretrained_model_name"] = base.name
     return {
         "base": base.name,
         "resolution": cfg.resolution,
@@ -561,7 +576,9 @@ def describe_run(cfg: TrainConfig, base: BaseModel) -> dict[str, Any]:
         "steps": cfg.max_train_steps,
         "text_width": base.unet.config.cross_attention_dim,
         "prediction_type": base.scheduler.config.prediction_type,
-        "config": settings,
+        "config": card.public_settings(asdict(cfg)) | {"pretrained_model_name": base.name},
+        "dataset": card.dataset_facts(told),
+        "hashes": card.model_hashes(Path(cfg.pretrained_model_name).expanduser()),
     }
 
 
@@ -734,7 +751,7 @@ def set_up(cfg: TrainConfig) -> Run:
         prepare_output(cfg)
         told.write(output)
     watcher = new_watch(cfg, stream, enabled=accelerator.is_main_process)
-    about = describe_run(cfg, base)
+    about = describe_run(cfg, base, told)
     return Run(
         cfg, accelerator, base, stream, encoded, validation_text, unet, trainable, optimizer, watcher, output,
         about,
@@ -783,7 +800,9 @@ def finish(run: Run) -> Path:
     """Writes lora_weights/ and closes everything."""
     weights = run.output / "lora_weights"
     if run.accelerator.is_main_process:
-        adapters.write_adapter(adapters.adapter_of(run.base.unet, run.about), weights)
+        unet, samples = run.base.unet, sorted(run.output.glob("samples/step-*/01.png"))
+        preview = samples[-1] if samples else None
+        adapters.write_adapter(adapters.adapter_of(unet, run.about), weights, live=unet, preview=preview)
     run.watch.close()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -805,6 +824,7 @@ def train(cfg: TrainConfig) -> Path:
             with contextlib.nullcontext() if number == len(shares) else accelerator.no_sync(unet):
                 draw = draw_inputs(share or places[:1], run.encoded, cfg, scheduler)
                 weight = processes / run.stream.step_size if share else 0.0  # a short step weighs by its size
+                seed_dropout(cfg.seed, (share or places)[0].position)
                 losses, strayed = losses_of(unet, draw, scheduler, cfg)
                 accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
             sums.append(losses.detach().sum() * bool(share))

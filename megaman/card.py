@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,9 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from megaman.base import EMBEDDED
-from megaman.files import sha256_of, write_text
+from megaman.captions import tag_frequencies
+from megaman.files import replacing, sha256_of, write_text
 from megaman.layers import Adapter
 from megaman.layouts import first_layer
+from megaman.report import Report, Row
 
 NAME = "megaman_lora"
 TAGS = 200  # the commonest are told
@@ -50,28 +51,32 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def dataset_facts(
-    captions: Sequence[str], repeats: Sequence[int], sizes: Sequence[tuple[int, int]], trigger: str
-) -> dict[str, Any]:
-    """What other tools show of the pictures: how many, how often, in which sizes, under which tags."""
-    folders: dict[str, dict[str, int]] = {}
-    tags: dict[str, Counter[str]] = {}
-    for caption, count in zip(captions, repeats, strict=True):
-        folder = f"{count}_{' '.join(trigger.split())}"  # kohya's notation; the user's own names are his
-        folders.setdefault(folder, {"n_repeats": count, "img_count": 0})["img_count"] += 1
-        words = {tag.strip() for tag in caption.split(",")} - {""}
-        if trigger.lower() in caption.lower():
-            words.add(trigger)  # by itself, since web UIs cut sentences into words
-        tags.setdefault(folder, Counter()).update(words)
-    common = {
-        folder: dict(sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:TAGS])
-        for folder, counted in tags.items()
+def dataset_facts(report: Report) -> dict[str, Any]:
+    """What other tools show of the pictures: how many, how often, in which sizes, under which tags. Folders
+    get names in kohya's notation; the user's own stay his.
+    """
+    trigger = " ".join(report.trigger.split())
+    by_folder: dict[str, list[Row]] = {}
+    for row in report.rows:
+        by_folder.setdefault(f"{row.repeats}_{trigger}", []).append(row)
+    return {
+        "folders": {
+            name: {"n_repeats": rows[0].repeats, "img_count": len(rows)} for name, rows in by_folder.items()
+        },
+        "tags": {name: _tags(rows, trigger.lower()) for name, rows in by_folder.items()},
+        "buckets": {
+            str(i): {"resolution": [bucket.width, bucket.height], "count": len(rows)}
+            for i, (bucket, rows) in enumerate(report.buckets.items())
+        },
     }
-    buckets = {
-        str(i): {"resolution": list(size), "count": count}
-        for i, (size, count) in enumerate(sorted(Counter(sizes).items()))
-    }
-    return {"pictures": len(captions), "folders": folders, "tags": common, "buckets": buckets}
+
+
+def _tags(rows: Sequence[Row], trigger: str) -> dict[str, int]:
+    """The commonest tags and the trigger, which sentences hide: web UIs cut those into words."""
+    texts = [row.caption.text for row in rows]
+    called = sum(trigger in text.lower() for text in texts)
+    counts = tag_frequencies(texts) | ({trigger: called} if called else {})
+    return dict(sorted(counts.items(), key=lambda item: -item[1])[:TAGS])
 
 
 @cache
@@ -228,8 +233,6 @@ def write_companions(adapter: Adapter, folder: Path, preview: Path | None) -> li
     write_text(card, model_card(adapter, has_preview=preview is not None))
     if preview is None:
         return [beside, card]
-    from megaman.files import replacing
-
     with replacing(picture) as partial:
         partial.write_bytes(preview.read_bytes())
     return [beside, card, picture]
@@ -239,7 +242,7 @@ def model_card(adapter: Adapter, *, has_preview: bool) -> str:
     """README.md of the adapter's folder, in the Hugging Face hub's form."""
     known, layer = adapter.metadata, first_layer(adapter)
     trigger = re.sub(r"[\s`|<>]+", " ", known.get("trigger", "")).strip()
-    base = known.get("base") or "its base model"
+    base = re.sub(r"[\s`|<>\"\\]+", " ", known.get("base") or "its base model")
     names = ("learning_rate", "lr_scheduler", "max_train_steps", "resolution", "lora_targets", "seed")
     settings = {name: known.get("config", {}).get(name) for name in names}
     environment = Environment(
