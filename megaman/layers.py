@@ -55,7 +55,8 @@ class LoraLayer:
         magnitude = self.magnitude.to(weight.device).float()
         magnitude = magnitude.reshape(*magnitude.shape[:2], *[1] * (weight.ndim - 2))
         axis = 0 if magnitude.shape[0] == weight.shape[0] else 1
-        lengths = turned.norm(dim=[i for i in range(weight.ndim) if i != axis], keepdim=True)
+        others = [i for i in range(weight.ndim) if i != axis]
+        lengths = turned.square().sum(dim=others, keepdim=True).sqrt()
         return magnitude / lengths * turned - weight
 
     def balanced(self) -> "LoraLayer":
