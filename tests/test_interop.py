@@ -23,7 +23,7 @@ from megaman.adapters import (
     write_adapter,
     write_kohya,
 )
-from megaman.base import BaseModel, load_base
+from megaman.base import BaseModel
 from megaman.forms import TARGETS
 from megaman.merge import MergedAdapter
 from megaman_lora import TrainConfig, inject_lora
@@ -32,12 +32,6 @@ FORMS = [
     *itertools.product([(4, 32), (8, 8)], TARGETS, [{}, {"use_dora": True}, {"use_rslora": True}]),
 ]
 FILES = ["adapter_model.safetensors", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_folder: Path) -> BaseModel:
-    """The tiny base, loaded once; copies of its UNet are adapted."""
-    return load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
 
 
 def trained(base: BaseModel, **settings: object) -> UNet2DConditionModel:
