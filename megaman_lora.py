@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from megaman.report import Report
     from megaman.watch import Watch
 else:
-    torch, accelerate, peft = Lazy("torch"), Lazy("accelerate"), Lazy("peft")
+    torch, accelerate = Lazy("torch"), Lazy("accelerate")
 adapters, base_models, buckets, cache, captions, card = (
     Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions", "card")
 )
@@ -385,15 +385,7 @@ def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.P
     With --init_lora both are the file's.
     """
     start = forms.start_of(asdict(cfg))
-    forms.check_possible(asdict(cfg), unet)
-    settings = peft.LoraConfig(
-        r=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,
-        target_modules=forms.modules_for(unet, cfg.lora_targets, start),
-        lora_dropout=cfg.lora_dropout,
-        use_dora=cfg.use_dora,
-        use_rslora=cfg.use_rslora,
-    )
+    settings = forms.lora_config(asdict(cfg), unet, start)
     unet.add_adapter(settings, adapter_name=adapters.ADAPTER_NAME)
     for number, module in enumerate(adapters.lora_modules(unet).values()):
         down = module.lora_A[adapters.ADAPTER_NAME].weight
@@ -401,9 +393,7 @@ def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.P
         down.data = drawn.to(down.device)
         up = module.lora_B[adapters.ADAPTER_NAME].weight
         up.data = torch.zeros_like(up, dtype=torch.float32)  # half precision would lose updates of 1e-4
-    forms.set_lengths(unet)
-    if start is not None:
-        forms.place(start, unet)
+    forms.begin(unet, start)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 

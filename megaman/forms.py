@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from megaman.errors import MODEL, USAGE, UserError
@@ -109,21 +110,10 @@ def _at_scale(layer: LoraLayer, scale: float) -> LoraLayer:
 # ---------------------------------------------------------------- in the model
 
 
-def modules_for(unet: nn.Module, targets: str, start: Start | None) -> list[str]:
-    """What PEFT shall wrap: module endings, or just the modules of the adapter to go on from."""
-    if start is None:
-        return list(TARGETS[targets])
-    paths = {underscored(name): name for name, _ in unet.named_modules()}
-    paths |= {path.removesuffix("_0"): name for path, name in paths.items() if path.endswith("_to_out_0")}
-    strange = sorted(start.layers.keys() - paths.keys())
-    if strange:
-        reason = f"changes the module {strange[0]!r}, which this base model does not have"
-        raise UserError(f"--init_lora {start.path}: {reason}; it was made for another base.", MODEL)
-    return [paths[name] for name in start.layers]
-
-
-def check_possible(settings: Mapping[str, Any], unet: nn.Module) -> None:
-    """UserError (exit 2) for a form that PEFT can't train on this base."""
+def lora_config(settings: Mapping[str, Any], unet: nn.Module, start: Start | None) -> LoraConfig:
+    """PEFT's configuration for the form that the settings ask for. UserError (exit 2) if PEFT can't train it
+    on this base, (exit 4) if the adapter to go on from was made for another.
+    """
     has_convolutions = settings["lora_targets"] in ("linear", "conv")  # proj_in and proj_out are 1x1 ones
     is_half = next(unet.parameters()).dtype != torch.float32
     if settings["use_dora"] and settings["lora_dropout"] and has_convolutions and is_half:
@@ -133,9 +123,35 @@ def check_possible(settings: Mapping[str, Any], unet: nn.Module) -> None:
             "--mixed_precision no",
             USAGE,
         )
+    return LoraConfig(
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        target_modules=list(TARGETS[settings["lora_targets"]]) if start is None else _homes(start, unet),
+        lora_dropout=settings["lora_dropout"],
+        use_dora=settings["use_dora"],
+        use_rslora=settings["use_rslora"],
+    )
 
 
-def set_lengths(unet: nn.Module) -> None:
+def _homes(start: Start, unet: nn.Module) -> list[str]:
+    """Just the modules of the adapter to go on from."""
+    paths = {underscored(name): name for name, _ in unet.named_modules()}
+    paths |= {path.removesuffix("_0"): name for path, name in paths.items() if path.endswith("_to_out_0")}
+    strange = sorted(start.layers.keys() - paths.keys())
+    if strange:
+        reason = f"changes the module {strange[0]!r}, which this base model does not have"
+        raise UserError(f"--init_lora {start.path}: {reason}; it was made for another base.", MODEL)
+    return [paths[name] for name in start.layers]
+
+
+def begin(unet: nn.Module, start: Start | None) -> None:
+    """Sets what is not drawn: DoRA's lengths, and all of the adapter to go on from."""
+    _set_lengths(unet)
+    if start is not None:
+        _place(start, unet)
+
+
+def _set_lengths(unet: nn.Module) -> None:
     """DoRA begins with the lengths that the rows of the base's weights have, in float32."""
     for module in lora_modules(unet).values():
         if ADAPTER_NAME in module.lora_magnitude_vector:
@@ -148,7 +164,7 @@ def set_lengths(unet: nn.Module) -> None:
 
 
 @torch.no_grad()
-def place(start: Start, unet: nn.Module) -> None:
+def _place(start: Start, unet: nn.Module) -> None:
     """Puts the adapter's weights into PEFT's layers. Where its rank is smaller, the rows of A that it lacks
     stay as drawn and their columns of B are zero: the update is the file's.
     """

@@ -190,11 +190,16 @@ def test_a_dora_is_gone_on_from_with_its_lengths(plain: BaseModel, tmp_path: Pat
 
 
 def test_mixed_ranks_and_strengths_come_to_one(plain: BaseModel, tmp_path: Path) -> None:
-    """kohya's LoCon has a rank and an alpha of its own for the convolutions."""
+    """kohya's LoCon has a rank and an alpha of its own for the convolutions, and modules that we don't ask
+    for.
+    """
     layers = dict(adapter_of(trained(plain, lora_rank=8, lora_alpha=8, lora_targets="conv")).layers)
     for key, layer in layers.items():
         if "conv" in key[1]:
             layers[key] = LoraLayer(layer.down[:2].clone(), layer.up[:, :2].clone(), 1.0)
+    layers["unet", "down_blocks.0.resnets.0.time_emb_proj"] = LoraLayer(
+        torch.ones(8, 64), torch.ones(16, 8), 8
+    )
     save_file(kohya_tensors(Adapter(layers)), tmp_path / "locon.safetensors")
     cfg, _ = read_config(["--init_lora", str(tmp_path / "locon.safetensors")])
     assert (cfg.lora_rank, cfg.lora_alpha) == (8, 8)
