@@ -114,7 +114,7 @@ def _network(adapter: Adapter) -> dict[str, Any]:
     if any(name.endswith(("conv1", "conv2", "conv_shortcut")) for _, name in adapter.layers):
         arguments |= {"conv_dim": layer.rank, "conv_alpha": layer.alpha}
     if adapter.is_dora:
-        arguments |= {"algo": "locon", "dora_wd": True, "wd_on_output": True}
+        arguments |= {"algo": "locon", "dora_wd": "True", "wd_on_output": "True"}
     return {
         "ss_output_name": NAME,
         "ss_network_module": "lycoris.kohya" if adapter.is_dora else "networks.lora",

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from megaman.errors import MODEL, USAGE, UserError
+from megaman.errors import MODEL, USAGE, UserError, say
 from megaman.layers import ADAPTER_NAME, LoraLayer, lora_modules, underscored
 from megaman.reading import read_adapter
 
@@ -122,6 +122,11 @@ def lora_config(settings: Mapping[str, Any], unet: nn.Module, start: Start | Non
             "convolutions so in half precision. Leave the dropout out, take attention+ff, or "
             "--mixed_precision no",
             USAGE,
+        )
+    if settings["use_dora"]:
+        say(
+            "note: a DoRA is exact in PEFT, diffusers, LyCORIS and generate_megaman.py, and close in ComfyUI "
+            "and Forge; A1111, InvokeAI and kohya's networks.lora can't apply it"
         )
     return LoraConfig(
         r=settings["lora_rank"],

@@ -168,8 +168,9 @@ def test_a_doras_card_says_who_applies_it_exactly(plain: BaseModel, tmp_path: Pa
     write_adapter(adapter_of(live, about), tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "This is a DoRA" in card
+    assert "in every tool." not in card
     assert 'base_model: "owner/model"' in card
     assert "\n# x" not in card  # a trigger is a word, never markup
     assert (
-        json.loads(metadata_of(tmp_path / "megaman_lora.safetensors")["ss_network_args"])["dora_wd"] is True
+        json.loads(metadata_of(tmp_path / "megaman_lora.safetensors")["ss_network_args"])["dora_wd"] == "True"
     )

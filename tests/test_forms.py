@@ -41,9 +41,10 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_form_changes_the_result(train: Callable[..., Path]) -> None:
-    results = [load_file(train() / "adapter_model.safetensors")]
+    short = ["--max_train_steps", "2", "--save_steps", "2"]
+    results = [load_file(train(*short) / "adapter_model.safetensors")]
     for flags in ("--lora_targets conv", "--use_dora", "--use_rslora", "--lora_dropout 0.5"):
-        results.append(load_file(train(*flags.split()) / "adapter_model.safetensors"))
+        results.append(load_file(train(*short, *flags.split()) / "adapter_model.safetensors"))
         assert not any(are_equal(results[-1], earlier) for earlier in results[:-1]), flags
 
 
@@ -88,11 +89,14 @@ def test_dropouts_masks_are_functions_of_the_position(tiny_base: BaseModel) -> N
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
-def test_an_untrained_dora_is_the_base_to_the_bit_and_learns_in_float32(tiny_folder: Path) -> None:
+def test_an_untrained_dora_is_the_base_to_the_bit_and_learns_in_float32(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
     before = unet_output(base.unet, base)
     parameters = inject_lora(base.unet, TrainConfig(use_dora=True, lora_targets="conv"))
     assert torch.equal(unet_output(base.unet, base), before)
+    assert "A1111, InvokeAI and kohya's networks.lora can't apply it" in capsys.readouterr().err
     assert len(parameters) == 3 * len(lora_modules(base.unet))
     half = load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.bfloat16)
     trainable = inject_lora(half.unet, TrainConfig(use_dora=True, lora_targets="conv"))
