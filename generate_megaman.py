@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from megaman.base import BaseModel
     from megaman.merge import MergedAdapter
 torch, adapters, base_models = Lazy("torch"), Lazy("megaman.adapters"), Lazy("megaman.base")
+devices = Lazy("megaman.devices")
 merge, pages, records = Lazy("megaman.merge"), Lazy("megaman.pages"), Lazy("megaman.records")
 
 # ---------------------------------------------------------------- configuration
@@ -377,8 +378,8 @@ def generate(cfg: GenerateConfig) -> Path:
     prompts = read_prompts(cfg, adapter.metadata.get("trigger", TRIGGER))
     files.check_writable(Path(cfg.output_dir))
 
-    device = base_models.pick_device(cfg.device)
-    dtype = base_models.pick_dtype(cfg.mixed_precision, device)
+    device = devices.pick_device(cfg.device)
+    dtype = devices.pick_dtype(cfg.mixed_precision, device)
     base = base_models.load_base(base_of(adapter, lora_path, cfg.base_model), device=device, dtype=dtype)
     merged = merge.MergedAdapter(adapter, base.unet, base.text_encoder)
     counts, strengths = merged.counts, ", ".join(f"{scale:g}" for scale in cfg.lora_scale)

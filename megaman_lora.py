@@ -1,27 +1,26 @@
 """Teaches Stable Diffusion a character from 15-100 pictures: trains a LoRA and writes it for every tool.
 
-    python megaman_lora.py --preset demo                       # the embedded base and our own pictures; no
-    GPU, no network
-    python megaman_lora.py --data_dir ./megaman_images         # Stable Diffusion 1.5 and yours
+    python megaman_lora.py --preset demo               # the embedded base, our pictures: no GPU, no network
+    python megaman_lora.py --data_dir ./megaman_images # Stable Diffusion 1.5 and yours
 
 What a step does is a function of (seed, position): position is the index in one endless stream of examples.
-It fixes the picture, the
-noise, the timestep and the dropped caption; the learning rate is a function of the step.
+It fixes the picture, the noise, the timestep and the dropped caption; the learning rate is a function of the
+step. So a run that is stopped goes on to the very bits of one that was not.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megaman import errors, files
+from megaman import errors, files, stopping
 from megaman.errors import UserError, say
 from megaman.flags import parse_flags
 from megaman.lazy import Lazy
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 
     from megaman.base import BaseModel
     from megaman.cache import Encoded, Store
+    from megaman.checkpoints import Progress
+    from megaman.memory import Room
     from megaman.report import Report
     from megaman.watch import Watch
 else:
@@ -44,8 +45,11 @@ else:
 adapters, base_models, buckets, cache, captions, card = (
     Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions", "card")
 )
-checkpoints, forms, pictures, report, survey, watch = (
-    Lazy(f"megaman.{room}") for room in ("checkpoints", "forms", "pictures", "report", "survey", "watch")
+checkpoints, devices, forms, memory, pictures, previews = (
+    Lazy(f"megaman.{room}") for room in ("checkpoints", "devices", "forms", "memory", "pictures", "previews")
+)
+report, runs, survey, watch, welcome = (
+    Lazy(f"megaman.{room}") for room in ("report", "runs", "survey", "watch", "welcome")
 )
 
 # ---------------------------------------------------------------- configuration
@@ -182,6 +186,9 @@ class RunFlags:
     checkpoints_total_limit: int = _flag(
         3, "checkpoints that keep their optimizer state; the small adapters all stay"
     )
+    resume_from_checkpoint: str | None = _flag(
+        None, "go on from OUTPUT's newest whole checkpoint (latest) or from a folder step-…"
+    )
     validation_steps: int = _flag(100, "steps between sample pictures; step 0 shows the base")
     validation_prompt: list[str] = _flag(
         ["mega man, blue robot, helmet, game character, high quality"], "prompts of the sample pictures"
@@ -198,52 +205,41 @@ class RunFlags:
     )
 
 
+LIMITS = (
+    (
+        "resolution lora_rank train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs "
+        "save_steps validation_steps checkpoints_total_limit",
+        1,
+        "at least 1",
+    ),
+    ("lora_alpha learning_rate max_grad_norm", 5e-324, "above 0"),  # the smallest number that is
+    (
+        "weight_decay snr_gamma preserve_weight seed validation_guidance_scale keep_tags caption_dropout "
+        "lr_warmup_steps",
+        0,
+        "0 or more",
+    ),
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, DataFlags):
     """Every setting of a run. Resolved once, never changed."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "resolution",
-            "lora_rank",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "max_train_steps",
-            "save_steps",
-            "validation_steps",
-            "checkpoints_total_limit",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "snr_gamma", "preserve_weight", "seed", "validation_guidance_scale"):
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        for names, lowest, wanted in LIMITS:
+            for name in names.split():
+                value = getattr(self, name)
+                _require(value is None or lowest <= value < math.inf, name, value, wanted)
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
-        _require(self.keep_tags >= 0, "keep_tags", self.keep_tags, "0 or more")
-        _require(
-            self.shuffle_tags or self.keep_tags == 1, "keep_tags", self.keep_tags, "given with --shuffle_tags"
-        )
-        _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
+        _require(self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
         _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
-        _require(
-            self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
-            "lr_warmup_steps",
-            self.lr_warmup_steps,
-            "0 or more",
-        )
-        _require(
-            self.num_train_epochs is None or self.num_train_epochs >= 1,
-            "num_train_epochs",
-            self.num_train_epochs,
-            "at least 1",
-        )
         _require(bool(self.trigger.strip()), "trigger", self.trigger, "a word or more")
-        _require(
-            self.preserve_weight > 0 or self.preserve_class == OptimisationFlags().preserve_class,
-            "preserve_class",
-            " ".join(self.preserve_class),
-            "given together with --preserve_weight above 0",
-        )
+        together = self.shuffle_tags or self.keep_tags == 1
+        _require(together, "keep_tags", self.keep_tags, "given with --shuffle_tags")
+        together = self.preserve_weight > 0 or self.preserve_class == OptimisationFlags().preserve_class
+        words = " ".join(self.preserve_class)
+        _require(together, "preserve_class", words, "given together with --preserve_weight above 0")
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -268,12 +264,15 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     return TrainConfig(**values), chosen
 
 
-def plan(cfg: TrainConfig, steps_an_epoch: int) -> TrainConfig:
-    """The configuration with everything that was left open decided: steps from epochs, the warm-up."""
-    steps = cfg.max_train_steps
+def plan(cfg: TrainConfig, steps_an_epoch: int, progress: Progress | None = None) -> TrainConfig:
+    """The configuration with everything that was left open decided: steps from epochs, the warm-up. A run
+    that goes on keeps its warm-up, however its total changes.
+    """
+    steps, warmup = cfg.max_train_steps, cfg.lr_warmup_steps
     if cfg.num_train_epochs is not None:
         steps = cfg.num_train_epochs * steps_an_epoch
-    warmup = round(0.05 * steps) if cfg.lr_warmup_steps is None else cfg.lr_warmup_steps
+    if warmup is None:
+        warmup = round(0.05 * steps) if progress is None else progress.settings["lr_warmup_steps"]
     return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup)
 
 
@@ -332,6 +331,13 @@ class MegaManDataset:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that training sees of the folder, in its order; the files' names don't count."""
+        rows = zip(self.facts, self.buckets, self.repeats, self.captions, strict=True)
+        seen = (f"{fact.digest} {bucket} {repeats} {caption.text}" for fact, bucket, repeats, caption in rows)
+        return f"{len(self)} with sum {cache.key_of(*seen)[:12]}"
 
     def __getitem__(self, index: int) -> Example:
         caption = self.captions[index].text
@@ -534,30 +540,10 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 
 # ---------------------------------------------------------------- the run
 
-RECORD = "training_config.json"  # also the mark that an output folder is ours
-SAMPLE_STEPS = 20  # of the preview pictures
-SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
 
-
-def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
-    """accelerate's view of this process.
-
-    Only fp16 asks anything of it: a gradient scaler. The base is in half precision already, so no
-    autocast.
-    """
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import AutocastKwargs
-
-    AcceleratorState._reset_state()  # a program may train twice, in another precision
-    return accelerate.Accelerator(
-        mixed_precision="fp16" if dtype == torch.float16 else "no",
-        cpu=device.type == "cpu",
-        kwargs_handlers=[AutocastKwargs(enabled=False)],
-    )
-
-
-def describe_run(cfg: TrainConfig, base: BaseModel, told: Report) -> dict[str, Any]:
+def describe_run(run: Run) -> dict[str, Any]:
     """What the adapter's files tell about their making; no path and no name of the user."""
+    cfg, base = run.cfg, run.base
     return {
         "base": base.name,
         "resolution": cfg.resolution,
@@ -567,21 +553,9 @@ def describe_run(cfg: TrainConfig, base: BaseModel, told: Report) -> dict[str, A
         "text_width": base.unet.config.cross_attention_dim,
         "prediction_type": base.scheduler.config.prediction_type,
         "config": card.public_settings(asdict(cfg)) | {"pretrained_model_name": base.name},
-        "dataset": card.dataset_facts(told),
+        "dataset": card.dataset_facts(run.told),
         "hashes": card.model_hashes(Path(cfg.pretrained_model_name).expanduser()),
     }
-
-
-def prepare_output(cfg: TrainConfig) -> Path:
-    """An empty output folder; an earlier run is moved aside."""
-    output = Path(cfg.output_dir)
-    aside = files.moved_aside(output)
-    if aside is not None:
-        say(f"output: {output} held an earlier run; it is kept as {output.with_name(aside.name)}")
-    output.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in asdict(cfg).items() if key not in ("preset", "config")}
-    files.write_text(output / RECORD, json.dumps(settings, indent=2) + "\n")
-    return output
 
 
 def every(step: int, interval: int, total: int) -> bool:
@@ -637,17 +611,6 @@ def describe_plan(cfg: TrainConfig, stream: Stream) -> str:
     )
 
 
-def check_sizes(dataset: MegaManDataset, base: BaseModel) -> None:
-    """UserError (exit 2) unless the UNet can halve the latents as often as it must."""
-    cell, resolution = base.cell_px, dataset.settings.resolution
-    if resolution % cell or any(b.width % cell or b.height % cell for b in dataset.buckets):
-        raise UserError(
-            f"--resolution {resolution}: {base.name} needs a multiple of {cell}; "
-            f"{max(cell, resolution // cell * cell)} is near",
-            errors.USAGE,
-        )
-
-
 def encode(cfg: TrainConfig, dataset: MegaManDataset, base: BaseModel) -> Encoded:
     """The dataset in the base's terms, from the cache where it was encoded before."""
     store = open_store(cfg)
@@ -669,27 +632,7 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
     return rate
 
 
-def count_skips(skips: int, skipped: bool, step: int) -> int:
-    """Steps that the fp16 scaler has skipped in a row. UserError (exit 5) when it no longer recovers."""
-    skips = skips + 1 if skipped else 0
-    if skips >= SKIPS_IN_A_ROW:
-        raise UserError(
-            f"{skips} steps in a row overflowed in fp16 (up to step {step + 1}); lower --learning_rate, "
-            "or use --mixed_precision bf16 or no",
-            errors.NUMBERS,
-        )
-    return skips
-
-
-def new_watch(cfg: TrainConfig, stream: Stream, *, enabled: bool) -> Watch:
-    """The run's metrics and samples; silent in all processes but the first."""
-    output = Path(cfg.output_dir)
-    logging_dir = Path(cfg.logging_dir or output / "logs") if cfg.report_to == "tensorboard" else None
-    pictures_each = len(stream) / stream.steps_an_epoch
-    return watch.Watch(output, cfg.max_train_steps, pictures_each, logging_dir=logging_dir, enabled=enabled)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """What a run holds once it is set up."""
 
@@ -700,90 +643,124 @@ class Run:
     encoded: Encoded
     validation_text: Tensor  # (1+P,L,D): the empty caption's states, then the validation prompts'
     unet: torch.nn.Module  # base.unet as accelerate has prepared it
-    trainable: list[torch.nn.Parameter]
     optimizer: Optimizer
-    watch: Watch
-    output: Path
-    about: dict[str, Any]  # what the adapter's files tell about their making
+    origins: dict[str, Any]  # fingerprints of pictures, captions and base
+    progress: Progress | None  # where it goes on
+    room: Room  # how much of a step fits into memory
+    told: Report  # of the pictures
+
+    @property
+    def output(self) -> Path:
+        """Where everything goes."""
+        return Path(self.cfg.output_dir)
+
+    @property
+    def start(self) -> int:
+        """Steps that an earlier command has done."""
+        return 0 if self.progress is None else self.progress.step
+
+    @cached_property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The adapter's parameters, float32."""
+        return list(checkpoints.trained(self.base.unet).values())
+
+    @cached_property
+    def watch(self) -> Watch:
+        """The run's metrics and samples; silent in all processes but the first."""
+        cfg, stream = self.cfg, self.stream
+        tensorboard = (
+            Path(cfg.logging_dir or self.output / "logs") if cfg.report_to == "tensorboard" else None
+        )
+        steps, names = range(self.start, cfg.max_train_steps), [row.name for row in self.told.rows]
+        each, first = len(stream) / stream.steps_an_epoch, self.accelerator.is_main_process
+        return watch.Watch(self.output, steps, names, each, logging_dir=tensorboard, enabled=first)
 
 
 def set_up(cfg: TrainConfig) -> Run:
-    """Everything before the first step, what is quick and may fail before what is slow."""
-    device = base_models.pick_device()
-    dtype = base_models.pick_dtype(cfg.mixed_precision, device)
-    accelerator = new_accelerator(device, dtype)
-    processes, output = accelerator.num_processes, Path(cfg.output_dir)
+    """Everything before the first step, what is quick and may fail before what is slow. Writes nothing."""
+    device = devices.pick_device()
+    dtype = devices.pick_dtype(cfg.mixed_precision, device)
+    accelerator = devices.new_accelerator(device, dtype)
+    progress = runs.progress_of(cfg.resume_from_checkpoint, Path(cfg.output_dir))
 
     dataset = open_dataset(cfg)
-    stream = stream_of(dataset, pictures_a_step(cfg, processes))
-    cfg, told = plan(cfg, stream.steps_an_epoch), report_of(dataset)
+    stream = stream_of(dataset, pictures_a_step(cfg, accelerator.num_processes))
+    cfg, told = plan(cfg, stream.steps_an_epoch, progress), report_of(dataset)
     for line in [*told.lines(), describe_plan(cfg, stream)]:
         say(line)
-    files.check_output(output, RECORD, Path(cfg.data_dir))
+    origins = {"the pictures": dataset.fingerprint, "pictures a step": stream.step_size}
+    if progress is not None:
+        runs.check_resume(progress, asdict(cfg), origins)
+    files.check_output(Path(cfg.output_dir), runs.RECORD, Path(cfg.data_dir))
 
     base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
-    check_sizes(dataset, base)
+    buckets.check_sizes(dataset.buckets, cfg.resolution, base.cell_px, base.name)
+    origins["the base model's weights"] = base.digest
+    if progress is not None:
+        runs.check_resume(progress, asdict(cfg), origins)
     with accelerator.main_process_first():  # the others then find everything in the cache
         encoded = encode(cfg, dataset, base)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
 
-    trainable = inject_lora(base.unet, cfg)
-    if cfg.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        inject_lora(base.unet, cfg), lr=cfg.learning_rate, weight_decay=cfg.weight_decay
+    )
     unet, optimizer = accelerator.prepare(base.unet.train(), optimizer)
-    count, precision = sum(p.numel() for p in trainable), str(dtype).removeprefix("torch.")
+    room = memory.Room(cfg.train_batch_size, cfg.gradient_checkpointing)
+    run = Run(
+        cfg, accelerator, base, stream, encoded, validation_text, unet, optimizer,
+        origins, progress, room, told,
+    )  # fmt: skip
+    take_up(run)
+    return run
+
+
+def take_up(run: Run) -> None:
+    """Puts the checkpoint's state in place, if the run goes on from one, and says what is trained where."""
+    accelerator, precision = run.accelerator, str(run.base.unet.dtype).removeprefix("torch.")
+    count, processes = sum(p.numel() for p in run.trainable), accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {accelerator.device}, the base in {precision}{several}")
+    if run.progress is not None:
+        checkpoints.restore(run.base.unet, run.optimizer, run.progress.tensors)
+        run.room = memory.Room.of(run.progress.run)
+        if accelerator.scaler is not None and run.progress.run["scaler"]:
+            accelerator.scaler.load_state_dict(run.progress.run["scaler"])
+        say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.progress.path}")
+    make_room(run)
 
-    if accelerator.is_main_process:
-        prepare_output(cfg)
-        told.write(output)
-    watcher = new_watch(cfg, stream, enabled=accelerator.is_main_process)
-    about = describe_run(cfg, base, told)
-    return Run(
-        cfg, accelerator, base, stream, encoded, validation_text, unet, trainable, optimizer, watcher, output,
-        about,
-    )  # fmt: skip
+
+def make_room(run: Run) -> None:
+    """Begins the step anew, in the room there is."""
+    run.optimizer.zero_grad()
+    if run.room.checkpointing or run.cfg.gradient_checkpointing:
+        run.base.unet.enable_gradient_checkpointing()
 
 
 def save_state(run: Run, step: int) -> None:
     """A checkpoint after `step` steps, written by the first process."""
+    run.watch.check()  # nothing that isn't finite is saved
     if run.accelerator.is_main_process:
-        adapter = adapters.adapter_of(run.base.unet, run.about | {"steps": step})
-        keep = run.cfg.checkpoints_total_limit
-        checkpoints.save_checkpoint(run.output / "checkpoints", step, adapter, run.optimizer, keep=keep)
-
-
-def show_samples(run: Run, step: int) -> None:
-    """One picture a validation prompt, always from the same noise, drawn by the first process."""
-    if not run.accelerator.is_main_process:
-        return
-    cfg, unet, text = run.cfg, run.base.unet, run.validation_text
-    wrapper = unet.__dict__.pop("forward", None)  # accelerate's, under fp16: its float32 would be fed back
-    pipeline = base_models.pipeline_of(run.base)
-    run.base.vae.to(unet.device)
-    unet.eval()
-    images = []
-    for i in range(1, len(text)):
-        images += base_models.draw(
-            run.base,
-            pipeline,
-            prompt_embeds=text[i : i + 1],
-            negative_prompt_embeds=text[:1],
-            num_inference_steps=SAMPLE_STEPS,
-            guidance_scale=cfg.validation_guidance_scale,
-            height=cfg.resolution,
-            width=cfg.resolution,
-            generator=torch.Generator().manual_seed(cfg.seed + i),
+        scaler = run.accelerator.scaler
+        facts = run.room.facts() | {"scaler": scaler.state_dict() if scaler is not None else None}
+        tensors = checkpoints.tensors_of(run.base.unet, run.optimizer)
+        progress = checkpoints.Progress(
+            step, asdict(run.cfg), run.origins, facts, torch.get_num_threads(), tensors
         )
-    unet.train()
-    if wrapper is not None:
-        unet.forward = wrapper
-    if unet.device.type == "cuda":
-        run.base.vae.to("cpu")
-    run.watch.show_samples(step, cfg.validation_prompt, images)
+        adapter = adapters.adapter_of(run.base.unet, describe_run(run) | {"steps": step})
+        keep = run.cfg.checkpoints_total_limit
+        checkpoints.save_checkpoint(run.output / runs.CHECKPOINTS, progress, adapter, keep=keep)
+
+
+def show_samples(run: Run, step: int, stop: stopping.StopRequest) -> None:
+    """One picture a validation prompt, always from the same noise, drawn by the first process."""
+    if run.accelerator.is_main_process:
+        cfg = run.cfg
+        look = previews.Look(cfg.resolution, cfg.validation_guidance_scale, cfg.seed)
+        images = previews.draw_previews(run.base, run.validation_text, look, step, stop)
+        if images:
+            run.watch.show_samples(step, cfg.validation_prompt, images)
 
 
 def finish(run: Run) -> Path:
@@ -791,69 +768,90 @@ def finish(run: Run) -> Path:
     weights = run.output / "lora_weights"
     if run.accelerator.is_main_process:
         unet, samples = run.base.unet, sorted(run.output.glob("samples/step-*/01.png"))
-        preview = samples[-1] if samples else None
-        adapters.write_adapter(adapters.adapter_of(unet, run.about), weights, live=unet, preview=preview)
+        adapter = adapters.adapter_of(unet, describe_run(run))
+        adapters.write_adapter(adapter, weights, live=unet, preview=samples[-1] if samples else None)
     run.watch.close()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return weights
 
 
+Examples = list[tuple[Sequence[Place], "Tensor"]]  # the shares of a step, and each one's losses (B,)
+
+
+def accumulate(run: Run, places: Sequence[Place]) -> Examples:
+    """Adds up the gradients of a step, share by share."""
+    accelerator, scheduler, cfg = run.accelerator, run.base.scheduler, run.cfg
+    processes = accelerator.num_processes
+    examples, shares = [], shares_of(places, accelerator.process_index, processes, run.room.batch)
+    for number, share in enumerate(shares, 1):
+        with nullcontext() if number == len(shares) else accelerator.no_sync(run.unet):
+            draw = draw_inputs(share or places[:1], run.encoded, cfg, scheduler)
+            weight = processes / run.stream.step_size if share else 0.0  # a short step weighs by its size
+            seed_dropout(cfg.seed, (share or places)[0].position)
+            losses, strayed = losses_of(run.unet, draw, scheduler, cfg)
+            accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
+        examples.append((share, losses.detach()[: len(share)]))
+    return examples
+
+
+def fitted(run: Run, places: Sequence[Place], step: int) -> Examples:
+    """The same, with less at a time where memory runs out. Several processes would wait for each other."""
+    if run.accelerator.num_processes > 1:
+        return accumulate(run, places)
+    return memory.within(run.room, lambda: accumulate(run, places), lambda: make_room(run), step)
+
+
+def mean_loss(run: Run, examples: Examples, places: Sequence[Place]) -> Tensor:
+    """Over all examples of a step, on all processes."""
+    total = torch.stack([losses.sum() for _, losses in examples]).sum()
+    return run.accelerator.reduce(total, "sum") / len(places)
+
+
 def train(cfg: TrainConfig) -> Path:
     """Trains one adapter and returns its folder lora_weights/. UserError with the exit code when it can't."""
     run = set_up(cfg)
-    cfg, accelerator, unet, scheduler = run.cfg, run.accelerator, run.unet, run.base.scheduler
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    show_samples(run, 0)
-    skips = 0
-    for step in range(cfg.max_train_steps):
-        rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
-        places, sums = run.stream.at(step), []
-        shares = shares_of(places, rank, processes, cfg.train_batch_size)
-        for number, share in enumerate(shares, 1):
-            with contextlib.nullcontext() if number == len(shares) else accelerator.no_sync(unet):
-                draw = draw_inputs(share or places[:1], run.encoded, cfg, scheduler)
-                weight = processes / run.stream.step_size if share else 0.0  # a short step weighs by its size
-                seed_dropout(cfg.seed, (share or places)[0].position)
-                losses, strayed = losses_of(unet, draw, scheduler, cfg)
-                accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
-            sums.append(losses.detach().sum() * bool(share))
-        grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        loss = accelerator.reduce(torch.stack(sums).sum(), "sum") / len(places)
-        skips = count_skips(skips, accelerator.optimizer_step_was_skipped, step)
-        run.watch.record(step, loss, grad_norm, rate)
+    cfg, accelerator, total = run.cfg, run.accelerator, run.cfg.max_train_steps
+    writes = accelerator.is_main_process
+    with runs.ready(run.output, asdict(cfg), run.progress, writes=writes) as stop, closing(run.watch):
+        if run.start == 0:
+            if writes:
+                run.told.write(run.output)
+            show_samples(run, 0, stop)
+        for step in range(run.start, total):
+            rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
+            places = run.stream.at(step)
+            examples = fitted(run, places, step)
+            grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            loss, skipped = mean_loss(run, examples, places), accelerator.optimizer_step_was_skipped
+            run.watch.record(watch.Step(step, loss, grad_norm, rate, skipped, examples))
 
-        done = step + 1
-        if every(done, cfg.save_steps, cfg.max_train_steps):
-            save_state(run, done)  # before the preview, which may run out of memory
-        if every(done, cfg.validation_steps, cfg.max_train_steps):
-            show_samples(run, done)
-    return finish(run)
+            done = step + 1
+            stopped = devices.is_agreed(bool(stop), accelerator)
+            if stopped or every(done, cfg.save_steps, total):
+                save_state(run, done)  # before the preview, which may run out of memory
+            if stopped:
+                stop.obey(
+                    f"stopped at step {done} of {total}, saved. Go on with: {runs.resume_command(run.output)}"
+                )
+            if every(done, cfg.validation_steps, total):
+                show_samples(run, done, stop)
+        return finish(run)
 
 
 # ---------------------------------------------------------------- the command
 
-GUIDE = Path(__file__).parent / "megaman" / "templates" / "megaman_images.md"
 
-
-def first_contact(cfg: TrainConfig, chosen: set[str]) -> bool:
-    """Whether this is somebody's first start: no data folder was named, and the default one is missing or
-    empty. It is made, with its guide.
-    """
+def is_first_start(cfg: TrainConfig, chosen: set[str]) -> bool:
+    """Whether no data folder was named, and the default one is missing or empty."""
     folder = Path(cfg.data_dir)
-    if "data_dir" in chosen or cfg.preset == "demo" or (folder.is_dir() and pictures.find_pictures(folder)):
-        return False
-    guide = folder / "README.md"
-    if not guide.exists():
-        files.write_text(guide, GUIDE.read_text(encoding="utf-8"))
-    say(
-        f"{folder} is ready: put 15-100 pictures there, each with a caption in a .txt file of the same "
-        f"name ({guide} tells more), and run this again."
+    return (
+        "data_dir" not in chosen
+        and cfg.preset != "demo"
+        and not (folder.is_dir() and pictures.find_pictures(folder))
     )
-    say("To see it work first, without a GPU or a network: python megaman_lora.py --preset demo")
-    return True
 
 
 def show_dataset(cfg: TrainConfig) -> None:
@@ -862,7 +860,7 @@ def show_dataset(cfg: TrainConfig) -> None:
     stream, told = stream_of(dataset, pictures_a_step(cfg, 1)), report_of(dataset)
     for line in [*told.lines(), describe_plan(plan(cfg, stream.steps_an_epoch), stream)]:
         say(line)
-    files.check_output(output, RECORD, Path(cfg.data_dir))
+    files.check_output(output, runs.RECORD, Path(cfg.data_dir))
     say(f"dry run: nothing was trained. {told.write(output)} shows every picture and its caption")
     if told.offer_captions(output / "captions"):
         say(
@@ -874,8 +872,8 @@ def main() -> None:
     """The command line."""
     base_models.quiet_libraries()
     cfg, chosen = read_config(sys.argv[1:])
-    if first_contact(cfg, chosen):
-        return
+    if is_first_start(cfg, chosen):
+        return welcome.welcome(Path(cfg.data_dir))
     if cfg.dry_run:
         return show_dataset(cfg)
     weights = train(cfg)

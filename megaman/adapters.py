@@ -93,8 +93,9 @@ def _save(
     metadata: Mapping[str, str],
     check: Callable[[Path, Path], None] | None = None,
 ) -> None:
-    with replacing(path) as partial:
-        save_tensors(tensors, partial, metadata)
+    def finish(partial: Path) -> None:
         partial.write_bytes(with_hashes(partial.read_bytes()))
         if check is not None:
             check(partial, path)
+
+    save_tensors(tensors, path, metadata, finish)

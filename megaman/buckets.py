@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
+from megaman.errors import USAGE, UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -85,3 +87,12 @@ def fitted(
     small = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
     array = np.array(small)[:, ::-1].copy() if mirrored else np.array(small)
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def check_sizes(buckets: Sequence[Bucket], resolution: int, cell_px: int, base: str) -> None:
+    """UserError (exit 2) unless the base can halve all sizes as often as it must."""
+    sides = {resolution, *(side for bucket in buckets for side in (bucket.width, bucket.height))}
+    if any(side % cell_px for side in sides):
+        near = max(cell_px, resolution // cell_px * cell_px)
+        reason = f"{base} needs a multiple of {cell_px}; {near} is near"
+        raise UserError(f"--resolution {resolution}: {reason}", USAGE)

@@ -27,14 +27,8 @@ TAGS = 200  # the commonest are told
 THUMBNAIL_PX = 256
 SD1_TEXT_WIDTH = 768  # Stable Diffusion 1.x; other tools know no relative of the embedded base
 PICTURE = {"card": "README.md", "sidecar": f"{NAME}.json", "preview": f"{NAME}.preview.png"}
-PRIVATE = (
-    "data_dir",
-    "output_dir",
-    "logging_dir",
-    "cache_dir",
-    "config",
-    "preset",
-)  # paths, and what they did
+PATHS = ("data_dir", "output_dir", "logging_dir", "cache_dir")
+ONCE = ("preset", "config", "resume_from_checkpoint", "dry_run")  # of one command, not of the run
 HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x" + "0" * 64}
 LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the oldest web UIs hashed
 
@@ -44,10 +38,9 @@ LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the old
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as a file may carry it: of a path, its last part at most."""
-    shown = {key: value for key, value in settings.items() if key not in PRIVATE}
-    for key in ("init_lora", "resume_from_checkpoint"):
-        if shown.get(key):
-            shown[key] = Path(shown[key]).name
+    shown = {key: value for key, value in settings.items() if key not in PATHS + ONCE}
+    if shown.get("init_lora"):
+        shown["init_lora"] = Path(shown["init_lora"]).name
     return shown
 
 

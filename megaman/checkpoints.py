@@ -1,58 +1,141 @@
-"""Checkpoints: a folder each, complete or absent. Knows fsync, manifests and rotation."""
+"""Checkpoints: a folder each, complete or absent, and whole or refused. Knows fsync, manifests and rotation.
 
+step-000250/
+    adapter.safetensors   the adapter in kohya's layout, float16: small, draws like any other, stays for good
+    state.safetensors     trained parameters and the optimizer's moments, float32: what an exact resume needs
+    manifest.json         step, settings, fingerprints, run state, and the sha256 of each file and of itself
+"""
+
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megaman.adapters import CHECKPOINT_FILE, Adapter, peft_tensors, write_kohya
-from megaman.files import save_tensors, sha256_of
+from megaman.adapters import CHECKPOINT_FILE, Adapter, write_kohya
+from megaman.errors import STATE as STATE_ERROR
+from megaman.errors import UserError, say
+from megaman.files import free_name, save_tensors, sha256_of
 
-MANIFEST = "manifest.json"
-ADAPTER, STATE = CHECKPOINT_FILE, "state.safetensors"
+FORMAT = 1  # raised when older checkpoints can no longer be resumed
+MANIFEST, ADAPTER, STATE = "manifest.json", CHECKPOINT_FILE, "state.safetensors"
+OWN_SUM = "sha256_of_this"  # of the manifest's other entries
 
 
-def save_checkpoint(folder: Path, step: int, adapter: Adapter, optimizer: Optimizer, *, keep: int) -> Path:
+@dataclass(frozen=True)
+class Progress:
+    """A run between two steps: all that its next step needs and that (seed, position) does not tell."""
+
+    step: int  # optimizer steps done
+    settings: Mapping[str, Any]  # those that decide the result
+    origins: Mapping[str, Any]  # fingerprints of what was given: pictures and captions, base
+    run: Mapping[str, Any]  # what the run has found out: the batch that fits, the scaler's factor
+    threads: int  # another count adds up in another order: equal to rounding, not to the bit
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # names of the live objects, float32
+    path: Path | None = None  # where it was read from
+
+
+class Damaged(Exception):
+    """Why a checkpoint is of no use, in the user's words."""
+
+
+# ---------------------------------------------------------------- live objects and tensors
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """`parameter.<name>` and the optimizer's moments, such as `exp_avg.<name>`, on the CPU. An averaged copy
+    would be `average.<name>`.
+    """
+    tensors = {}
+    for name, parameter in trained(model).items():
+        tensors[f"parameter.{name}"] = parameter
+        tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state[parameter].items()}
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts a checkpoint's tensors where `tensors_of` took them. UserError (exit 7) unless each fits."""
+    left = dict(tensors)
+    for name, parameter in trained(model).items():
+        value = left.pop(f"parameter.{name}", None)
+        if value is None or value.shape != parameter.shape:
+            reason = f"the checkpoint does not fit this adapter: {name} is missing or of another shape"
+            raise UserError(reason, STATE_ERROR)
+        parameter.copy_(value)
+        moments = [key for key in left if key.partition(".")[2] == name]
+        optimizer.state[parameter] = {
+            key.partition(".")[0]: _placed(left.pop(key), parameter) for key in moments
+        }
+    if left:
+        raise UserError(f"the checkpoint does not fit this adapter: nothing is named {next(iter(left))}",
+                        STATE_ERROR)  # fmt: skip
+
+
+def _placed(moment: Tensor, parameter: Tensor) -> Tensor:
+    """Adam counts its steps on the CPU; the other moments live beside their parameter."""
+    return moment if moment.ndim == 0 else moment.to(parameter.device)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_checkpoint(folder: Path, progress: Progress, adapter: Adapter, *, keep: int) -> Path:
     """Writes `folder`/step-000250 through a temporary folder; all but the newest `keep` then drop their
     state.
-
-    adapter.safetensors is small, in kohya's layout, and stays for good; state.safetensors holds the float32
-    weights and the optimizer's moments; the manifest names the step and the sums.
     """
-    final, partial = folder / f"step-{step:06}", folder / f".step-{step:06}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    final = folder / f"step-{progress.step:06}"
+    partial, replaced = (folder / f".{final.name}.{word}" for word in ("partial", "replaced"))
+    for leftover in folder.glob(".step-*"):  # of a run that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     write_kohya(adapter, partial / ADAPTER)
-    save_tensors(peft_tensors(adapter) | optimizer_tensors(optimizer), partial / STATE, {"format": "pt"})
+    save_tensors(progress.tensors, partial / STATE, {"format": "pt"})
+    manifest = {key: getattr(progress, key) for key in ("step", "settings", "origins", "run", "threads")}
     sums = {name: sha256_of(partial / name) for name in (ADAPTER, STATE)}
-    manifest = {"step": step, "sha256": sums, "about": adapter.metadata}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
+    (partial / MANIFEST).write_text(_signed({"format": FORMAT, **manifest, "sha256": sums}), encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if final.exists():
+        final.rename(replaced)
     partial.rename(final)
     _sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     _prune(folder, keep)
     return final
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments, named by the parameter's place: `exp_avg.12`."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        f"{name}.{i}": value.detach().cpu().contiguous()
-        for i, parameter in enumerate(parameters)
-        for name, value in sorted(optimizer.state.get(parameter, {}).items())
-    }  # fmt: skip
+def _signed(manifest: Mapping[str, Any]) -> str:
+    """The manifest's only spelling, its own sum included."""
+    text = json.dumps({key: manifest[key] for key in manifest if key != OWN_SUM}, sort_keys=True)
+    signed = json.loads(text) | {OWN_SUM: hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(signed, indent=2, sort_keys=True) + "\n"
 
 
 def _prune(folder: Path, keep: int) -> None:
     """Adapters stay; only what is large and superseded goes."""
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in _steps(folder)[keep:]:
         (old / STATE).unlink(missing_ok=True)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints, the newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True,
+                  key=lambda path: int(path.name[5:]))  # fmt: skip
 
 
 def _sync(path: Path) -> None:
@@ -63,3 +146,85 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_checkpoint(folder: Path) -> Progress:
+    """A checkpoint, every byte of it verified. Damaged, with the reason, if it is not whole."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != _signed(manifest):
+            raise Damaged(f"{MANIFEST} is damaged")
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"{MANIFEST} is of format {manifest['format']}, this program reads {FORMAT}")
+        for name, digest in manifest["sha256"].items():
+            if not (folder / name).is_file():
+                raise Damaged(
+                    f"{name} is not there" + (" (older checkpoints keep none)" if name == STATE else "")
+                )
+            if sha256_of(folder / name) != digest:
+                raise Damaged(f"{name} is damaged")
+        known = {key: manifest[key] for key in ("step", "settings", "origins", "run", "threads")}
+        return Progress(**known, tensors=load_file(folder / STATE), path=folder)
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename or MANIFEST).name} is not there") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise Damaged(f"{MANIFEST} is damaged or can't be read") from error
+
+
+def latest_checkpoint(folder: Path) -> Progress:
+    """The newest checkpoint below `folder` that is whole; says which newer ones are not. UserError (exit 7)
+    if there is none.
+    """
+    for path in _steps(folder):
+        try:
+            return read_checkpoint(path)
+        except Damaged as error:
+            say(f"warning: {path} can't be resumed: {error}; an older checkpoint is looked for")
+    raise UserError(
+        f"{folder}: no checkpoint that can be resumed. Leave --resume_from_checkpoint out to begin anew.",
+        STATE_ERROR,
+    )
+
+
+def find_checkpoint(wanted: str, folder: Path) -> Progress:
+    """The checkpoint that --resume_from_checkpoint names: `latest` in `folder`, or a path. UserError (exit 7)
+    if it is not whole.
+    """
+    if wanted == "latest":
+        return latest_checkpoint(folder)
+    path = Path(wanted).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint folder. Name one, or latest.", STATE_ERROR)
+    try:
+        return read_checkpoint(path)
+    except Damaged as error:
+        raise UserError(f"{path}: {error}. Name another checkpoint, or latest.", STATE_ERROR) from error
+
+
+def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """UserError (exit 7) that names every entry in which a resume differs from its checkpoint."""
+    then, now = (json.loads(json.dumps(dict(entries))) for entries in (then, now))  # tuples become lists
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if changed:
+        words = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise UserError(
+            f"{path}: can't be resumed with other settings: {words}. Give the same, such as by --config "
+            "with the run's training_config.json, or leave --resume_from_checkpoint out.",
+            STATE_ERROR,
+        )
+
+
+def set_aside_later(folder: Path, step: int) -> Path | None:
+    """Moves checkpoints beyond `step` to a folder of their own, for the run goes another way from here."""
+    later = [path for path in _steps(folder) if int(path.name[5:]) > step]
+    if not later:
+        return None
+    aside = free_name(folder)
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+    return aside

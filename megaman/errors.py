@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from megaman.stopping import Stopped, at_once
+
 OK, BUG, USAGE, DATA, MODEL, NUMBERS, RESOURCES, STATE = range(8)  # exit codes
-INTERRUPTED = 130  # 128 + SIGINT
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PATHS = {
@@ -34,26 +35,35 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or its accelerator has no memory left."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in words for word in _MEMORY_WORDS)
+    )
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs main and leaves with its exit code; only a bug of ours shows a traceback."""
     try:
-        main()
+        with at_once():
+            main()
     except UserError as error:
         leave(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        leave("stopped by the keyboard; finished files are kept", INTERRUPTED)
+    except Stopped as stop:
+        say(str(stop))
+        sys.exit(stop.exit_code)
     except OSError as error:
         if error.errno not in _DISK | _PATHS:
             raise
         remedy = "free some space" if error.errno in _DISK else "name a file or folder that can be used"
         leave(f"{error.filename or 'disk'}: {error.strerror}; {remedy}", RESOURCES)
     except (MemoryError, RuntimeError) as error:
-        words = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(word in words for word in _MEMORY_WORDS):
+        if not is_out_of_memory(error):
             raise
         leave(
-            "out of memory; take a smaller batch or picture (training: --train_batch_size 1 and "
-            "--gradient_checkpointing need least)",
+            "out of memory; take smaller pictures (--resolution, or --height and --width), a smaller "
+            "--batch_size or --train_batch_size, or half precision (--mixed_precision fp16)",
             RESOURCES,
         )
     sys.exit(OK)
@@ -63,8 +73,7 @@ def leave(message: str, exit_code: int) -> NoReturn:
     """One line on stderr, then the exit code.
 
     Of several processes only the first speaks, unless it may be the only one that is well: a full memory or
-    disk
-    and a NaN are one process's own.
+    disk and a NaN are one process's own.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":

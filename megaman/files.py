@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not say where
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -45,8 +48,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all. A full disk is an OSError, as for any other file."""
+def save_tensors(
+    tensors: Mapping[str, "Tensor"],
+    path: Path,
+    metadata: Mapping[str, str],
+    finish: Callable[[Path], None] = lambda partial: None,
+) -> None:
+    """A safetensors file, whole or not at all. A full disk is an OSError, as for any other file.
+
+    finish: called with the temporary file; if it raises, there is no file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -54,8 +65,9 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[
         try:
             save_file(dict(tensors), partial, dict(metadata))
         except SafetensorError as error:  # its words for a failed write; the numbers were checked before
-            raise OSError(errno.ENOSPC, " ".join(str(error).split()), str(path)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         partial.write_bytes(_with_sorted_metadata(partial.read_bytes()))
+        finish(partial)
 
 
 def _with_sorted_metadata(file: bytes) -> bytes:
@@ -70,7 +82,9 @@ def _with_sorted_metadata(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
-SHOWN = frozenset({"dataset.html", "captions"})  # what a dry run leaves; a run goes on beside it
+LOCK = ".lock"  # holds the number of the process that works in the folder
+SHOWN = frozenset({"dataset.html", "captions", LOCK})  # what a dry run leaves; a run goes on beside it
+PROBE_BYTES = 1 << 20  # a disk without room for so much is full
 
 
 def _holds_files(folder: Path) -> bool:
@@ -86,6 +100,8 @@ def check_output(folder: Path, mark: str, data_dir: Path) -> None:
         raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", USAGE)
     if _holds_files(folder) and not (folder / mark).is_file():
         raise UserError(f"{folder}: holds files that no run of ours made. Name another --output_dir.", STATE)
+    if (folder / LOCK).exists():
+        OutputLock(folder).release()
     check_writable(folder)
 
 
@@ -94,10 +110,20 @@ def check_writable(folder: Path) -> None:
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing) as probe:
-            probe.write(b"\0" * 4096)
+            probe.write(b"\0" * PROBE_BYTES)
     except OSError as error:
-        reason = f"{folder}: can't write there ({error.strerror}). Name another --output_dir."
+        reason = (
+            f"{folder}: can't write there ({error.strerror}). Free some space, or name another --output_dir."
+        )
         raise UserError(reason, RESOURCES) from error
+
+
+def free_name(path: Path) -> Path:
+    """The first of NAME.001, NAME.002, … that is not there."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{number:03}")).exists():
+        number += 1
+    return free
 
 
 def moved_aside(folder: Path) -> Path | None:
@@ -107,16 +133,78 @@ def moved_aside(folder: Path) -> Path | None:
     folder = folder.resolve()
     if not _holds_files(folder):
         return None
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number:03}")).exists():
-        number += 1
+    aside = free_name(folder)
     try:
         folder.rename(aside)
     except OSError as error:
         raise UserError(
             f"{folder}: can't be moved aside ({error.strerror}). Name another --output_dir.", STATE
         ) from error
+    (aside / LOCK).unlink(missing_ok=True)
     return aside
+
+
+# ---------------------------------------------------------------- one process a folder
+
+
+class OutputLock:
+    """The right to write in a folder: one process has it until it ends, however it ends.
+
+    The system keeps the lock, not the file, so what a killed process leaves behind locks nobody out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder. UserError (exit 7) with the other's number if it is in use."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOCK
+        self.file = self.path.open("a+", encoding="ascii")
+        if not _locked(self.file.fileno()):
+            self.file.seek(0)
+            other = self.file.read().strip()
+            self.file.close()
+            raise UserError(
+                f"{folder}: in use by process {other}. Wait for it, or name another --output_dir.", STATE
+            )
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def release(self) -> None:
+        """Lets others in. The file stays: deleting it could delete the next one's. Safe to call twice."""
+        self.file.close()
+
+
+def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
+    """The lock on an output folder, which is emptied first if `fresh`: an earlier run's is moved aside, and
+    its new name is returned too.
+    """
+    lock = OutputLock(folder)
+    if not fresh or not _holds_files(folder):
+        return lock, None
+    if os.name == "nt":  # Windows moves no folder with an open file in it
+        lock.release()
+    aside = moved_aside(folder)
+    try:
+        return OutputLock(folder), aside
+    finally:
+        lock.release()
+
+
+def _locked(handle: int) -> bool:
+    """Whether this process now has the lock; the system gives it back when the process ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(handle, PROBE_BYTES, os.SEEK_SET)  # beyond the number, which others may read
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _umask() -> int:

@@ -37,10 +37,9 @@ import megaman_lora  # noqa: E402
 from megaman.base import EMBEDDED_FOLDER, BaseModel, load_base  # noqa: E402
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of Stable Diffusion's shape with random weights: stride 2, 32 px, text 24 wide; a
-    step takes milliseconds.
+def save_tiny_base(folder: Path) -> Path:
+    """Writes a diffusers folder of Stable Diffusion's shape with random weights: stride 2, 32 px, text 24
+    wide; a step takes milliseconds.
     """
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
@@ -81,9 +80,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = tmp_path_factory.mktemp("base") / "tiny_base"
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base on the disk."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny_base")
 
 
 @pytest.fixture

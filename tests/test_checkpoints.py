@@ -1,16 +1,26 @@
 """Checkpoints: complete or absent, small adapters for good, state for the newest."""
 
-import json
+import os
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megaman.adapters import read_adapter
-from megaman.checkpoints import save_checkpoint
-from megaman.files import check_writable, moved_aside, replacing, sha256_of
+from megaman.checkpoints import (
+    MANIFEST,
+    STATE,
+    Progress,
+    find_checkpoint,
+    latest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from megaman.errors import UserError
+from megaman.files import check_output, check_writable, claim, moved_aside, replacing
 
 
 def test_a_checkpoint_holds_adapter_moments_and_sums_and_old_ones_lose_only_their_state(
@@ -19,37 +29,90 @@ def test_a_checkpoint_holds_adapter_moments_and_sums_and_old_ones_lose_only_thei
     checkpoints = train("--save_steps", "1", "--checkpoints_total_limit", "2").parent / "checkpoints"
     names = [path.name for path in sorted(checkpoints.iterdir())]
     assert names == ["step-000001", "step-000002", "step-000003", "step-000004"]
-    assert [(checkpoints / name / "state.safetensors").exists() for name in names] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    assert [(checkpoints / name / STATE).exists() for name in names] == [False, False, True, True]
     for number, name in enumerate(names, 1):
         assert read_adapter(checkpoints / name / "adapter.safetensors").metadata["steps"] == number
-        manifest = json.loads((checkpoints / name / "manifest.json").read_text())
-        assert manifest["step"] == number
-        for file, digest in manifest["sha256"].items():
-            if (checkpoints / name / file).exists():
-                assert sha256_of(checkpoints / name / file) == digest
-    state = load_file(checkpoints / names[-1] / "state.safetensors")
-    moments = {key.split(".")[0] for key in state if not key.startswith("base_model")}
-    assert moments == {"exp_avg", "exp_avg_sq", "step"}
-    assert {state[key].item() for key in state if key.startswith("step.")} == {4}
+    progress = read_checkpoint(checkpoints / names[-1])
+    assert (progress.step, progress.settings["lora_rank"]) == (4, 4)
+    assert {key.partition(".")[0] for key in progress.tensors} == {
+        "parameter",
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+    }
+    assert {value.item() for key, value in progress.tensors.items() if key.startswith("step.")} == {4}
+
+
+def some_progress(step: int) -> Progress:
+    tensors = {"parameter.a": torch.arange(6.0), "exp_avg.a": torch.zeros(6)}
+    return Progress(step, {"seed": 0}, {"pictures": "x"}, {"batch": 1, "scaler": None}, 2, tensors)
 
 
 def test_a_failing_save_leaves_the_older_checkpoint_and_no_half_one(
     adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = read_adapter(adapter_folder)
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    save_checkpoint(tmp_path, 1, adapter, optimizer, keep=3)
-    monkeypatch.setattr(
-        "megaman.checkpoints.sha256_of", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
-    )
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path, 2, adapter, optimizer, keep=3)
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000001"]
+    save_checkpoint(tmp_path, some_progress(1), adapter, keep=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "megaman.checkpoints.sha256_of", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
+        )
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(tmp_path, some_progress(2), adapter, keep=3)
+    assert latest_checkpoint(tmp_path).step == 1
+    save_checkpoint(tmp_path, some_progress(3), adapter, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]  # no leftovers
+
+
+def damages(whole: bytes) -> dict[str, bytes | None]:
+    """The file gone, empty, halved, and with one bit turned at forty places."""
+    found: dict[str, bytes | None] = {"missing": None, "empty": b"", "halved": whole[: len(whole) // 2]}
+    rng = random.Random(len(whole))
+    for place in rng.sample(range(len(whole)), 40):
+        flipped = bytes([whole[place] ^ (1 << rng.randrange(8))])
+        found[f"bit at {place}"] = whole[:place] + flipped + whole[place + 1 :]
+    return found
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", STATE, MANIFEST])
+def test_every_damage_to_every_file_is_seen_and_the_older_checkpoint_taken_aloud(
+    adapter_folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, some_progress(step), read_adapter(adapter_folder), keep=3)
+    assert latest_checkpoint(tmp_path).step == 2
+    file = tmp_path / "step-000002" / name
+    for what, damaged in damages(file.read_bytes()).items():
+        whole = file.read_bytes()
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        capsys.readouterr()
+        assert latest_checkpoint(tmp_path).step == 1, what
+        assert re.search(rf"warning: .*step-000002 can't be resumed: .*{name}", capsys.readouterr().err), what
+        with pytest.raises(UserError, match="step-000002") as error:
+            find_checkpoint(str(tmp_path / "step-000002"), tmp_path)
+        assert error.value.exit_code == 7
+        file.write_bytes(whole)
+    assert latest_checkpoint(tmp_path).step == 2
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_in_silence(tmp_path: Path) -> None:
+    for wanted in ("latest", str(tmp_path / "step-000001")):
+        with pytest.raises(UserError, match="no ") as error:
+            find_checkpoint(wanted, tmp_path)
+        assert error.value.exit_code == 7
+
+
+def test_one_folder_is_for_one_process(tmp_path: Path) -> None:
+    lock, aside = claim(tmp_path / "out", fresh=True)
+    assert aside is None
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}") as error:
+        claim(tmp_path / "out", fresh=True)
+    assert error.value.exit_code == 7
+    with pytest.raises(UserError, match="in use"):
+        check_output(tmp_path / "out", "training_config.json", tmp_path / "pictures")
+    lock.release()
+    claim(tmp_path / "out", fresh=True)[0].release()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing in it was worth moving aside
 
 
 def test_a_replacement_that_fails_keeps_the_old_file(tmp_path: Path) -> None:

@@ -15,8 +15,12 @@ from safetensors.torch import load_file
 
 import megaman_lora
 from megaman import errors
-from megaman.base import load_base, pick_device, pick_dtype
+from megaman.base import load_base
+from megaman.devices import new_accelerator, pick_device, pick_dtype
 from megaman.errors import UserError
+from megaman.stream import Place
+from megaman.watch import Step, Watch
+from megaman.welcome import GUIDE
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -176,12 +180,18 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(
     assert not (tmp_path / "out" / "lora_weights").exists()
 
 
-def test_twenty_overflowed_steps_in_a_row_stop_the_run() -> None:
-    skips = 0
-    for skipped in [True] * 19 + [False] + [True] * 19:
-        skips = megaman_lora.count_skips(skips, skipped, 0)
-    with pytest.raises(UserError, match="20 steps in a row"):
-        megaman_lora.count_skips(skips, True, 0)
+def test_twenty_overflowed_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    watcher = Watch(tmp_path, range(60), ["a.png"], 1, logging_dir=None, enabled=True)
+
+    def record(number: int, was_skipped: bool) -> None:
+        norm = torch.tensor(float("inf") if was_skipped else 1.0)
+        examples = [([Place(number, 0)], torch.tensor([0.5]))]
+        watcher.record(Step(number, torch.tensor(0.5), norm, 1e-4, was_skipped, examples))
+
+    for number, was_skipped in enumerate([True] * 19 + [False] + [True] * 19):
+        record(number, was_skipped)
+    with pytest.raises(UserError, match=r"20 steps in a row .* up to step 40 \(pictures a.png\)"):
+        record(39, True)
 
 
 # ---------------------------------------------------------------- first contact and mistakes
@@ -206,7 +216,7 @@ def test_the_first_start_makes_the_folder_with_its_guide_and_says_what_to_do(tmp
 
 
 def test_the_guide_in_the_repository_is_the_one_that_is_written() -> None:
-    assert (ROOT / "megaman_images" / "README.md").read_bytes() == megaman_lora.GUIDE.read_bytes()
+    assert (ROOT / "megaman_images" / "README.md").read_bytes() == GUIDE.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -353,7 +363,7 @@ def test_memory_that_runs_out_is_exit_6() -> None:
 
 def test_one_process_may_train_in_one_precision_after_another(train: Callable[..., Path]) -> None:
     train()
-    accelerator = megaman_lora.new_accelerator(
+    accelerator = new_accelerator(
         torch.device("cpu"), torch.float16
     )  # accelerate keeps the precision of a process, unless it is told to forget
     assert accelerator.mixed_precision == "fp16"
@@ -361,11 +371,9 @@ def test_one_process_may_train_in_one_precision_after_another(train: Callable[..
 
 
 def test_a_skipped_steps_gradient_is_no_number_in_the_metrics(tmp_path: Path) -> None:
-    from megaman.watch import Watch
-
-    watch = Watch(tmp_path, 1, 1, logging_dir=tmp_path / "logs", enabled=True)
-    watch.record(0, torch.tensor(0.5), torch.tensor(float("inf")), 1e-4)
-    watch.close()
+    watcher = Watch(tmp_path, range(1), ["a.png"], 1, logging_dir=tmp_path / "logs", enabled=True)
+    watcher.record(Step(0, torch.tensor(0.5), torch.tensor(float("inf")), 1e-4, True, []))
+    watcher.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
 
 
@@ -388,7 +396,7 @@ def test_an_idle_nvidia_card_is_one_warning_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr("megaman.base._has_nvidia_card", lambda: True)
+    monkeypatch.setattr("megaman.devices._has_nvidia_card", lambda: True)
     assert pick_device().type == "cpu"
     assert "built without CUDA" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from megaman.base import load_base, pick_device, quiet_libraries  # noqa: E402
+from megaman.base import load_base, quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
@@ -35,6 +35,7 @@ from PIL.Image import open as open_picture  # noqa: E402
 from megaman.adapters import read_adapter  # noqa: E402
 from megaman.base import EMBEDDED, BaseModel, draw, pipeline_of  # noqa: E402
 from megaman.cache import Encoded, Store, encode  # noqa: E402
+from megaman.devices import pick_device  # noqa: E402
 from megaman.merge import MergedAdapter  # noqa: E402
 from megaman.stream import generator_of  # noqa: E402
 from megaman.tiny_sd.figures import (  # noqa: E402

@@ -1,0 +1,101 @@
+"""An output folder and the run in it: what it records, who may write there, where it goes on."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaman import checkpoints, files
+from megaman.checkpoints import Progress
+from megaman.errors import RESOURCES, STATE, UserError, say
+from megaman.stopping import StopRequest, after_this_step
+
+RECORD = "training_config.json"  # also the mark that an output folder is ours
+CHECKPOINTS = "checkpoints"
+ONCE = frozenset({"preset", "config", "resume_from_checkpoint", "dry_run"})  # of one command, not of the run
+FREE = ONCE.union(
+    ("pretrained_model_name", "data_dir", "output_dir", "cache_dir"),  # what they hold is compared itself
+    ("strict", "save_steps", "checkpoints_total_limit", "validation_steps", "validation_prompt"),
+    ("validation_guidance_scale", "report_to", "logging_dir", "gradient_checkpointing"),
+    ("max_train_steps", "num_train_epochs"),
+)  # settings that a resumed run may change
+
+
+def progress_of(wanted: str | None, output: Path) -> Progress | None:
+    """Where --resume_from_checkpoint goes on; None for a run from the beginning. UserError (exit 7)."""
+    if wanted is None:
+        return None
+    progress = checkpoints.find_checkpoint(wanted, output / CHECKPOINTS)
+    if progress.threads != torch.get_num_threads():
+        say(
+            f"note: the checkpoint was made with {progress.threads} threads, this run has "
+            f"{torch.get_num_threads()}: equal up to rounding, not to the bit"
+        )
+    return progress
+
+
+def check_resume(progress: Progress, settings: Mapping[str, Any], origins: Mapping[str, Any]) -> None:
+    """UserError (exit 7) unless the run goes on as it began. Its total may change.
+
+    origins: fingerprints of what it is made from; those that are not known yet are left out.
+    """
+    then = _decisive(progress.settings) | {key: progress.origins.get(key) for key in origins}
+    checkpoints.check_same(progress.path, then, _decisive(settings) | dict(origins))
+    total = settings["max_train_steps"]
+    if progress.step > total:
+        raise UserError(
+            f"{progress.path}: at step {progress.step}; --max_train_steps {total} is the total, give more.",
+            STATE,
+        )
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that decide its result."""
+    return {f"--{key}": value for key, value in settings.items() if key not in FREE}
+
+
+def resume_command(output: Path) -> str:
+    """What goes on with a stopped run."""
+    record = shlex.quote(str(output / RECORD))
+    return f"python megaman_lora.py --config {record} --resume_from_checkpoint latest"
+
+
+@contextmanager
+def ready(
+    output: Path, settings: Mapping[str, Any], progress: Progress | None, *, writes: bool
+) -> Iterator[StopRequest]:
+    """The output folder is this run's, and a signal waits for the end of a step.
+
+    An earlier run in the folder is moved aside, unless it is this one that goes on. writes: only the first of
+    several processes does. Where memory or disk give out, the command that goes on is told.
+    """
+    lock = _begin(output, settings, progress) if writes else None
+    try:
+        with after_this_step() as stop:
+            yield stop
+    except (OSError, MemoryError, RuntimeError, UserError) as error:
+        is_scarce = getattr(error, "exit_code", RESOURCES) == RESOURCES
+        if is_scarce and any((output / CHECKPOINTS).glob("step-*")):
+            say(f"what was saved is kept; go on with: {resume_command(output)}")
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _begin(output: Path, settings: Mapping[str, Any], progress: Progress | None) -> files.OutputLock:
+    folder = output / CHECKPOINTS
+    goes_on = progress is not None and progress.path.resolve().parent == folder.resolve()
+    lock, aside = files.claim(output, fresh=not goes_on)
+    if aside is not None:
+        say(f"output: {output} held an earlier run; it is kept as {output.with_name(aside.name)}")
+    later = checkpoints.set_aside_later(folder, progress.step) if goes_on else None
+    if later is not None:
+        say(f"output: checkpoints beyond step {progress.step} are kept in {output / later.name}")
+    kept = {key: value for key, value in settings.items() if key not in ONCE}
+    files.write_text(output / RECORD, json.dumps(kept, indent=2) + "\n")
+    return lock

@@ -1,0 +1,20 @@
+"""The first start: a folder for the user's pictures, and what to do next."""
+
+from pathlib import Path
+
+from megaman.errors import say
+from megaman.files import write_text
+
+GUIDE = Path(__file__).parent / "templates" / "megaman_images.md"
+
+
+def welcome(folder: Path) -> None:
+    """Makes the folder with its guide, if they are not there, and says in two lines what to do."""
+    guide = folder / "README.md"
+    if not guide.exists():
+        write_text(guide, GUIDE.read_text(encoding="utf-8"))
+    say(
+        f"{folder} is ready: put 15-100 pictures there, each with a caption in a .txt file of the same "
+        f"name ({guide} tells more), and run this again."
+    )
+    say("To see it work first, without a GPU or a network: python megaman_lora.py --preset demo")
