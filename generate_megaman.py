@@ -384,8 +384,8 @@ def generate(cfg: GenerateConfig) -> Path:
     merged = merge.MergedAdapter(adapter, base.unet, base.text_encoder)
     counts, strengths = merged.counts, ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
     say(
-        f"adapter: {counts['unet']} UNet and {counts['text_encoder']} text-encoder modules of {lora_path}, "
-        f"strength {strengths}"
+        f"adapter: loaded {counts['unet']} UNet and {counts['text_encoder']} text-encoder modules, scale "
+        f"{strengths} ({lora_path})"
     )
     about = {
         "adapter": adapter_name(cfg.lora_path),

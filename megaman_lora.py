@@ -24,7 +24,7 @@ from megaman import errors, files, stopping
 from megaman.errors import UserError, say
 from megaman.flags import parse_flags
 from megaman.lazy import Lazy
-from megaman.stream import Place, Stream, generator_of, shares_of
+from megaman.stream import Place, Stream, generator_of, seed_dropout, shares_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from megaman.report import Report
     from megaman.watch import Watch
 else:
-    torch, accelerate, peft = Lazy("torch"), Lazy("accelerate"), Lazy("peft")
-adapters, base_models, buckets, cache, captions = (
-    Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions")
+    torch, accelerate = Lazy("torch"), Lazy("accelerate")
+adapters, base_models, buckets, cache, captions, card = (
+    Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions", "card")
 )
-checkpoints, devices, memory, pictures, previews = (
-    Lazy(f"megaman.{room}") for room in ("checkpoints", "devices", "memory", "pictures", "previews")
+checkpoints, devices, forms, memory, pictures, previews = (
+    Lazy(f"megaman.{room}") for room in ("checkpoints", "devices", "forms", "memory", "pictures", "previews")
 )
 report, runs, survey, watch, welcome = (
     Lazy(f"megaman.{room}") for room in ("report", "runs", "survey", "watch", "welcome")
@@ -63,9 +63,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mixed_precision": "no",
         "lora_rank": 16,
         "lora_alpha": 32,
+        "lora_targets": "linear",
         "learning_rate": 1.2e-3,
         "caption_dropout": 0.1,
-        "preserve_weight": 4.0,
+        "preserve_weight": 6.0,
         "train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "max_train_steps": 400,
@@ -129,6 +130,15 @@ class AdapterFlags:
         8, "rank of the update: 4-16; higher learns more detail, and more of your pictures' accidents"
     )
     lora_alpha: float = _flag(32, "strength: the update is scaled by alpha / rank")
+    lora_targets: Literal["attention", "attention+ff", "linear", "conv"] = _flag(
+        "attention", "what it changes: attention; its feed-forward too; all linear; the resnets too"
+    )
+    lora_dropout: float = _flag(0.0, "share of the update's inputs that each example trains without")
+    use_dora: bool = _flag(False, "DoRA: also learn the length of each row of the weights; slower")
+    use_rslora: bool = _flag(False, "rsLoRA: scale the update by alpha / sqrt(rank)")
+    init_lora: str | None = _flag(
+        None, "adapter file or folder of any tool to go on from; rank, alpha, targets and DoRA are its own"
+    )
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,7 @@ class OptimisationFlags:
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
     snr_gamma: float = _flag(5.0, "min-SNR loss weighting; 0 = off")
     preserve_weight: float = _flag(
-        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 4"
+        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 6"
     )
     preserve_class: list[str] = _flag(
         ["robot"], "what the character is one of: the words to keep as they are"
@@ -224,6 +234,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
                 _require(value is None or lowest <= value < math.inf, name, value, wanted)
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         _require(self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
         _require(bool(self.trigger.strip()), "trigger", self.trigger, "a word or more")
         together = self.shuffle_tags or self.keep_tags == 1
         _require(together, "keep_tags", self.keep_tags, "given with --shuffle_tags")
@@ -249,6 +260,8 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     )
     if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
         values["data_dir"] = str(Path(__file__).parent / STARTER_IMAGES)  # wherever the command is run from
+    if values["init_lora"] is not None:
+        values |= forms.fitted(values, chosen)
     return TrainConfig(**values), chosen
 
 
@@ -372,24 +385,23 @@ def stream_of(dataset: MegaManDataset, step_size: int) -> Stream:
 
 # ---------------------------------------------------------------- LoRA injection
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.Parameter]:
-    """Wraps the UNet's attention projections through PEFT and returns the trainable parameters, float32.
+    """Wraps the UNet's modules through PEFT and returns the trainable parameters, float32.
 
     B = 0, so that training starts at the base itself; A ~ N(0, 1/rank), the same numbers on every device.
+    With --init_lora both are the file's.
     """
-    settings = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=list(ATTENTION))
+    start = forms.start_of(asdict(cfg))
+    settings = forms.lora_config(asdict(cfg), unet, start)
     unet.add_adapter(settings, adapter_name=adapters.ADAPTER_NAME)
     for number, module in enumerate(adapters.lora_modules(unet).values()):
         down = module.lora_A[adapters.ADAPTER_NAME].weight
         drawn = torch.randn(down.shape, generator=generator_of(cfg.seed, "lora", number)) / cfg.lora_rank
         down.data = drawn.to(down.device)
         up = module.lora_B[adapters.ADAPTER_NAME].weight
-        up.data = torch.zeros_like(
-            up, dtype=torch.float32
-        )  # an update of 1e-4 is below half precision's last bit
+        up.data = torch.zeros_like(up, dtype=torch.float32)  # half precision would lose updates of 1e-4
+    forms.begin(unet, start)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
@@ -531,14 +543,9 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 # ---------------------------------------------------------------- the run
 
 
-def describe_run(cfg: TrainConfig, base: BaseModel) -> dict[str, Any]:
+def describe_run(run: Run) -> dict[str, Any]:
     """What the adapter's files tell about their making; no path and no name of the user."""
-    settings = {
-        key: value
-        for key, value in asdict(cfg).items()
-        if key not in runs.ONCE | {"data_dir", "output_dir", "logging_dir", "cache_dir"}
-    }
-    settings["pretrained_model_name"] = base.name
+    cfg, base = run.cfg, run.base
     return {
         "base": base.name,
         "resolution": cfg.resolution,
@@ -547,7 +554,9 @@ def describe_run(cfg: TrainConfig, base: BaseModel) -> dict[str, Any]:
         "steps": cfg.max_train_steps,
         "text_width": base.unet.config.cross_attention_dim,
         "prediction_type": base.scheduler.config.prediction_type,
-        "config": settings,
+        "config": card.public_settings(asdict(cfg)) | {"pretrained_model_name": base.name},
+        "dataset": card.dataset_facts(run.told),
+        "hashes": card.model_hashes(Path(cfg.pretrained_model_name).expanduser()),
     }
 
 
@@ -740,7 +749,7 @@ def save_state(run: Run, step: int) -> None:
         progress = checkpoints.Progress(
             step, asdict(run.cfg), run.origins, facts, torch.get_num_threads(), tensors
         )
-        adapter = adapters.adapter_of(run.base.unet, describe_run(run.cfg, run.base) | {"steps": step})
+        adapter = adapters.adapter_of(run.base.unet, describe_run(run) | {"steps": step})
         keep = run.cfg.checkpoints_total_limit
         checkpoints.save_checkpoint(run.output / runs.CHECKPOINTS, progress, adapter, keep=keep)
 
@@ -759,7 +768,9 @@ def finish(run: Run) -> Path:
     """Writes lora_weights/ and closes everything."""
     weights = run.output / "lora_weights"
     if run.accelerator.is_main_process:
-        adapters.write_adapter(adapters.adapter_of(run.base.unet, describe_run(run.cfg, run.base)), weights)
+        unet, samples = run.base.unet, sorted(run.output.glob("samples/step-*/01.png"))
+        adapter = adapters.adapter_of(unet, describe_run(run))
+        adapters.write_adapter(adapter, weights, live=unet, preview=samples[-1] if samples else None)
     run.watch.close()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -778,6 +789,7 @@ def accumulate(run: Run, places: Sequence[Place]) -> Examples:
         with nullcontext() if number == len(shares) else accelerator.no_sync(run.unet):
             draw = draw_inputs(share or places[:1], run.encoded, cfg, scheduler)
             weight = processes / run.stream.step_size if share else 0.0  # a short step weighs by its size
+            seed_dropout(cfg.seed, (share or places)[0].position)
             losses, strayed = losses_of(run.unet, draw, scheduler, cfg)
             accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
         examples.append((share, losses.detach()[: len(share)]))

@@ -1,417 +1,101 @@
-"""LoRA adapters in every tool's layout: key names, alpha, metadata, writing, reading, merging. Knows what
-each tool calls a module.
-
-Layouts (module `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`; A is "down", B is "up", and B @
-A * alpha / rank is added to the weight):
-    PEFT       base_model.model.<dotted>.lora_A.weight, .lora_B.weight      alpha in adapter_config.json
-    kohya      lora_unet_<underscored>.lora_down.weight, .lora_up.weight    .alpha, a scalar a module
-    diffusers  unet.<dotted>.lora_A.weight or .lora.down.weight, …          alpha in the file's metadata, else
-    rank
+"""The door to adapters: writing them for every tool, each file read back and compared before it gets its
+name. Layers, layouts, reading, metadata and the self-test have rooms of their own.
 """
 
-import hashlib
 import json
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megaman.errors import MODEL, NUMBERS, UserError
+from megaman.card import HASHES, kohya_metadata, our_metadata, with_hashes, write_companions
 from megaman.files import replacing, save_tensors, write_text
+from megaman.layers import ADAPTER_NAME, Adapter, LoraLayer, adapter_of, lora_modules, underscored
+from megaman.layouts import (
+    diffusers_metadata,
+    diffusers_tensors,
+    kohya_tensors,
+    peft_config,
+    peft_tensors,
+)
+from megaman.reading import (
+    CHECKPOINT_FILE,
+    DIFFUSERS_FILE,
+    KOHYA_FILE,
+    OURS,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    read_adapter,
+)
+from megaman.selftest import FLOAT16, FLOAT32, check_written, updates_in, updates_of
 
-if TYPE_CHECKING:
-    pass
-
-ADAPTER_NAME = "default"  # PEFT's own name for the only adapter
-KOHYA_FILE = "megaman_lora.safetensors"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
-CHECKPOINT_FILE = "adapter.safetensors"
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
-Component = Literal["unet", "text_encoder"]
-
-
-def underscored(name: str) -> str:
-    """A module's path as kohya writes it."""
-    return name.replace(".", "_")
-
-
-@dataclass(frozen=True)
-class LoraLayer:
-    """One module's update. down (r,in) or (r,in,kh,kw); up (out,r) or (out,r,1,1)."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Rows of `down`."""
-        return self.down.shape[0]
-
-    def delta(self) -> Tensor:
-        """What the layer adds to its module's weight at strength 1, float32: (out,in) or (out,in,kh,kw)."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (product * (self.alpha / self.rank)).reshape(self.up.shape[0], *self.down.shape[1:])
+__all__ = [
+    "ADAPTER_NAME",
+    "CHECKPOINT_FILE",
+    "Adapter",
+    "LoraLayer",
+    "adapter_of",
+    "kohya_tensors",
+    "lora_modules",
+    "peft_tensors",
+    "read_adapter",
+    "underscored",
+    "write_adapter",
+    "write_kohya",
+]
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA apart from any model.
+def write_adapter(
+    adapter: Adapter, folder: Path, *, live: nn.Module | None = None, preview: Path | None = None
+) -> list[Path]:
+    """Writes lora_weights/: the PEFT pair in float32; kohya's layout in float16 under both of its names (of a
+    DoRA, the second one in diffusers' layout, since diffusers drops kohya's magnitudes); model card, sidecar
+    and preview picture.
 
-    Layers are keyed by component and module path; files that only say underscores keep them.
+    live: the model that the adapter was taken from; every file is compared with it (else with the adapter).
+    UserError (exit 4) if a file reads back as anything else, (exit 5) if a number isn't finite.
     """
+    pair, kohya, diffusers = (folder / name for name in (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE))
+    expected = updates_in(adapter) if live is None else updates_of(live)
 
-    layers: Mapping[tuple[Component, str], LoraLayer]
-    metadata: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what we know of it: trigger, base, resolution, configuration
+    def checked(tolerance: float) -> Callable[[Path, Path], None]:
+        return lambda file, shown: check_written(file, shown, expected, tolerance)
 
-    @property
-    def digest(self) -> str:
-        """12 hexadecimal digits that name these weights, whatever file they came from."""
-        total = hashlib.sha256()
-        for (component, name), layer in sorted(
-            self.layers.items(), key=lambda item: (item[0][0], underscored(item[0][1]))
-        ):
-            total.update(f"{component} {underscored(name)} {layer.alpha:.6g}".encode())
-            total.update(
-                layer.down.half().contiguous().numpy().tobytes()
-                + layer.up.half().contiguous().numpy().tobytes()
-            )
-        return total.hexdigest()[:12]
-
-
-# ---------------------------------------------------------------- from the live model
+    ours = our_metadata(adapter, OURS)
+    write_text(folder / PEFT_CONFIG, json.dumps(peft_config(adapter), indent=2, sort_keys=True) + "\n")
+    _save(peft_tensors(adapter), pair, ours, checked(FLOAT32))
+    write_kohya(adapter, kohya, preview=preview, check=checked(FLOAT16))
+    if adapter.is_dora:
+        _save(diffusers_tensors(adapter), diffusers, ours | diffusers_metadata(adapter), checked(FLOAT32))
+    else:
+        with replacing(diffusers) as partial:
+            partial.write_bytes(kohya.read_bytes())
+            checked(FLOAT16)(partial, diffusers)
+    companions = write_companions(adapter, folder, preview)
+    return [pair, folder / PEFT_CONFIG, kohya, diffusers, *companions]
 
 
-def lora_modules(unet: nn.Module) -> dict[str, nn.Module]:
-    """The modules that PEFT has wrapped, by their path in the plain model."""
-    return {
-        name: module for name, module in unet.named_modules() if ADAPTER_NAME in getattr(module, "lora_A", {})
-    }
+def write_kohya(
+    adapter: Adapter,
+    path: Path,
+    *,
+    preview: Path | None = None,
+    check: Callable[[Path, Path], None] | None = None,
+) -> None:
+    """One file in kohya's layout, float16. check: called with the finished file and the name it is to get."""
+    metadata = our_metadata(adapter, OURS) | kohya_metadata(adapter, preview) | HASHES
+    _save(kohya_tensors(adapter), path, metadata, check)
 
 
-def adapter_of(unet: nn.Module, metadata: Mapping[str, Any] | None = None) -> Adapter:
-    """A float32 copy, on the CPU, of the adapter that is being trained.
+def _save(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    check: Callable[[Path, Path], None] | None = None,
+) -> None:
+    def finish(partial: Path) -> None:
+        partial.write_bytes(with_hashes(partial.read_bytes()))
+        if check is not None:
+            check(partial, path)
 
-    The real alpha is scaling x rank, rsLoRA's too.
-    """
-    layers: dict[tuple[Component, str], LoraLayer] = {}
-    for name, module in lora_modules(unet).items():
-        down, up = (
-            getattr(module, part)[ADAPTER_NAME].weight.detach().float().cpu().clone()
-            for part in ("lora_A", "lora_B")
-        )
-        layers["unet", name] = LoraLayer(down, up, float(module.scaling[ADAPTER_NAME]) * down.shape[0])
-    adapter = Adapter(layers, metadata or {})
-    _check_finite(adapter, "the adapter in training", NUMBERS)
-    return adapter
-
-
-# ---------------------------------------------------------------- writing
-
-
-def write_adapter(adapter: Adapter, folder: Path) -> list[Path]:
-    """Writes lora_weights/: the PEFT pair in float32, and the kohya layout in float16 under both of its
-    names. UserError if a number isn't finite.
-    """
-    pair, kohya, same = folder / PEFT_FILE, folder / KOHYA_FILE, folder / DIFFUSERS_FILE
-    write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n")
-    save_tensors(peft_tensors(adapter), pair, _our_metadata(adapter))  # without its strength it is of no use
-    write_kohya(adapter, kohya)
-    with replacing(same) as partial:
-        partial.write_bytes(kohya.read_bytes())
-    return [pair, folder / PEFT_CONFIG, kohya, same]
-
-
-def write_kohya(adapter: Adapter, path: Path) -> None:
-    """One file in kohya's layout, float16."""
-    save_tensors(kohya_tensors(adapter), path, _our_metadata(adapter) | _kohya_metadata(adapter))
-
-
-def _our_metadata(adapter: Adapter) -> dict[str, str]:
-    return {"format": "pt", OURS: json.dumps(adapter.metadata, sort_keys=True)}
-
-
-def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's keys, float32."""
-    tensors = {}
-    for (_, name), layer in adapter.layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.down.float().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.up.float().contiguous()
-    return tensors
-
-
-def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """kohya's keys, float16, with each module's true alpha.
-
-    UserError (exit 5) on a number that float16 can't hold.
-    """
-    tensors = {}
-    for (_, name), layer in adapter.layers.items():
-        key = f"lora_unet_{underscored(name)}"
-        tensors[f"{key}.lora_down.weight"] = layer.down.half().contiguous()
-        tensors[f"{key}.lora_up.weight"] = layer.up.half().contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
-        if not all(tensors[f"{key}.lora_{part}.weight"].isfinite().all() for part in ("down", "up")):
-            raise UserError(f"{name}: its numbers are too large for float16; lower --learning_rate", NUMBERS)
-    return tensors
-
-
-def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    """adapter_config.json: the fields that PEFT needs; it fills the others with its defaults."""
-    layer = next(iter(adapter.layers.values()))
-    targets = sorted(name for _, name in adapter.layers)
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "inference_mode": True,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
-        "r": layer.rank,
-        "lora_alpha": layer.alpha,
-        "target_modules": targets,
-        "base_model_name_or_path": adapter.metadata.get("base"),
-    }
-
-
-def _kohya_metadata(adapter: Adapter) -> dict[str, str]:
-    """What A1111, Forge, ComfyUI's info nodes and Civitai show. All values are strings."""
-    layer = next(iter(adapter.layers.values()))
-    known = adapter.metadata
-    side, settings = known.get("resolution"), known.get("config", {})
-    text = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": layer.rank,
-        "ss_network_alpha": layer.alpha,
-        "ss_output_name": "megaman_lora",
-        "ss_sd_model_name": known.get("base"),
-        "ss_resolution": f"({side}, {side})",
-        "ss_steps": known.get("steps"),
-        "ss_learning_rate": settings.get("learning_rate"),
-        "ss_seed": settings.get("seed"),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": "megaman_lora",
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.trigger_phrase": known.get("trigger"),
-        "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": known.get("prediction_type"),
-    }
-    if (
-        known.get("text_width") == 768
-    ):  # Stable Diffusion 1.x; other tools know no relative of the embedded base
-        text |= {
-            "ss_base_model_version": "sd_v1",
-            "ss_v2": "False",
-            "modelspec.architecture": "stable-diffusion-v1/lora",
-        }
-    return {key: str(value) for key, value in text.items() if value is not None}
-
-
-# ---------------------------------------------------------------- reading
-
-
-def read_adapter(path: Path) -> Adapter:
-    """The adapter in a folder (PEFT's pair first) or in a .safetensors file of any of the three layouts.
-
-    UserError (exit 4) with the reason if there is none.
-    """
-    file = _file_of(path)
-    tensors, header = _load(file)
-    layers = _grouped(tensors, _strengths_of(file, header), file)
-    if not layers:
-        raise UserError(
-            f"{file}: holds no LoRA keys of kohya, diffusers or PEFT; is it a LoRA for Stable Diffusion?",
-            MODEL,
-        )
-    adapter = Adapter(layers, _known(header, file))
-    _check_finite(adapter, str(file), MODEL)
-    return adapter
-
-
-def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """What our metadata tells; empty for a file that is not ours. UserError if it was tampered with."""
-    try:
-        known = json.loads(header.get(OURS, "{}"))
-        if not isinstance(known, dict):
-            raise ValueError("no names and values")
-        for name, kind in (("base", str), ("trigger", str), ("resolution", int), ("guidance_scale", float)):
-            if name in known and not isinstance(known[name], kind):
-                raise ValueError(name)
-    except ValueError as error:
-        raise UserError(
-            f"{file}: its metadata is damaged ({error}). Copy or train it again.", MODEL
-        ) from error
-    return known
-
-
-def _file_of(path: Path) -> Path:
-    if path.is_dir():
-        for name in (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE, CHECKPOINT_FILE):
-            if (path / name).is_file():
-                return path / name
-        raise UserError(
-            f"{path}: no adapter in this folder ({PEFT_FILE} or {KOHYA_FILE}). Train first: python "
-            "megaman_lora.py --preset demo",
-            MODEL,
-        )
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such adapter. Train first (python megaman_lora.py --preset demo), or name one "
-            "with --lora_path.",
-            MODEL,
-        )
-    if path.suffix != ".safetensors":
-        raise UserError(
-            f"{path}: only .safetensors adapters are read; pickle files (.bin, .ckpt, .pt) can run code. "
-            "Convert it first.",
-            MODEL,
-        )
-    return path
-
-
-def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: not a whole safetensors file ({' '.join(str(error).split())[:100]}). Copy or train "
-            "it again.",
-            MODEL,
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Strengths:
-    """alpha of each module of a layout that does not write it beside the tensors.
-
-    Fields as in PEFT's LoraConfig.
-    """
-
-    alpha: float | None = None  # None: as large as the rank
-    is_rslora: bool = False
-    patterns: Mapping[str, float] = field(default_factory=dict)
-
-    def of(self, name: str, rank: int) -> float:
-        """The plain alpha (that of alpha / rank) of a module."""
-        matching = (alpha for key, alpha in self.patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-        alpha = next(matching, rank if self.alpha is None else self.alpha)
-        return float(alpha) * (math.sqrt(rank) if self.is_rslora else 1.0)
-
-
-def _strengths_of(file: Path, header: Mapping[str, str]) -> dict[str, _Strengths]:
-    """By component: what adapter_config.json beside a PEFT file says, or diffusers' metadata inside the
-    file.
-    """
-    peft_config = file.with_name(PEFT_CONFIG)
-    try:
-        if file.name == PEFT_FILE:
-            return {"unet": _strengths(json.loads(peft_config.read_text(encoding="utf-8")))}
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
-        components = {key.split(".")[0] for key in settings}
-        return {
-            component: _strengths(
-                {
-                    key.partition(".")[2]: value
-                    for key, value in settings.items()
-                    if key.startswith(f"{component}.")
-                }
-            )
-            for component in components
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        where = peft_config if file.name == PEFT_FILE else file
-        raise UserError(
-            f"{where}: missing or damaged ({type(error).__name__}), so the adapter's strength is unknown. "
-            "Copy it again.",
-            MODEL,
-        ) from error
-
-
-def _strengths(settings: Mapping[str, Any]) -> _Strengths:
-    return _Strengths(
-        float(settings["lora_alpha"]),
-        bool(settings.get("use_rslora")),
-        dict(settings.get("alpha_pattern") or {}),
-    )
-
-
-_SUFFIXES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".alpha": "alpha",
-}
-_PREFIXES = {
-    "base_model.model.": "unet",
-    "lora_unet_": "unet",
-    "unet.": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te_": "text_encoder",
-    "text_encoder.": "text_encoder",
-}
-
-
-def _grouped(
-    tensors: Mapping[str, Tensor], strengths: Mapping[str, _Strengths], file: Path
-) -> dict[tuple[Component, str], LoraLayer]:
-    """Layers from keys of any layout.
-
-    A key that no layout has, or half a pair, is an error: nothing is dropped in silence.
-    """
-    parts: dict[tuple[Component, str], dict[str, Tensor]] = {}
-    strange: list[str] = []
-    for key, tensor in tensors.items():
-        prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None)
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        if prefix is None or suffix is None:
-            strange.append(key)
-            continue
-        name = key.removeprefix(prefix).removesuffix(suffix).replace(".processor.", ".")
-        parts.setdefault((_PREFIXES[prefix], name), {})[_SUFFIXES[suffix]] = tensor
-    halves = [name for (_, name), part in parts.items() if not {"down", "up"} <= part.keys()]
-    if parts and (strange or halves):
-        raise UserError(
-            f"{file}: {len(strange) + len(halves)} of its keys can't be placed, such as "
-            f"{(strange + halves)[0]!r}; this kind of adapter is not supported.",
-            MODEL,
-        )
-    return {
-        key: _layer(key[1], part, strengths.get(key[0], _Strengths()), file) for key, part in parts.items()
-    }
-
-
-def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> LoraLayer:
-    down, up = part["down"], part["up"]
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-        raise UserError(
-            f"{file}: {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, which make no pair.", MODEL
-        )
-    alpha = part["alpha"].item() if "alpha" in part else strengths.of(name, down.shape[0])
-    return LoraLayer(down, up, float(alpha))
-
-
-def _check_finite(adapter: Adapter, where: str, exit_code: int) -> None:
-    for (_, name), layer in adapter.layers.items():
-        if not (layer.down.isfinite().all() and layer.up.isfinite().all() and math.isfinite(layer.alpha)):
-            raise UserError(
-                f"{where}: {name} holds NaN or infinite numbers; it would draw black pictures. Train "
-                "again with a lower --learning_rate.",
-                exit_code,
-            )
+    save_tensors(tensors, path, metadata, finish)

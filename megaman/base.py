@@ -366,7 +366,7 @@ def fetched_adapter(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "adapter_config.json"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
     except (OSError, ValueError) as error:  # the hub's errors derive from these
         raise UserError(
             _explanation(name, name, error)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +48,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all. A full disk is an OSError, as for any other file."""
+def save_tensors(
+    tensors: Mapping[str, "Tensor"],
+    path: Path,
+    metadata: Mapping[str, str],
+    finish: Callable[[Path], None] = lambda partial: None,
+) -> None:
+    """A safetensors file, whole or not at all. A full disk is an OSError, as for any other file.
+
+    finish: called with the temporary file; if it raises, there is no file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -59,6 +67,7 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[
         except SafetensorError as error:  # its words for a failed write; the numbers were checked before
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         partial.write_bytes(_with_sorted_metadata(partial.read_bytes()))
+        finish(partial)
 
 
 def _with_sorted_metadata(file: bytes) -> bytes:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megaman.adapters import Adapter, LoraLayer, underscored
 from megaman.errors import MODEL, UserError
+from megaman.layers import Adapter, LoraLayer, underscored
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -36,13 +36,13 @@ class MergedAdapter:
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Weights = base + scale * delta, summed in float32."""
+        """Weights = base + scale * change, summed in float32; DoRA's change too, as PEFT merges it."""
         for module, original, layer in self.targets:
             if scale == 0:
                 module.weight.copy_(original)
             else:
-                delta = layer.delta().to(original.device).reshape(original.shape)
-                module.weight.copy_((original.float() + scale * delta).to(original.dtype))
+                base = original.float()
+                module.weight.copy_((base + scale * layer.change(base)).to(original.dtype))
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from megaman import checkpoints, files
+from megaman.card import ONCE
 from megaman.checkpoints import Progress
 from megaman.errors import RESOURCES, STATE, UserError, say
 from megaman.stopping import StopRequest, after_this_step
 
 RECORD = "training_config.json"  # also the mark that an output folder is ours
 CHECKPOINTS = "checkpoints"
-ONCE = frozenset({"preset", "config", "resume_from_checkpoint", "dry_run"})  # of one command, not of the run
-FREE = ONCE.union(
+FREE = frozenset(ONCE).union(
     ("pretrained_model_name", "data_dir", "output_dir", "cache_dir"),  # what they hold is compared itself
     ("strict", "save_steps", "checkpoints_total_limit", "validation_steps", "validation_prompt"),
     ("validation_guidance_scale", "report_to", "logging_dir", "gradient_checkpointing"),

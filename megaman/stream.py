@@ -23,6 +23,14 @@ def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def seed_dropout(seed: int, position: int) -> None:
+    """Makes the dropout masks of the next forward pass functions of where its first example stands: PEFT
+    draws them from torch's own generators, module after module. Two examples at once get other masks than
+    one after the other.
+    """
+    torch.manual_seed(generator_of(seed, "dropout", position).initial_seed())
+
+
 class Place(NamedTuple):
     """One example of the endless stream: its position decides all its randomness."""
 

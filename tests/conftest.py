@@ -98,6 +98,12 @@ def tiny_base(tiny_folder: Path) -> BaseModel:
     return load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
 
 
+@pytest.fixture(scope="session")
+def plain(tiny_folder: Path) -> BaseModel:
+    """The tiny base, loaded once, never changed: copies of its UNet are adapted."""
+    return load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
 @pytest.fixture
 def folder_of_pictures(tmp_path: Path) -> Path:
     """Six pictures of 40 x 48 px in plain colours, four with captions."""

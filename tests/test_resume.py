@@ -28,6 +28,11 @@ TRICKY = [
     "--crop",
     "random",
     "--flip",
+    "--use_dora",
+    "--lora_targets",
+    "conv",
+    "--lora_dropout",
+    "0.3",
 ]
 WEIGHTS = ("adapter_model.safetensors", "megaman_lora.safetensors")
 

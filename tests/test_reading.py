@@ -1,0 +1,196 @@
+"""Other people's adapter files: read whole, by their keys, or refused in one line."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_interop import trained
+
+import generate_megaman
+from megaman import errors
+from megaman.adapters import adapter_of, kohya_tensors, peft_tensors, read_adapter, write_adapter
+from megaman.base import BaseModel
+from megaman.errors import UserError
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def kohya(plain: BaseModel) -> Tensors:
+    """A good file's tensors, for the tiny base."""
+    return kohya_tensors(adapter_of(trained(plain, lora_rank=4, lora_alpha=32)))
+
+
+@pytest.fixture(scope="module")
+def dora(plain: BaseModel) -> Tensors:
+    """A good DoRA's tensors, in PEFT's layout."""
+    return peft_tensors(adapter_of(trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _first(tensors: Tensors, end: str) -> str:
+    return next(key for key in tensors if key.endswith(end))
+
+
+def _renamed(tensors: Tensors, old: str, new: str) -> Tensors:
+    return {key.replace(old, new): value for key, value in tensors.items()}
+
+
+REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "NaN": (lambda t: t | {_first(t, "up.weight"): torch.full((16, 4), float("nan"))}, "holds NaN"),
+    "infinite alpha": (lambda t: t | {_first(t, "alpha"): torch.tensor(float("inf"))}, "holds NaN or inf"),
+    "several alphas": (lambda t: t | {_first(t, "alpha"): torch.ones(4)}, "has 4 alphas"),
+    "half a pair": (lambda t: {k: v for k, v in t.items() if k != _first(t, "down.weight")}, "be placed"),
+    "ranks differ": (lambda t: t | {_first(t, "down.weight"): torch.ones(3, 16)}, "make no pair"),
+    "no rank": (lambda t: t | {_first(t, "down.weight"): torch.ones(0, 16)}, "make no pair"),
+    "LoHa": (lambda t: _renamed(t, "lora_up.weight", "hada_w1_a"), "be placed"),
+    "LoCon with a core": (lambda t: t | {"lora_unet_x.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "be placed"),
+    "Stable Diffusion XL": (lambda t: _renamed(t, "lora_unet_down", "lora_te2_down"), "be placed"),
+    "a checkpoint": (lambda _: {"model.diffusion_model.out.2.bias": torch.ones(4)}, "holds no LoRA keys"),
+    "a bias": (lambda t: t | {"lora_unet_x.diff_b": torch.ones(4)}, "be placed"),
+    "another base": (
+        lambda t: t | {_first(t, "attn2_to_k.lora_down.weight"): torch.ones(4, 768)},
+        "768 wide",
+    ),
+    "unknown module": (lambda t: _renamed(t, "attn1_to_q", "attn3_to_q"), "does not have"),
+    "DoRA's lengths cut": (lambda t: t | {"lora_unet_x.dora_scale": torch.ones(5)}, "be placed"),
+    "no Linear": (lambda t: t | {_first(t, "down.weight"): torch.ones(4, 16, 1)}, "make no pair"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_damaged_or_foreign_adapter_is_exit_4_and_one_line(
+    kohya: Tensors,
+    tiny_folder: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage, complaint = REFUSED[kind]
+    save_file(damage(kohya), tmp_path / "a.safetensors")
+    flags = [
+        "--lora_path",
+        tmp_path / "a.safetensors",
+        "--base_model",
+        tiny_folder,
+        "--output_dir",
+        tmp_path / "gen",
+    ]
+    monkeypatch.setattr(sys, "argv", ["generate_megaman.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as left:
+        errors.run(generate_megaman.main)
+    told = capsys.readouterr().err
+    assert left.value.code == 4, told
+    assert complaint in told
+    assert told.count("\n") == 1
+    assert told.startswith("error: ")
+    assert not list(tmp_path.glob("gen/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"r": 4, "lora_alpha": 32, "use_dora": True, "alpha_pattern": {"(": 3}}, "strength is unknown"),
+        ({"r": 4, "lora_alpha": "much"}, "strength is unknown"),
+        ({"r": 4}, "strength is unknown"),
+        ([], "strength is unknown"),
+        ({"r": 4, "lora_alpha": 32, "use_dora": True}, "lengths are gone"),
+    ],
+    ids=str,
+)
+def test_a_peft_folder_whose_configuration_does_not_fit_is_refused(
+    dora: Tensors, tmp_path: Path, config: object, complaint: str
+) -> None:
+    save_file({k: v for k, v in dora.items() if "magnitude" not in k}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=complaint) as raised:
+        read_adapter(tmp_path)
+    assert raised.value.exit_code == 4
+
+
+def test_doras_lengths_of_another_shape_are_refused(dora: Tensors, tmp_path: Path) -> None:
+    name = _first(dora, "lora_magnitude_vector")
+    save_file(dora | {name: torch.ones(5)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 32}')
+    with pytest.raises(UserError, match=r"lengths are of shape \(5,\)"):
+        read_adapter(tmp_path)
+
+
+def test_a_folder_with_several_unknown_files_asks_which(kohya: Tensors, tmp_path: Path) -> None:
+    save_file(kohya, tmp_path / "hero.safetensors")
+    assert len(read_adapter(tmp_path).layers) == len(kohya) // 3
+    save_file(kohya, tmp_path / "villain.safetensors")
+    with pytest.raises(UserError, match=r"holds 2 adapters \(hero.safetensors, villain.safetensors\)"):
+        read_adapter(tmp_path)
+
+
+# ---------------------------------------------------------------- spellings
+
+
+@pytest.mark.parametrize("spelling", ["default", "no prefix", "weight behind the lengths"])
+def test_older_spellings_are_read_as_the_same_adapter(dora: Tensors, tmp_path: Path, spelling: str) -> None:
+    tensors = dict(dora)
+    if spelling == "default":
+        tensors = _renamed(tensors, ".weight", ".default.weight")
+    elif spelling == "no prefix":
+        tensors = _renamed(tensors, "base_model.model.", "")
+    else:
+        tensors = _renamed(tensors, "magnitude_vector", "magnitude_vector.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4, "use_dora": true}')
+    (tmp_path / "plain").mkdir()
+    save_file(dora, tmp_path / "plain" / "adapter_model.safetensors")
+    (tmp_path / "plain" / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')
+    assert read_adapter(tmp_path).digest == read_adapter(tmp_path / "plain").digest
+
+
+def test_a_peft_text_encoder_beside_the_unet_is_read_with_it(plain: BaseModel, tmp_path: Path) -> None:
+    """As PEFT's users save a trained text encoder; transformers 4's names and 5's."""
+    write_adapter(adapter_of(trained(plain, lora_rank=4, lora_alpha=32)), tmp_path)
+    for level in ("text_model.", ""):
+        (tmp_path / "text_encoder").mkdir(exist_ok=True)
+        name = f"base_model.model.{level}encoder.layers.0.self_attn.q_proj"
+        pair = {f"{name}.lora_A.weight": torch.ones(2, 24), f"{name}.lora_B.weight": torch.ones(24, 2)}
+        save_file(pair, tmp_path / "text_encoder" / "adapter_model.safetensors")
+        (tmp_path / "text_encoder" / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 6}')
+        layers = read_adapter(tmp_path).layers
+        text = [layer for (part, _), layer in layers.items() if part == "text_encoder"]
+        assert [layer.alpha for layer in text] == [6.0]
+
+
+def test_the_line_says_how_much_was_loaded(
+    plain: BaseModel, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", use_dora=True)
+    write_adapter(adapter_of(live), tmp_path / "lora")
+    pictures = {}
+    for name in ("adapter_model", "megaman_lora", "pytorch_lora_weights"):
+        cfg = generate_megaman.GenerateConfig(
+            lora_path=str(tmp_path / "lora" / f"{name}.safetensors"),
+            base_model=str(tiny_folder),
+            output_dir=str(tmp_path / name),
+            prompts=["a"],
+            width=32,
+            height=32,
+            num_inference_steps=2,
+            lora_scale=[0.5],
+        )
+        (picture,) = generate_megaman.generate(cfg).parent.glob("*.png")
+        pictures[name] = picture.name
+        told = capsys.readouterr().err
+        assert f"loaded {len(adapter_of(live).layers)} UNet and 0 text-encoder modules, scale 0.5" in told
+    assert len(set(pictures.values())) == 1  # the same adapter, so the same picture
+
+
+def test_no_tensor_is_dropped_on_the_way(kohya: Tensors, tmp_path: Path) -> None:
+    save_file(kohya, tmp_path / "a.safetensors")
+    layers = read_adapter(tmp_path / "a.safetensors").layers
+    assert {f"lora_unet_{name}" for _, name in layers} == {key.split(".")[0] for key in kohya}
+    assert len(load_file(tmp_path / "a.safetensors")) == 3 * len(layers)
