@@ -329,27 +329,36 @@ def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> "StableDiffusionPi
     return pipeline
 
 
-def draw(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image]":
-    """The pictures of one batch, RGB. settings: the pipeline's own.
+OVERFLOW = (
+    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), or a lower "
+    "--lora_scale."
+)
 
-    Latents are decoded one at a time, which halves the peak memory; UserError (exit 5) on non-finite
-    numbers.
+
+def draw(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image]":
+    """The pictures of one batch, as `attempt` makes them. UserError (exit 5) on non-finite numbers."""
+    pictures = attempt(base, pipeline, **settings)
+    if None in pictures:
+        raise UserError(OVERFLOW, NUMBERS)
+    return pictures
+
+
+def attempt(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image | None]":
+    """The pictures of one batch, RGB; None where numbers overflowed, which leaves the others as they are.
+    settings: the pipeline's own. Latents are decoded one at a time, which halves the peak memory.
     """
     import torch
     from PIL import Image
 
     latents = pipeline(output_type="latent", **settings).images
-    pictures = []
+    pictures: list[Image.Image | None] = []
     with torch.no_grad():
         for latent in latents.split(1):
             scaled = latent.to(base.vae.device, torch.float32) / base.vae.config.scaling_factor
             pixels = base.vae.decode(scaled, return_dict=False)[0][0]
             if not pixels.isfinite().all():
-                raise UserError(
-                    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), "
-                    "or a lower --lora_scale.",
-                    NUMBERS,
-                )
+                pictures.append(None)
+                continue
             rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
             pictures.append(Image.fromarray(rounded.permute(1, 2, 0).numpy()))
     return pictures
