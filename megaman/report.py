@@ -113,7 +113,7 @@ class Report:
             lines.append(f"note: the number of {name} is no count of repeats; its pictures count once")
         for sidecar, users in shared_captions(paths, [row.caption for row in rows]).items():
             lines.append(f"note: {self.below(sidecar)} is the caption of {len(users)} pictures")
-        return lines
+        return [" ".join(line.split("\n")) for line in lines]  # a file's name may hold line breaks
 
     def below(self, path: Path) -> str:
         """A file's name as the user knows it."""
