@@ -166,6 +166,7 @@ def settled(cfg: GenerateConfig, adapter: Adapter, base: BaseModel) -> GenerateC
     """
     known = adapter.metadata
     side = known.get("resolution", base.native_resolution)
+    side = max(1, round(side / base.cell_px)) * base.cell_px  # an adapter may be trained on other sizes
     usual = "" if base.name == base_models.EMBEDDED else NEGATIVE
     return replace(
         cfg,
@@ -254,8 +255,8 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
             f"{lora_path}: does not say which base model it was trained on; name one with --base_model",
             errors.MODEL,
         )
-    if name == base_models.EMBEDDED or "/" in name:
-        return name
+    if name == base_models.EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return name  # a hub id; a path is never taken from an adapter that somebody else may have made
     for folder in lora_path.resolve().parents[:3]:
         path = trained_on(folder / "training_config.json")  # local, so it may hold a path
         if path is not None and Path(path).expanduser().resolve().name == name:
@@ -278,7 +279,7 @@ def trained_on(record: Path) -> str | None:
 
 def check_jobs(jobs: Sequence[Job], base: BaseModel) -> None:
     """UserError (exit 2) unless the base can draw every size, in that many steps."""
-    cell = base.stride * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    cell = base.cell_px
     limit = base.scheduler.config.num_train_timesteps // 2  # samplers space their steps over the schedule
     for job in jobs:
         if job.width % cell or job.height % cell:

@@ -234,6 +234,8 @@ def read_adapter(path: Path) -> Adapter:
         )
     adapter = Adapter(layers, _known(header, file))
     _check_finite(adapter, str(file), MODEL)
+    if not any(layer.alpha and layer.down.any() and layer.up.any() for layer in layers.values()):
+        raise UserError(f"{file}: changes nothing (all its updates are zero). Train it longer.", MODEL)
     return adapter
 
 
@@ -243,14 +245,26 @@ def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
         known = json.loads(header.get(OURS, "{}"))
         if not isinstance(known, dict):
             raise ValueError("no names and values")
-        for name, kind in (("base", str), ("trigger", str), ("resolution", int), ("guidance_scale", float)):
-            if name in known and not isinstance(known[name], kind):
+        for name, (kind, is_sound) in _KNOWN.items():
+            if name in known and not (isinstance(known[name], kind) and is_sound(known[name])):
                 raise ValueError(name)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{file}: its metadata is damaged ({error}). Copy or train it again.", MODEL
+            f"{file}: its metadata is damaged ({str(error)[:100]}). Copy or train it again.", MODEL
         ) from error
     return known
+
+
+def _is_text(text: str) -> bool:
+    return len(text) < 1000 and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text)
+
+
+_KNOWN = {  # what generation takes over, and what it may be
+    "base": (str, _is_text),
+    "trigger": (str, _is_text),
+    "resolution": (int, lambda side: 1 <= side <= 8192),
+    "guidance_scale": (float, lambda scale: 0 <= scale < math.inf),
+}
 
 
 def _file_of(path: Path) -> Path:
@@ -328,7 +342,7 @@ def _strengths_of(file: Path, header: Mapping[str, str]) -> dict[str, _Strengths
             )
             for component in components
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         where = peft_config if file.name == PEFT_FILE else file
         raise UserError(
             f"{where}: missing or damaged ({type(error).__name__}), so the adapter's strength is unknown. "
@@ -338,11 +352,11 @@ def _strengths_of(file: Path, header: Mapping[str, str]) -> dict[str, _Strengths
 
 
 def _strengths(settings: Mapping[str, Any]) -> _Strengths:
-    return _Strengths(
-        float(settings["lora_alpha"]),
-        bool(settings.get("use_rslora")),
-        dict(settings.get("alpha_pattern") or {}),
-    )
+    patterns = {name: float(alpha) for name, alpha in dict(settings.get("alpha_pattern") or {}).items()}
+    for name in patterns:  # libraries write plain names; a repetition could keep the matching busy for ever
+        if not re.fullmatch(r"[\w.^$|]*", name):
+            raise ValueError(name)
+    return _Strengths(float(settings["lora_alpha"]), bool(settings.get("use_rslora")), patterns)
 
 
 _SUFFIXES = {
@@ -389,7 +403,7 @@ def _grouped(
     if parts and (strange or halves):
         raise UserError(
             f"{file}: {len(strange) + len(halves)} of its keys can't be placed, such as "
-            f"{(strange + halves)[0]!r}; this kind of adapter is not supported.",
+            f"{(strange + halves)[0][:100]!r}; this kind of adapter is not supported.",
             MODEL,
         )
     return {
@@ -398,11 +412,16 @@ def _grouped(
 
 
 def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> LoraLayer:
-    down, up = part["down"], part["up"]
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
+    if any(tensor.is_complex() for tensor in part.values()):
+        raise UserError(f"{file}: {name} holds complex numbers, which no LoRA does.", MODEL)
+    down, up = (part[half] if part[half].itemsize > 1 else part[half].float() for half in ("down", "up"))
+    is_pair = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0]
+    if not is_pair or 0 in (*down.shape, *up.shape) or up.shape[2:].numel() != 1:
         raise UserError(
             f"{file}: {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, which make no pair.", MODEL
         )
+    if "alpha" in part and part["alpha"].numel() != 1:
+        raise UserError(f"{file}: {name} has {part['alpha'].numel()} alphas; one is its strength.", MODEL)
     alpha = part["alpha"].item() if "alpha" in part else strengths.of(name, down.shape[0])
     return LoraLayer(down, up, float(alpha))
 

@@ -46,7 +46,7 @@ def records(folder: Path) -> list[dict]:
 # ---------------------------------------------------------------- jobs
 
 
-SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", native_resolution=512)
+SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", native_resolution=512, cell_px=64)
 
 
 def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
@@ -63,10 +63,12 @@ def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> N
     assert cfg.guidance_scale == 0
     cfg = settled(GenerateConfig(), Adapter({}), SD15)
     assert (cfg.width, cfg.height, cfg.guidance_scale) == (512, 512, 7.5)
+    cfg = settled(GenerateConfig(), Adapter({}, {"resolution": 500}), SD15)
+    assert (cfg.width, cfg.height) == (512, 512)  # the base draws no 500
 
 
 def test_the_negative_prompt_is_the_users_else_ours_and_none_for_the_embedded_base() -> None:
-    embedded = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64)
+    embedded = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64, cell_px=8)
     assert settled(GenerateConfig(), Adapter({}), SD15).negative_prompt.startswith("blurry")
     assert settled(GenerateConfig(), Adapter({}), embedded).negative_prompt == ""
     assert settled(GenerateConfig(negative_prompt="red"), Adapter({}), embedded).negative_prompt == "red"
