@@ -235,7 +235,7 @@ def read_adapter(path: Path) -> Adapter:
     adapter = Adapter(layers, _known(header, file))
     _check_finite(adapter, str(file), MODEL)
     if not any(layer.alpha and layer.down.any() and layer.up.any() for layer in layers.values()):
-        raise UserError(f"{file}: changes nothing (all its updates are zero). Train it longer.", MODEL)
+        raise UserError(f"{file}: changes nothing: every update or alpha is 0. Train it longer.", MODEL)
     return adapter
 
 

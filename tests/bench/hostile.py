@@ -220,7 +220,7 @@ def captions_study(count: int, seed: int, folder: Path) -> dict[str, int]:
         _look_at_dataset(texts[start : start + 250], folder / "data" / str(start), folder / "out", counts)
     own = ("data", "out", "cache")
     counts["outside"] += len({path for path in tree(folder) - before if path.split("/")[0] not in own})
-    names = ("captions", "outside", "foreign_markup", "changed_texts", "unprintable_lines", "wrong_refusals")
+    names = ("captions", "outside", "foreign_markup", "changed_texts", "unprintable_lines")
     return {name: counts[name] for name in names}
 
 
