@@ -161,7 +161,7 @@ def test_no_secret_is_in_what_is_shared_and_no_socket_is_needed(
         Image.new("RGB", (32, 32), (i * 99, 0, 0)).save(home / "data" / "10_hero" / f"megaman_{i}.png")
     monkeypatch.chdir(home)
     flags = [
-        "--pretrained_model_name=~/base/tiny_base",
+        f"--pretrained_model_name={home / 'base' / 'tiny_base'}",
         f"--data_dir={home / 'data'}",
         f"--output_dir={home / 'out'}",
     ]

@@ -212,9 +212,11 @@ def payloads(folder: Path, good_lora: Path, good_base: Path) -> dict[str, int]:
         ]
     for run in runs:
         counts["payloads"] += 1
-        refused = _refusal(*run())
-        counts["not_refused"] += not refused
+        code, lines = run()
+        told = "code" in lines[-1] or "can't be loaded" in lines[-1] or "safetensors" in lines[-1]
+        counts["not_refused"] += not _refusal(code, lines)
+        counts["unclear"] += not told or (" in " in lines[-1].split(":")[1] and "of its own" not in lines[-1])
         counts["executed"] += marker.exists()
         if marker.exists():
             marker.rmdir()
-    return {name: counts[name] for name in ("payloads", "executed", "not_refused", "not_armed")}
+    return {name: counts[name] for name in ("payloads", "executed", "not_refused", "unclear", "not_armed")}
