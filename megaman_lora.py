@@ -1,12 +1,11 @@
 """Teaches Stable Diffusion a character from 15-100 pictures: trains a LoRA and writes it for every tool.
 
-    python megaman_lora.py --preset demo                       # the embedded base and our own pictures; no
-    GPU, no network
-    python megaman_lora.py --data_dir ./megaman_images         # Stable Diffusion 1.5 and yours
+    python megaman_lora.py --preset demo               # the embedded base, our pictures: no GPU, no network
+    python megaman_lora.py --data_dir ./megaman_images # Stable Diffusion 1.5 and yours
 
 What a step does is a function of (seed, position): position is the index in one endless stream of examples.
-It fixes the picture, the
-noise, the timestep and the dropped caption; the learning rate is a function of the step.
+It fixes the picture, the noise, the timestep and the dropped caption; the learning rate is a function of the
+step. So a run that is stopped goes on to the very bits of one that was not.
 """
 
 from __future__ import annotations
@@ -313,7 +312,8 @@ class MegaManDataset:
         self.settings = settings or DataFlags()
         self.facts, self.skipped = survey.survey(self.folder, store or cache.Store(None))
         self.paths = [fact.path for fact in self.facts]
-        self.captions = captions.read_captions(self.paths, self.folder, self.settings.trigger)
+        bad = [f"{file} (--strict: mend it or remove it)" for file in self.skipped if self.settings.strict]
+        self.captions = captions.read_captions(self.paths, self.folder, self.settings.trigger, bad)
         self.repeats = [captions.repeats_of(path, self.folder) for path in self.paths]
         offered = buckets.buckets_of(self.settings.resolution, cell_px, self.settings.crop)
         self.buckets = [buckets.bucket_for(fact.size, offered) for fact in self.facts]
@@ -563,19 +563,15 @@ def open_store(cfg: TrainConfig) -> Store:
 
 def open_dataset(cfg: TrainConfig) -> MegaManDataset:
     """The pictures to train on. UserError (exit 3) if there are none, or if one is skipped under --strict."""
+    for flag in ("output_dir", "cache_dir", "logging_dir"):
+        files.check_apart(flag, getattr(cfg, flag), cfg.data_dir)
     cell_px = base_models.cell_of(cfg.pretrained_model_name)
     tokenizer = base_models.tokenizer_of(cfg.pretrained_model_name)
     store = open_store(cfg)
     dataset = MegaManDataset(cfg.data_dir, tokenizer, cfg, cell_px=cell_px, seed=cfg.seed, store=store)
-    reasons = "".join(f"\n  {file.path}: {file.reason}" for file in dataset.skipped)
     if len(dataset) == 0:
-        raise UserError(
-            f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset "
-            f"demo.{reasons}",
-            errors.DATA,
-        )
-    if cfg.strict and dataset.skipped:
-        raise UserError(f"{cfg.data_dir}: --strict, and these files can't be used:{reasons}", errors.DATA)
+        none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset demo."
+        raise UserError("\n  ".join([none, *map(str, dataset.skipped)]), errors.DATA)
     return dataset
 
 
@@ -592,7 +588,9 @@ def report_of(dataset: MegaManDataset) -> Report:
         )
         for i, path in enumerate(dataset.paths)
     ]
-    return report.Report(dataset.folder, dataset.settings.trigger, rows, dataset.skipped)
+    borrowed = Path(dataset.tokenizer.name_or_path).parent == base_models.EMBEDDED_FOLDER
+    own = base_models.canonical_name(dataset.settings.pretrained_model_name) == base_models.EMBEDDED
+    return report.Report(dataset.folder, dataset.settings, rows, dataset.skipped, own or not borrowed)
 
 
 def describe_plan(cfg: TrainConfig, stream: Stream) -> str:
@@ -676,7 +674,8 @@ def set_up(cfg: TrainConfig) -> Run:
     accelerator = devices.new_accelerator(device, dtype)
     progress = runs.progress_of(cfg.resume_from_checkpoint, Path(cfg.output_dir))
 
-    dataset = open_dataset(cfg)
+    with accelerator.main_process_first():  # the others then find what it has seen in the cache
+        dataset = open_dataset(cfg)
     stream = stream_of(dataset, pictures_a_step(cfg, accelerator.num_processes))
     cfg, told = plan(cfg, stream.steps_an_epoch, progress), report_of(dataset)
     for line in [*told.lines(), describe_plan(cfg, stream)]:
@@ -691,7 +690,7 @@ def set_up(cfg: TrainConfig) -> Run:
     origins["the base model's weights"] = base.digest
     if progress is not None:
         runs.check_resume(progress, asdict(cfg), origins)
-    with accelerator.main_process_first():  # the others then find everything in the cache
+    with accelerator.main_process_first():
         encoded = encode(cfg, dataset, base)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
@@ -805,7 +804,8 @@ def train(cfg: TrainConfig) -> Path:
     writes = accelerator.is_main_process
     with runs.ready(run.output, asdict(cfg), run.progress, writes=writes) as stop, closing(run.watch):
         if run.start == 0:
-            run.told.write(run.output)
+            if writes:
+                run.told.write(run.output)
             show_samples(run, 0, stop)
         for step in range(run.start, total):
             rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
@@ -850,11 +850,12 @@ def show_dataset(cfg: TrainConfig) -> None:
     for line in [*told.lines(), describe_plan(plan(cfg, stream.steps_an_epoch), stream)]:
         say(line)
     files.check_output(output, runs.RECORD, Path(cfg.data_dir))
+    output = (
+        output / "dry_run" if (output / runs.RECORD).is_file() else output
+    )  # a run's files stay as they are
     say(f"dry run: nothing was trained. {told.write(output)} shows every picture and its caption")
-    if told.offer_captions(output / "captions"):
-        say(
-            f"captions made from names lie in {output / 'captions'}: edit them and copy them to your pictures"
-        )
+    for line in told.offer_captions(output / "captions"):
+        say(line)
 
 
 def main() -> None:

@@ -123,8 +123,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> list[Path]:
     names. UserError if a number isn't finite.
     """
     pair, kohya, same = folder / PEFT_FILE, folder / KOHYA_FILE, folder / DIFFUSERS_FILE
-    save_tensors(peft_tensors(adapter), pair, _our_metadata(adapter))
     write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n")
+    save_tensors(peft_tensors(adapter), pair, _our_metadata(adapter))  # without its strength it is of no use
     write_kohya(adapter, kohya)
     with replacing(same) as partial:
         partial.write_bytes(kohya.read_bytes())

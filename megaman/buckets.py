@@ -72,7 +72,7 @@ def fit_of(size: tuple[int, int], bucket: Bucket, at: tuple[float, float] = CENT
     """
     scale = max(bucket.width / size[0], bucket.height / size[1])
     width, height = bucket.width / scale, bucket.height / scale
-    left, top = (size[0] - width) * at[0], (size[1] - height) * at[1]
+    left, top = max(0.0, size[0] - width) * at[0], max(0.0, size[1] - height) * at[1]  # never -1e-14
     return Fit(left, top, min(left + width, size[0]), min(top + height, size[1]), scale)
 
 

@@ -4,6 +4,7 @@ Everything is found by its content (the picture's bytes, the recipe, the model's
 stale; a file that is torn or damaged is made anew; any number of processes may share the folder.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman import files
-from megaman.errors import NUMBERS, UserError
+from megaman.errors import NUMBERS, UserError, say
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ class Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self.is_writable = True
         self.hits = self.misses = 0
 
     def facts(self, key: str, make: Callable[[], Any]) -> Any:
@@ -94,21 +96,29 @@ class Store:
         path = self.folder / name[:2] / name
         try:
             found = read(path)
-            os.utime(path)  # what is used stays longest
+        except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain
+            self.misses += 1
+        else:
+            with contextlib.suppress(OSError):  # another user's
+                os.utime(path)  # what is used stays longest
             self.hits += 1
             return found
-        except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain
-            pass
-        self.misses += 1
         made = make()
-        try:
-            write(path, made)
-        except OSError:  # a full or read-only cache folder costs time, never the run
-            self.folder = None
+        if self.is_writable:
+            self._keep(path, made, write)
         return made
 
+    def _keep(self, path: Path, made: Any, write: Callable[[Path, Any], None]) -> None:
+        try:
+            write(path, made)
+        except OSError as error:  # a full or read-only cache folder costs time, never the run
+            if path.exists():  # another process was quicker; Windows does not replace what is being read
+                return
+            self.is_writable = False
+            say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
+
     def prune(self, limit_bytes: int = LIMIT_BYTES) -> int:
-        """Deletes the least recently used entries beyond the limit; returns how many."""
+        """Deletes the least recently used entries beyond the limit where it may; returns how many."""
         if self.folder is None or not self.folder.is_dir():
             return 0
         entries = []
@@ -121,8 +131,9 @@ class Store:
         for _, size, path in sorted(entries, reverse=True):
             kept += size
             if kept > limit_bytes:
-                path.unlink(missing_ok=True)
-                deleted += 1
+                with contextlib.suppress(OSError):  # another user's, or read just now on Windows
+                    path.unlink()
+                    deleted += 1
         return deleted
 
 
@@ -221,10 +232,12 @@ def _posterior(view: View, base: "BaseModel") -> "dict[str, Tensor]":
 
 
 def _weights_digest(module: "torch.nn.Module") -> str:
-    """Of every bit that decides what the module computes, its precision included."""
+    """Of every bit that decides what the module computes: its weights, their precision, its architecture."""
     import torch
 
-    total = hashlib.sha256()
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    fixed = {name: value for name, value in config.items() if name[0] != "_" and "version" not in name}
+    total = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -14,14 +14,12 @@ from typing import Literal
 
 from megaman.errors import DATA, USAGE, UserError
 from megaman.files import write_text
+from megaman.pictures import one_line
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something else under a caption's name
-MAX_REPEATS = (
-    1000  # kohya's users write 1-200; a larger number in front of a folder's name is a year or a date
-)
-
+MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but the characters that end a line
 
 # ---------------------------------------------------------------- the words of names
@@ -73,6 +71,8 @@ FIGURES = {
     "sigma": "Sigma",
     "wily": "Dr. Wily",
     "zero": "Zero",
+    "ロックマン": "mega man",
+    "洛克人": "mega man",
 }
 MEDIA = {
     "16bit": "16-bit",
@@ -95,10 +95,10 @@ JOINTS = frozenset({"and", "of", "or"})  # tie words together; one that nothing 
 LINKS = JOINTS | {"a", "an", "at", "by", "for", "from", "in", "on", "over", "the", "to", "under", "with"}
 NOISE = """
     cimg dcim dji dsc dscf dscn gopr img imgp mvimg pxl wa
-    app comfyui copy download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture png
-    am pm bildschirmfoto kopie resized screenshot screenshots thumb thumbnail unnamed untitled webp whatsapp
+    am app comfyui copy dall download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture
+    pictures pm png received resized screenshot screenshots thumb thumbnail tumblr unnamed untitled webp
     上午 下午 副本 複本 拷贝 拷貝 图片 圖片 照片 微信图片 未命名 截图 截圖 屏幕截图 螢幕截圖 螢幕擷取畫面
-    スクリーンショット
+    スクリーンショット bildschirmfoto kopie whatsapp
 """  # what cameras, systems and programs write into names, and no words of a picture
 DROPPED = frozenset(NOISE.split())
 BREAKS = ",;()[]{}+&"  # separate tags in names too
@@ -129,21 +129,23 @@ class Caption:
     file: Path | None = field(default=None, compare=False)  # the sidecar; equal words are equal captions
 
 
-def read_captions(pictures: Sequence[Path], folder: Path, trigger: str) -> list[Caption]:
+def read_captions(
+    pictures: Sequence[Path], folder: Path, trigger: str, errors: Sequence[str] = ()
+) -> list[Caption]:
     """A caption a picture: its sidecar's text, else words from its name behind the trigger.
 
     Sidecars, the first with any text counts: a.png.txt, a.txt, a.png.caption, a.caption. All unreadable files
-    are named in one error.
+    are named in one error, behind the folder's other errors.
     """
     sidecars = _sidecars_of(pictures)
     captions: list[Caption] = []
-    problems: list[str] = []
+    problems = list(errors)
     for picture in pictures:
         try:
             own = _own_caption(sidecars[picture], trigger)
             captions.append(own or Caption(caption_from_name(picture, folder, trigger), "name"))
         except UserError as error:
-            problems.append(str(error))
+            problems.append(one_line(str(error)))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)), DATA)  # two pictures may share a bad file
     return captions
@@ -387,15 +389,23 @@ def _numbered(picture: Path, folder: Path) -> list[tuple[str, int]]:
 
 
 # ---------------------------------------------------------------- what is made of captions
+def holds(caption: str, trigger: str) -> bool:
+    """Whether the trigger stands in the caption, in any case, and not as a part of other words."""
+    return _pattern_in_captions(trigger).search(caption) is not None
+
+
 def renamed(captions: Sequence[str], trigger: str, name: str) -> list[str]:
     """The captions with another name in the trigger's place; the bare name where the trigger is missing."""
+    pattern = _pattern_in_captions(trigger)
+    return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]
+
+
+def _pattern_in_captions(trigger: str) -> re.Pattern[str]:
     words = trigger.split()
     if not words:
-        return [name] * len(captions)
+        return re.compile("(?!)")  # nothing holds it
     spelled = r"\s+".join(re.escape(word) for word in words)
-    around = f"(?<!{_kind(words[0][0])}){spelled}(?!{_kind(words[-1][-1])})"
-    pattern = re.compile(around, re.IGNORECASE)
-    return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]
+    return re.compile(f"(?<!{_kind(words[0][0])}){spelled}(?!{_kind(words[-1][-1])})", re.IGNORECASE)
 
 
 def variants(text: str, count: int, *, keep_tags: int, rng: random.Random) -> list[str]:

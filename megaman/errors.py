@@ -77,8 +77,7 @@ def leave(message: str, exit_code: int) -> NoReturn:
     """One line on stderr, then the exit code.
 
     Of several processes only the first speaks, unless it may be the only one that is well: a full memory or
-    disk
-    and a NaN are one process's own.
+    disk and a NaN are one process's own.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":

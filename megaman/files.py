@@ -29,6 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not say where
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -54,7 +57,7 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[
         try:
             save_file(dict(tensors), partial, dict(metadata))
         except SafetensorError as error:  # its words for a failed write; the numbers were checked before
-            raise OSError(errno.ENOSPC, " ".join(str(error).split()), str(path)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         partial.write_bytes(_with_sorted_metadata(partial.read_bytes()))
 
 
@@ -96,6 +99,14 @@ def check_unused(folder: Path) -> None:
     """Raises UserError (exit 7) if another process works in `folder`; makes nothing."""
     if (folder / LOCK).exists():
         OutputLock(folder).release()
+
+
+def check_apart(flag: str, folder: str | None, data_dir: str) -> None:
+    """Raises UserError where a flag would have something written among the user's pictures."""
+    real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
+    if folder is not None and Path(real(folder)).is_relative_to(real(data_dir)):
+        reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
+        raise UserError(f"{reason}. Name another.", USAGE)
 
 
 def check_writable(folder: Path) -> None:
@@ -160,9 +171,13 @@ class OutputLock:
             raise UserError(
                 f"{folder}: in use by process {other}. Wait for it, or name another --output_dir.", STATE
             )
+
+    def sign(self) -> "OutputLock":
+        """Leaves this process's number there, for those who are refused."""
         self.file.truncate(0)
         self.file.write(str(os.getpid()))
         self.file.flush()
+        return self
 
     def close(self) -> None:
         """The same, for `contextlib.closing`."""
@@ -177,14 +192,14 @@ def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
     """The lock on an output folder, which is emptied first if `fresh`: an earlier run's is moved aside, and
     its new name is returned too.
     """
-    lock = OutputLock(folder)
+    lock = OutputLock(folder).sign()
     if not fresh or not _holds_files(folder):
         return lock, None
     if os.name == "nt":  # Windows moves no folder with an open file in it
         lock.release()
     aside = moved_aside(folder)
     try:
-        return OutputLock(folder), aside
+        return OutputLock(folder).sign(), aside
     finally:
         lock.release()
 

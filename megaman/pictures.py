@@ -4,6 +4,7 @@ colour.
 
 import errno
 import io
+import math
 import os
 import re
 import stat
@@ -19,11 +20,19 @@ from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
 from megaman.errors import DATA, UserError
 
-SUFFIX_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
-PICTURE_SUFFIXES = frozenset(SUFFIX_FORMATS)
+SUFFIX_FORMATS = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP",
+}  # fmt: skip
+OTHER_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jxl", ".psd", ".tif", ".tiff"}  # opened to say why not
+PICTURE_SUFFIXES = frozenset(SUFFIX_FORMATS) | OTHER_SUFFIXES
 PILLOW_FORMATS = tuple(sorted(set(SUFFIX_FORMATS.values())))  # whatever the suffix; no other decoder runs
 MAX_PICTURE_PX = 64_000_000  # a larger one is a decompression bomb or a scan that needs shrinking first
 MAX_FILE_BYTES = 1 << 29  # as many pixels of 16-bit RGBA, not compressed; some decoders read the whole file
+
+
+def one_line(text: str) -> str:
+    """Without what breaks a line or steers a terminal: names of files are anyone's."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,14 @@ class Picture:
 
     image: Image.Image
     remarks: tuple[str, ...] = ()
+
+
+class BadPicture(UserError):
+    """A picture that can't be read (exit 3); reason: why, in a few words, in one line."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.reason = one_line(reason)
+        super().__init__(f"{one_line(str(path))}: not a readable picture ({self.reason})", DATA)
 
 
 class _Unfit(Exception):
@@ -44,8 +61,9 @@ class _Unfit(Exception):
 def find_pictures(folder: Path) -> list[Path]:
     """Everything below the folder with the suffix of a picture, in any case, in a stable order.
 
-    Hidden files and folders are left out and links to folders are not followed. A folder that may not be
-    looked into is listed too, so that opening it says so.
+    Hidden files and folders are left out. What people take for pictures and is none is listed too, so that
+    opening it says why and nothing is lost in silence: formats that are not read, links to folders, which are
+    not followed, and folders that may not be looked into.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of pictures. Check --data_dir.", DATA)
@@ -53,7 +71,8 @@ def find_pictures(folder: Path) -> list[Path]:
     for place, folders, files in os.walk(folder, onerror=lambda error: found.append(Path(error.filename))):
         folders[:] = [name for name in folders if not name.startswith(".")]
         visible = [*folders, *(name for name in files if not name.startswith("."))]
-        named = (name for name in visible if Path(name).suffix.lower() in PICTURE_SUFFIXES)
+        named = {name for name in visible if Path(name).suffix.lower() in PICTURE_SUFFIXES}
+        named |= {name for name in folders if Path(place, name).is_symlink()}
         found.extend(Path(place, name) for name in named)
     return sorted(found)
 
@@ -63,7 +82,8 @@ def _check_file(path: Path) -> None:
     info = path.stat()
     if stat.S_ISDIR(info.st_mode):
         os.scandir(path).close()  # raises where it may not be looked into
-        raise _Unfit("a folder")
+        linked = path.is_symlink()
+        raise _Unfit("a link to a folder, which is not followed; copy its pictures" if linked else "a folder")
     if not stat.S_ISREG(info.st_mode):
         raise _Unfit("a pipe, a socket or a device")
     if info.st_size == 0:
@@ -123,11 +143,6 @@ def _reason(error: Exception, path: Path) -> str:
         return OS_REASONS.get(error.errno, error.strerror)
     words = " ".join(str(error).replace(str(path), "it").split())[:120]
     return f"damaged: {words or type(error).__name__}"
-
-
-def _one_line(text: str) -> str:
-    """Without what breaks a line or steers a terminal: names of files are anyone's."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 # ---------------------------------------------------------------- colours
@@ -323,19 +338,18 @@ def _decoded(stream: BinaryIO, suffix: str) -> Picture:
 def open_picture(path: Path) -> Picture:
     """The picture in a file, by its content whatever its name says, with remarks on all that was not plain.
 
-    Raises UserError (data), one line that begins with the path, when it can't be read.
+    Raises BadPicture when it can't be read.
     """
     try:
         _check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             return _decoded(stream, path.suffix)
     except Exception as error:  # a decoder may raise anything; it is this one picture's problem
-        reason = _reason(error, path)
-        raise UserError(_one_line(f"{path}: not a readable picture ({reason})"), DATA) from error
+        raise BadPicture(path, _reason(error, path)) from error
 
 
 def load_image(path: Path) -> Image.Image:
-    """The picture in a file as the eye sees it, RGB. Raises UserError (data) when it can't be read."""
+    """The picture in a file as the eye sees it, RGB. Raises BadPicture when it can't be read."""
     return open_picture(path).image
 
 
@@ -345,6 +359,7 @@ GRID = 12  # rows and columns of the fingerprint
 NOISE = 4  # of 255: what JPEG leaves on a flat area is no edge
 COLOUR_STEP = 2  # of 255, a bit of the fingerprint
 FINGERPRINT_WORDS = -(-(GRID * GRID + 3 * 256 // COLOUR_STEP) // 64)
+SAME_SHAPE = 1.05  # a copy that is scaled to whole pixels keeps its width by height to a few per cent
 SAME_BITS = 6  # compressed or scaled copies differ in 5 at most, two poses of a sprite in 16 and more
 
 
@@ -362,13 +377,18 @@ def fingerprint(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(np.concatenate([brighter.ravel(), colour.ravel()])).tobytes(), "big")
 
 
-def duplicates(fingerprints: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, later) for each picture that repeats an earlier one: the positions of both."""
+def duplicates(fingerprints: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(first, later) for each picture that repeats an earlier one: the positions of both.
+
+    Pictures of different shapes are different, however alike they are when they are squeezed to one.
+    """
     packed = b"".join(number.to_bytes(FINGERPRINT_WORDS * 8, "big") for number in fingerprints)
     words = np.frombuffer(packed, np.uint64).reshape(-1, FINGERPRINT_WORDS)
+    shapes = np.log([width / height for width, height in sizes])
     pairs = []
     for later in range(1, len(words)):
         differing = np.bitwise_count(words[:later] ^ words[later]).sum(axis=1)
-        same = np.flatnonzero(differing <= SAME_BITS)
+        alike = np.abs(shapes[:later] - shapes[later]) < math.log(SAME_SHAPE)
+        same = np.flatnonzero(alike & (differing <= SAME_BITS))
         pairs += [(int(same[0]), later)] if same.size else []
     return pairs

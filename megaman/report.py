@@ -1,16 +1,24 @@
 """What will be trained on, told before it costs anything: on the terminal and as a page."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
-from megaman.buckets import Bucket, Fit, fit_of
-from megaman.captions import Caption, odd_repeats, shared_captions, tag_frequencies, write_caption_set
+from megaman.buckets import Bucket, Crop, Fit, fit_of
+from megaman.captions import (
+    Caption,
+    holds,
+    odd_repeats,
+    shared_captions,
+    tag_frequencies,
+    write_caption_set,
+)
 from megaman.files import write_text
 from megaman.pages import render_dataset
-from megaman.pictures import duplicates
+from megaman.pictures import duplicates, one_line
 from megaman.survey import Fact, Skipped
 
 MAX_TOKENS = 75  # Stable Diffusion reads 77, two of them mark the beginning and the end
@@ -34,20 +42,36 @@ class Row:
         return fit_of(self.fact.size, self.bucket)
 
 
+class Settings(Protocol):
+    """What the report asks of the settings; the training script's DataFlags have it."""
+
+    trigger: str
+    crop: Crop
+    flip: bool
+
+
 @dataclass(frozen=True)
 class Report:
-    """The dataset as the training sees it."""
+    """The dataset as the training sees it.
+
+    counted_exactly: whether the tokens are the base's own; the embedded base's vocabulary, which stands in
+    where the base is not at hand yet, is smaller and makes more of them.
+    """
 
     folder: Path
-    trigger: str
+    settings: Settings
     rows: Sequence[Row]
     skipped: Sequence[Skipped]
+    counted_exactly: bool = True
 
     @cached_property
-    def twins(self) -> list[tuple[Row, Row]]:
-        """Pictures that look alike."""
-        pairs = duplicates([row.fact.fingerprint for row in self.rows])
-        return [(self.rows[first], self.rows[later]) for first, later in pairs]
+    def alike(self) -> list[list[Row]]:
+        """Groups of pictures that look alike."""
+        groups: dict[int, list[Row]] = {}
+        facts = [row.fact for row in self.rows]
+        for first, later in duplicates([fact.fingerprint for fact in facts], [fact.size for fact in facts]):
+            groups.setdefault(first, [self.rows[first]]).append(self.rows[later])
+        return list(groups.values())
 
     @cached_property
     def buckets(self) -> dict[Bucket, list[Row]]:
@@ -56,6 +80,11 @@ class Report:
         for row in self.rows:
             members.setdefault(row.bucket, []).append(row)
         return dict(sorted(members.items()))
+
+    @property
+    def derived(self) -> list[Row]:
+        """Pictures whose caption was made from their name."""
+        return [row for row in self.rows if row.caption.source == "name"]
 
     @property
     def enlarged(self) -> list[Row]:
@@ -67,10 +96,10 @@ class Report:
         """Captions whose end the text encoder does not see."""
         return [row for row in self.rows if row.tokens > MAX_TOKENS]
 
-    @property
+    @cached_property
     def lacking(self) -> list[Row]:
         """Captions without the trigger."""
-        return [row for row in self.rows if self.trigger.lower() not in row.caption.text.lower()]
+        return [row for row in self.rows if not holds(row.caption.text, self.settings.trigger)]
 
     @cached_property
     def tags(self) -> dict[str, int]:
@@ -79,41 +108,61 @@ class Report:
 
     def lines(self) -> list[str]:
         """What the user should know, a line each."""
-        rows, derived = self.rows, sum(row.caption.source == "name" for row in self.rows)
+        derived = len(self.derived)
+        from_files = _count(len(self.rows) - derived, "caption")
         lines = [
-            f"pictures: {len(rows)} in {self.folder}, {len(rows) - derived} captions from files, "
-            f"{derived} from names"
+            f"pictures: {len(self.rows)} in {self.folder}, {from_files} from files, {derived} from names"
         ]
         sizes = (f"{bucket} ({len(members)})" for bucket, members in self.buckets.items())
-        lines.append(f"sizes: {', '.join(sizes)}")
+        ways = {"bucket": "", "center": ", cut in the middle", "random": ", cut at random places"}
+        mirrored = ", also mirrored" if self.settings.flip else ""
+        lines.append(f"sizes: {', '.join(sizes)}{ways[self.settings.crop]}{mirrored}")
+        if derived:
+            lines.append(
+                f"captions: from names: {_listed(f'{r.name} “{r.caption.text}”' for r in self.derived)}"
+            )
         lines += [f"skipped: {self.below(file.path)}: {file.reason}" for file in self.skipped]
-        for remark, count in Counter(remark for row in rows for remark in row.fact.remarks).most_common():
-            lines.append(f"note: {count} {'picture' if count == 1 else 'pictures'}: {remark}")
-        lines += [f"note: {first.name} and {later.name} look alike" for first, later in self.twins[:NAMED]]
-        if len(self.twins) > NAMED:
-            lines.append(f"note: {len(self.twins) - NAMED} more pairs look alike")
+        lines += [f"note: {note}" for note in (*self._about_pictures(), *self._about_captions())]
+        return [one_line(line) for line in lines]
+
+    def _about_pictures(self) -> list[str]:
+        notes = []
+        with_remark: dict[str, list[Row]] = {}
+        for row in self.rows:
+            for remark in row.fact.remarks:
+                with_remark.setdefault(remark, []).append(row)
+        for remark, rows in sorted(with_remark.items(), key=lambda item: -len(item[1])):
+            notes.append(f"{_count(len(rows), 'picture')}: {remark} ({_named(rows)})")
+        notes += [f"look alike: {_named(group)}" for group in self.alike[:NAMED]]
+        if len(self.alike) > NAMED:
+            notes.append(f"look alike: {_count(len(self.alike) - NAMED, 'more group')} in dataset.html")
         if self.enlarged:
             worst = self.enlarged[0]
-            lines.append(
-                f"note: {len(self.enlarged)} pictures are smaller than they are trained at and will be "
-                f"enlarged (most: {worst.name}, {worst.fit.scale:.1f} times)"
+            notes.append(
+                f"{_count(len(self.enlarged), 'picture')} smaller than the training size, enlarged to it "
+                f"(at most {worst.fit.scale:.1f} times: {worst.name})"
             )
+        for name in odd_repeats([row.fact.path for row in self.rows], self.folder):
+            notes.append(f"the number of {name} is no count of repeats; its pictures count once")
+        return notes
+
+    def _about_captions(self) -> list[str]:
+        notes = []
         if self.too_long:
-            lines.append(
-                f"note: {len(self.too_long)} captions are longer than {MAX_TOKENS} tokens; the rest is not "
-                f"read ({_named(self.too_long)})"
+            doubt = (
+                "" if self.counted_exactly else " (a high estimate: the base's vocabulary is not here yet)"
+            )
+            notes.append(
+                f"{_count(len(self.too_long), 'caption')} longer than {MAX_TOKENS} tokens{doubt}; what is "
+                f"over is not read ({_named(self.too_long)})"
             )
         if self.lacking:
-            lines.append(
-                f"note: {len(self.lacking)} captions lack the trigger {self.trigger!r} "
-                f"({_named(self.lacking)}); those pictures teach it nothing"
-            )
-        paths = [row.fact.path for row in rows]
-        for name in odd_repeats(paths, self.folder):
-            lines.append(f"note: the number of {name} is no count of repeats; its pictures count once")
-        for sidecar, users in shared_captions(paths, [row.caption for row in rows]).items():
-            lines.append(f"note: {self.below(sidecar)} is the caption of {len(users)} pictures")
-        return [" ".join(line.split("\n")) for line in lines]  # a file's name may hold line breaks
+            lacking = f"{_count(len(self.lacking), 'caption')} without the trigger {self.settings.trigger!r}"
+            notes.append(f"{lacking}, which learns nothing from there ({_named(self.lacking)})")
+        captions = [row.caption for row in self.rows]
+        for sidecar, users in shared_captions([row.fact.path for row in self.rows], captions).items():
+            notes.append(f"{self.below(sidecar)} is the caption of {len(users)} pictures")
+        return notes
 
     def below(self, path: Path) -> str:
         """A file's name as the user knows it."""
@@ -122,17 +171,35 @@ class Report:
     def write(self, output: Path) -> Path:
         """Writes dataset.html and returns it."""
         page = output / "dataset.html"
-        write_text(page, render_dataset(self, MAX_TOKENS))
+        html = render_dataset(self, MAX_TOKENS)
+        write_text(page, html.encode("utf-8", "backslashreplace").decode())  # names may be any bytes
         return page
 
-    def offer_captions(self, folder: Path) -> list[Path]:
-        """Writes every caption that was made from a name, to be edited and copied; what is there, stays."""
-        made = [(Path(row.name), row.caption.text) for row in self.rows if row.caption.source == "name"]
-        return write_caption_set(
-            folder, [pair for pair in made if not (folder / pair[0].with_suffix(".txt")).exists()]
-        )
+    def offer_captions(self, folder: Path) -> list[str]:
+        """Writes every caption that was made from a name, to be edited and copied; what is there, stays. What
+        to tell of it, a line each.
+        """
+        made = [(Path(row.name), row.caption.text) for row in self.derived]
+        new = [pair for pair in made if not (folder / pair[0].with_suffix(".txt")).exists()]
+        lines = []
+        if write_caption_set(folder, new):
+            lines.append(
+                f"captions made from names lie in {folder}: edit them and copy them to your pictures"
+            )
+        if old := len(made) - len(new):
+            lines.append(f"{_count(old, 'caption')} of an earlier dry run left as found in {folder}")
+        return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _named(rows: Sequence[Row]) -> str:
-    names = [row.name for row in rows[:NAMED]]
-    return ", ".join(names) + (", …" if len(rows) > NAMED else "")
+    return _listed(row.name for row in rows)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few; the page names all."""
+    first = list(islice(names, NAMED + 1))
+    return ", ".join(first[:NAMED]) + (", …" if len(first) > NAMED else "")

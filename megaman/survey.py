@@ -2,18 +2,16 @@
 
 import base64
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from megaman.cache import Store, key_of
-from megaman.errors import DATA, UserError
 from megaman.files import sha256_of
-from megaman.pictures import MAX_FILE_BYTES, find_pictures, fingerprint, open_picture
+from megaman.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, fingerprint, one_line, open_picture
 
-RECIPE = 1  # raised whenever decoding changes: older facts and latents are then no longer found
+RECIPE = 2  # raised whenever decoding changes: older facts and latents are then no longer found
 THUMBNAIL_PX = 128
 
 
@@ -36,6 +34,9 @@ class Skipped:
     path: Path
     reason: str
 
+    def __str__(self) -> str:
+        return one_line(f"{self.path}: {self.reason}")
+
 
 def survey(folder: Path, store: Store) -> tuple[list[Fact], list[Skipped]]:
     """Every picture below the folder, decoded once in its life. UserError (exit 3) if there is no folder."""
@@ -43,8 +44,8 @@ def survey(folder: Path, store: Store) -> tuple[list[Fact], list[Skipped]]:
     for path in find_pictures(folder):
         try:
             facts.append(_fact(path, store))
-        except UserError as error:
-            skipped.append(Skipped(path, _reason(error)))
+        except BadPicture as error:
+            skipped.append(Skipped(path, error.reason))
     return facts, skipped
 
 
@@ -56,7 +57,7 @@ def _fact(path: Path, store: Store) -> Fact:
         usable = False
     if not usable:  # opening says why; a folder, a pipe or a missing right is no fact about a content
         open_picture(path)
-        raise UserError(f"{path}: not a readable picture (it changes while it is read)", DATA)
+        raise BadPicture(path, "it changes while it is read")
     known = store.facts(digest, lambda: _looked_at(path))
     return Fact(
         path,
@@ -68,19 +69,15 @@ def _fact(path: Path, store: Store) -> Fact:
     )
 
 
-def _reason(error: UserError) -> str:
-    found = re.search(r"not a readable picture \((.*)\)$", str(error))
-    return f"not a readable picture ({found[1]})" if found else str(error)
-
-
 def _looked_at(path: Path) -> dict[str, object]:
-    picture = open_picture(path)
-    small, data = picture.image.copy(), io.BytesIO()
+    picture, data = open_picture(path), io.BytesIO()
+    size, bits = picture.image.size, fingerprint(picture.image)
+    small = picture.image  # no copy: a large scan takes 256 MB
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
-    small.save(data, "WEBP", quality=70)
+    small.save(data, "WEBP", quality=70, lossless=max(size) <= THUMBNAIL_PX)  # sprites
     return {
-        "size": picture.image.size,
+        "size": size,
         "remarks": picture.remarks,
-        "fingerprint": f"{fingerprint(picture.image):x}",
+        "fingerprint": f"{bits:x}",
         "thumbnail": base64.b64encode(data.getvalue()).decode("ascii"),
     }

@@ -3,14 +3,16 @@
 import random
 from collections import Counter
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megaman.base import BaseModel
+from megaman.buckets import bucket_for, buckets_of
 from megaman.cache import Encoded, Store, View, encode
 from megaman.stream import Place, Stream, generator_of, shares_of
-from megaman_lora import TrainConfig, draw_inputs
+from megaman_lora import TrainConfig, draw_inputs, stream_of
 
 
 def epoch_of(stream: Stream, number: int) -> list[list[Place]]:
@@ -38,6 +40,25 @@ def test_every_epoch_shows_each_picture_as_often_as_it_repeats_whatever_the_size
         for step in steps:
             assert 1 <= len(step) <= stream.step_size
             assert any({place.index for place in step} <= set(bucket) for bucket in stream.buckets)
+
+
+@pytest.mark.parametrize("crop", ["bucket", "center"])
+def test_pictures_of_any_sizes_are_each_shown_as_often_as_they_repeat(crop: str) -> None:
+    rng = random.Random(crop)
+    offered = buckets_of(512, 64, crop)
+    for seed in range(60):
+        sizes = [(rng.randint(1, 4000), rng.randint(1, 4000)) for _ in range(rng.randint(1, 40))]
+        sizes += [sizes[0]] * rng.randint(0, 5)
+        repeats = [rng.choice((1, 1, 1, 2, 10)) for _ in sizes]
+        dataset = SimpleNamespace(
+            buckets=[bucket_for(size, offered) for size in sizes], repeats=repeats, seed=seed
+        )
+        stream = stream_of(dataset, rng.randint(1, 64))
+        for epoch in range(2):
+            steps = epoch_of(stream, epoch)
+            shown = Counter(place.index for step in steps for place in step)
+            assert shown == Counter(dict(enumerate(repeats)))
+            assert all(len({dataset.buckets[place.index] for place in step}) == 1 for step in steps)
 
 
 def test_each_epoch_has_an_order_of_its_own_and_each_seed_others() -> None:

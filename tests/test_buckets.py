@@ -44,12 +44,12 @@ def test_a_picture_goes_to_the_nearest_shape(size: tuple[int, int], bucket: Buck
 def test_the_window_has_the_buckets_shape_and_covers_one_axis_entirely() -> None:
     rng = random.Random(0)
     offered = buckets_of(512, 64, "bucket")
-    for _ in range(300):
+    for _ in range(3000):
         size = (rng.randint(1, 3000), rng.randint(1, 3000))
         bucket, at = bucket_for(size, offered), (rng.random(), rng.random())
         fit = fit_of(size, bucket, at)
-        assert -1e-6 <= fit.left < fit.right <= size[0] + 1e-6
-        assert -1e-6 <= fit.top < fit.bottom <= size[1] + 1e-6
+        assert 0 <= fit.left < fit.right <= size[0]
+        assert 0 <= fit.top < fit.bottom <= size[1]
         whole = (
             fit.right - fit.left == pytest.approx(size[0]),
             fit.bottom - fit.top == pytest.approx(size[1]),
@@ -57,6 +57,15 @@ def test_the_window_has_the_buckets_shape_and_covers_one_axis_entirely() -> None
         assert any(whole)
         assert (fit.right - fit.left) * fit.scale == pytest.approx(bucket.width)
         assert (fit.bottom - fit.top) * fit.scale == pytest.approx(bucket.height)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 3), (797, 1239), (4001, 3)])
+def test_a_picture_of_any_size_gives_its_buckets_pixels(size: tuple[int, int]) -> None:
+    bucket = bucket_for(size, buckets_of(256, 64, "bucket"))
+    for at in ((0, 0), (0.5, 0.5), (0.3, 0.9), (1, 1)):
+        pixels = fitted(Image.new("RGB", size, "red"), bucket, at)
+        assert pixels.shape == (3, bucket.height, bucket.width)
+        assert pixels[:, 0, 0].tolist() == [1, -1, -1]
 
 
 def test_the_middle_is_seen_and_values_stay_in_range() -> None:

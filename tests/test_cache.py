@@ -78,6 +78,37 @@ def test_a_folder_that_cannot_be_written_costs_time_and_nothing_else(tmp_path: P
     assert store.prune() == 0
 
 
+def refused(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_what_another_user_keeps_there_is_read_though_it_cannot_be_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(tmp_path).tensors(key_of("x"), made)
+    Store(tmp_path).facts(key_of("y"), lambda: [1])
+    monkeypatch.setattr("megaman.cache.os.utime", refused)
+    monkeypatch.setattr(Path, "unlink", refused)  # Windows refuses it while another process reads
+    store = Store(tmp_path)
+    store.tensors(key_of("x"), must_not_be_made)
+    store.facts(key_of("y"), must_not_be_made)
+    assert (store.hits, store.misses) == (2, 0)
+    assert store.prune(limit_bytes=0) == 0
+
+
+def test_a_cache_that_cannot_be_kept_is_said_once_and_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Store(tmp_path).facts(key_of("x"), lambda: [1])
+    monkeypatch.setattr("megaman.files.os.fsync", refused)
+    store = Store(tmp_path)
+    assert [store.facts(key_of(i), lambda i=i: [i]) for i in range(3)] == [[0], [1], [2]]
+    assert store.facts(key_of("x"), must_not_be_made) == [1]
+    told = capsys.readouterr().err
+    assert told == f"cache: {tmp_path} can't be written to (Permission denied); nothing new is kept\n"
+    assert store.folder == tmp_path
+
+
 def ask_for_all(folder: Path) -> list[float]:
     return [Store(folder).tensors(key_of(i), lambda i=i: made(i))["a"][0, 0].item() for i in range(30)]
 
@@ -101,6 +132,18 @@ def test_a_second_encoding_asks_neither_vae_nor_text_encoder(
     assert torch.equal(first.means[0], again.means[0])
     assert torch.equal(first.text, again.text)
     assert (store.hits, store.misses) == (3, 0)
+
+
+def test_the_same_weights_in_another_architecture_find_nothing_of_these(
+    tmp_path: Path, tiny_base: BaseModel
+) -> None:
+    views = [[View("red", lambda: torch.full((3, 32, 32), 0.3), "red.png")]]
+    encode(views, [["mega man"]], tiny_base, Store(tmp_path))
+    tiny_base.vae.register_to_config(norm_num_groups=2)
+    tiny_base.text_encoder.config.hidden_act = "gelu"
+    store = Store(tmp_path)
+    encode(views, [["mega man"]], tiny_base, store)
+    assert (store.hits, store.misses) == (0, 3)
 
 
 def test_other_weights_find_nothing_of_these(tmp_path: Path, tiny_base: BaseModel) -> None:

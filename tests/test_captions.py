@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import bound_by_modes
 
 from megaman.captions import (
     VOCABULARY,
@@ -91,13 +92,14 @@ def complaint(folder: Path, *names: str) -> list[str]:
         ("wily's castle.png", "mega man, wily's castle"),
         ("jump02left.png", "mega man, jumping left"),
         # other languages
-        ("洛克人_01.png", "mega man, 洛克人"),
-        ("洛克人X跳躍02.png", "mega man X, 洛克人 跳躍"),
+        ("洛克人_01.png", "mega man"),
+        ("洛克人X跳躍02.png", "mega man X, 跳躍"),
         ("cafe\u0301_03.png", "mega man, café"),  # as macOS writes é
         ("हिन्दी_03.png", "mega man, हिन्दी"),
         ("🤖️ megaman.png", "mega man"),
         # counters, hashes, dates, cameras
         ("a1b2c3d4e5.png", "mega man"),
+        ("2023_pictures/tumblr_abc123def456_1280.png", "mega man"),
         ("45cfed92.png", "mega man"),
         ("d41d8cd98f00b204e9800998ecf8427e.png", "mega man"),
         ("550e8400-e29b-41d4-a716-446655440000.png", "mega man"),
@@ -133,6 +135,7 @@ def test_a_caption_from_a_name_begins_with_the_trigger(name: str, caption: str) 
     [
         ("mgmn", "mgmn_jump.png", "mgmn, jumping"),
         ("mgmn", "megaman_02.png", "mgmn, mega man"),
+        ("mgmn", "ロックマン_02.png", "mgmn, mega man"),
         ("mm01", "mm01_02.png", "mm01"),
         ("MEGA MAN", "megaman_x.png", "MEGA MAN X"),
         ("Mega Man X", "megaman_x_02.png", "Mega Man X"),
@@ -229,11 +232,12 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path) -> None:
     assert len(lines) == len(names)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users and modes of POSIX")
 def test_a_caption_without_the_right_to_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("mega man")
     (tmp_path / "a.txt").chmod(0)
-    assert complaint(tmp_path, "a.png")[0].startswith("a.txt: caption can't be read")
+    with bound_by_modes():
+        assert complaint(tmp_path, "a.png")[0].startswith("a.txt: caption can't be read")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="Linux shows its memory as a file")

@@ -3,16 +3,22 @@
 import hashlib
 import os
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import bound_by_modes, run_script
 from PIL import Image
+from test_pictures import KINDS, png_of
 
+import generate_megaman
 import megaman_lora
+from megaman import errors
 from megaman.buckets import Bucket
 from megaman.cache import Store
 from megaman.errors import UserError
@@ -90,6 +96,28 @@ def test_flip_and_random_crop_give_several_views_and_only_then(mixed: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(crops, views(crop="random"), strict=True))
 
 
+def test_whatever_changes_a_views_pixels_changes_its_key(mixed: Path) -> None:
+    pixels_of: dict[str, bytes] = {}
+    for settings in (
+        *({}, {"flip": True}, {"crop": "center"}, {"crop": "random"}, {"crop": "random", "flip": True}),
+        *({"resolution": 128}, {"trigger": "zero"}),
+    ):
+        dataset = MegaManDataset(mixed, None, DataFlags(**{"resolution": 64} | settings), cell_px=16)
+        for view in (view for index in range(len(dataset)) for view in dataset.views(index)):
+            pixels = view.pixels().numpy().tobytes()
+            assert pixels_of.setdefault(view.key, pixels) == pixels, settings
+
+
+def test_the_report_tells_how_pictures_are_cut_and_that_they_are_mirrored(
+    mixed: Path, tmp_path: Path
+) -> None:
+    told = report_of(dataset_of(mixed, crop="random", flip=True))
+    assert "sizes: 64x64 (4), cut at random places, also mirrored" in told.lines()
+    page = told.write(tmp_path).read_text(encoding="utf-8")
+    assert "cut at random places, the frame is in the middle · also mirrored" in page
+    assert "sizes: 64x64 (4), cut in the middle" in report_of(dataset_of(mixed, crop="center")).lines()
+
+
 def test_shuffled_tags_keep_the_first_ones_in_place(mixed: Path) -> None:
     settings = DataFlags(resolution=64, shuffle_tags=True)
     dataset = MegaManDataset(mixed, None, settings, cell_px=16)
@@ -108,10 +136,68 @@ def test_the_report_names_what_a_user_would_want_to_know(mixed: Path, tiny_base:
     assert "3 captions from files, 1 from names" in text
     assert "sizes: 48x80 (1), 64x64 (2), 80x48 (1)" in text
     assert "skipped: broken.png: " in text
-    assert "1 pictures are smaller than they are trained at" in text
-    assert "small.png, 3.2 times" in text
-    assert "1 captions are longer than 75 tokens; the rest is not read (small.png)" in text
-    assert "1 captions lack the trigger 'mega man' (tall.png)" in text
+    assert "captions: from names: 3_megaman/a.png “mega man”" in text
+    assert "1 picture smaller than the training size, enlarged to it (at most 3.2 times: small.png)" in text
+    assert "1 caption longer than 75 tokens; what is over is not read (small.png)" in text
+    assert "1 caption without the trigger 'mega man', which learns nothing from there (tall.png)" in text
+    assert not re.search(r"\b1 \w+s\b", text.partition("\n")[2])  # "1 pictures"
+
+
+def test_the_trigger_counts_as_words_of_its_own_and_not_inside_of_others(folder_of_pictures: Path) -> None:
+    (folder_of_pictures / "megaman_0.txt").write_text("a hammer", encoding="utf-8")
+    (folder_of_pictures / "megaman_1.txt").write_text("the Mm, running", encoding="utf-8")
+    told = report_of(dataset_of(folder_of_pictures, trigger="mm"))
+    assert [row.name for row in told.lacking] == ["megaman_0.png", "megaman_2.png", "megaman_3.png"]
+
+
+def dataset_of(folder: Path, **settings: object) -> MegaManDataset:
+    """The folder as the demo's base sees it."""
+    tokenizer = megaman_lora.base_models.tokenizer_of("megaman/tiny_sd")
+    settings = {"pretrained_model_name": "megaman/tiny_sd", "resolution": 64} | settings
+    return MegaManDataset(folder, tokenizer, DataFlags(**settings), cell_px=16)
+
+
+def test_a_count_by_another_bases_vocabulary_is_called_an_estimate(mixed: Path) -> None:
+    own = "\n".join(report_of(dataset_of(mixed)).lines())
+    borrowed = "\n".join(report_of(dataset_of(mixed, pretrained_model_name="some/base")).lines())
+    assert "a high estimate" not in own
+    assert "longer than 75 tokens (a high estimate: the base's vocabulary is not here yet)" in borrowed
+
+
+def test_the_report_groups_look_alikes_and_names_the_first_pictures_of_each_remark(tmp_path: Path) -> None:
+    for i in range(7):
+        Image.new("RGBA", (64, 64), (255, 0, 0, 51)).save(tmp_path / f"{i}.png")
+    Image.new("RGB", (128, 64), (255, 204, 204)).save(tmp_path / "wide.png")
+    told = report_of(dataset_of(tmp_path))
+    assert [[row.name for row in group] for group in told.alike] == [[f"{i}.png" for i in range(7)]]
+    text = "\n".join(told.lines())
+    assert "note: look alike: 0.png, 1.png, 2.png, 3.png, 4.png, …" in text
+    assert "note: 7 pictures: transparency laid on white (0.png, 1.png, 2.png, 3.png, 4.png, …)" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_a_name_of_any_bytes_breaks_neither_the_report_nor_the_page(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in (b"\xff\x1b[31m\n.png", b"\xff<b>.webp"):
+        Image.new("RGB", (64, 64), "red").save(os.path.join(os.fsencode(data), name), "PNG")
+    (data / "\r\x1b.gif").write_bytes(b"GIF89a")
+    result = run_script(
+        *("megaman_lora.py", "--data_dir", str(data), "--output_dir", str(tmp_path / "out"), "--dry_run"),
+        *("--pretrained_model_name", "megaman/tiny_sd", "--resolution", "64"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stderr
+    ours = ("pictures", "sizes", "captions", "skipped", "note", "plan", "dry run")
+    assert all(line.startswith(ours) for line in result.stderr.splitlines()), result.stderr
+    page = (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
+    assert Page(page).tags.count("i") == 2
+    (data / "\r\x1b\n.txt").write_bytes(b"caf\xe9")
+    (data / "\r\x1b\n.png").write_bytes((data / os.fsdecode(b"\xff<b>.webp")).read_bytes())
+    with pytest.raises(UserError) as caught:
+        dataset_of(data, strict=True)
+    assert [line.isprintable() for line in str(caught.value).splitlines()] == [True, True]
+    assert "\\udcff&lt;b&gt;.webp" in page
 
 
 class Page(HTMLParser):
@@ -142,9 +228,18 @@ def test_the_page_shows_every_picture_and_no_caption_becomes_markup(
     assert "a boss <b>& friends</b>" in page.text
     assert "enlarged 3.2 times" in page.text
     assert "3 times an epoch" in page.text
-    (caption,) = report.offer_captions(tmp_path / "out" / "captions")
-    assert caption.relative_to(tmp_path / "out").as_posix() == "captions/3_megaman/a.txt"
-    assert caption.read_text(encoding="utf-8").startswith("mega man")
+
+
+def test_captions_from_names_are_offered_once_and_then_left_to_the_user(mixed: Path, tmp_path: Path) -> None:
+    offered, told = tmp_path / "captions", report_of(dataset_of(mixed))
+    (line,) = told.offer_captions(offered)
+    assert line.startswith(f"captions made from names lie in {offered}")
+    assert [path.relative_to(offered).as_posix() for path in offered.rglob("*.txt")] == ["3_megaman/a.txt"]
+    assert (offered / "3_megaman" / "a.txt").read_text(encoding="utf-8") == "mega man\n"
+    (offered / "3_megaman" / "a.txt").write_text("mine", encoding="utf-8")
+    (line,) = told.offer_captions(offered)
+    assert line == f"1 caption of an earlier dry run left as found in {offered}"
+    assert (offered / "3_megaman" / "a.txt").read_text(encoding="utf-8") == "mine"
 
 
 def tree_of(folder: Path) -> str:
@@ -157,19 +252,107 @@ def tree_of(folder: Path) -> str:
     return total.hexdigest()
 
 
-def test_the_users_folder_is_never_written_to_even_where_it_could_not_be(
-    train: Callable[..., Path], folder_of_pictures: Path, train_flags: list[str]
+def exit_code_of(main: Callable[[], None], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as left:
+        errors.run(main)
+    return left.value.code
+
+
+def exit_codes_of_every_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Trains, looks, draws and fails in several ways on root/data with the base in root/base."""
+    work = Path(tempfile.mkdtemp(dir=root))
+    training = [
+        *("megaman_lora.py", "--data_dir", str(root / "data"), "--pretrained_model_name", str(root / "base")),
+        *("--output_dir", str(work / "out"), "--cache_dir", str(work / "cache"), "--resolution", "32"),
+        *("--max_train_steps", "1", "--train_batch_size", "2", "--validation_steps", "1"),
+        *("--report_to", "none", "--mixed_precision", "no"),
+    ]
+    drawing = [
+        *("generate_megaman.py", "--lora_path", str(work / "out" / "lora_weights"), "--prompts", "mega man"),
+        *(
+            "--base_model",
+            str(root / "base"),
+            "--output_dir",
+            str(work / "gen"),
+            "--num_inference_steps",
+            "1",
+        ),
+    ]
+    ways = (
+        ["--dry_run"],
+        [],
+        ["--dry_run"],
+        ["--strict"],
+        ["--resolution", "33"],
+        ["--shuffle_tags", "--flip"],
+    )
+    codes = [exit_code_of(megaman_lora.main, [*training, *flags], monkeypatch) for flags in ways]
+    codes.append(exit_code_of(megaman_lora.main, [*training, "--pretrained_model_name", "./no"], monkeypatch))
+    return [*codes, exit_code_of(generate_megaman.main, drawing, monkeypatch)]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users and modes of POSIX")
+def test_no_command_changes_the_users_folder_and_none_needs_to_write_there(
+    tiny_folder: Path, folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = tree_of(folder_of_pictures)
-    for path in [folder_of_pictures, *folder_of_pictures.iterdir()]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    locked = tree_of(folder_of_pictures)
-    train()
-    megaman_lora.show_dataset(megaman_lora.read_config([*train_flags, "--dry_run"])[0])
-    assert tree_of(folder_of_pictures) == locked
-    for path in [folder_of_pictures, *folder_of_pictures.iterdir()]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    assert before != locked
+    (folder_of_pictures / "broken.png").write_bytes(b"no picture")
+    (folder_of_pictures / "sub.png").mkdir()
+    expected = [0, 0, 0, 3, 2, 0, 4, 0]
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        shutil.copytree(tiny_folder, root / "base")
+        shutil.copytree(folder_of_pictures, root / "data")
+        before = tree_of(root / "data")
+        assert exit_codes_of_every_command(root, monkeypatch) == expected
+        assert tree_of(root / "data") == before
+        for path in (root / "data", *(root / "data").rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        before = tree_of(root / "data")
+        with bound_by_modes():
+            with pytest.raises(PermissionError):
+                (root / "data" / "x").touch()
+            assert exit_codes_of_every_command(root, monkeypatch) == expected
+        assert tree_of(root / "data") == before
+        (root / "data").chmod(0o755)
+        (root / "data" / "sub.png").chmod(0o755)
+
+
+def test_a_folder_of_every_kind_of_file_trains_on_all_that_can_be_read_and_names_the_rest(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    for name, (content, *_) in KINDS.items():
+        (folder / name).write_bytes(content)
+    refused = {
+        "zero.png": (b"", "empty file"),
+        "cut.png": (KINDS["plain.png"][0][:60], "damaged: "),
+        "cut.jpg": (KINDS["plain.jpg"][0][:-30], "damaged: "),
+        "zeros.webp": (bytes(99), "nothing but zeros where a picture begins"),
+        "moving.gif": (b"GIF89a" + bytes(20), "a GIF, and only JPEG, PNG, BMP and WebP are read"),
+        "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIC, and only"),
+        "bomb.png": (png_of((60_000, 60_000), 8, 0, b""), "over the limit of 64 megapixels"),
+    }
+    for name, (content, _) in refused.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.png").mkdir()
+    (folder / "dangling.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "around").symlink_to(folder)
+    train("--data_dir", str(folder), "--train_batch_size", "8", "--validation_steps", "99")
+    told = capsys.readouterr().err
+    assert f"pictures: {len(KINDS)} in" in told
+    for name, (_, reason) in refused.items():
+        assert f"skipped: {name}: {reason}" in told
+    for line in (
+        "folder.png: a folder",
+        "dangling.png: a link to a file that",
+        "loop.png: a link that leads",
+    ):
+        assert f"skipped: {line}" in told
+    assert "skipped: around: a link to a folder, which is not followed" in told
+    assert told.count("skipped: ") == len(refused) + 4
 
 
 def test_a_dry_run_trains_nothing_and_the_real_run_follows_it(
@@ -187,14 +370,49 @@ def test_a_dry_run_trains_nothing_and_the_real_run_follows_it(
     assert (out / "captions" / "megaman_5.txt").read_text() == "mega man, orange, edited"
 
 
-def test_strict_makes_a_skipped_file_an_error_that_names_it(
+def test_strict_makes_skipped_files_errors_and_names_them_with_all_else_that_is_wrong(
     train_flags: list[str], folder_of_pictures: Path
 ) -> None:
     (folder_of_pictures / "broken.png").write_bytes(b"no picture")
+    (folder_of_pictures / "anim.gif").write_bytes(b"GIF89a")
+    (folder_of_pictures / "megaman_0.txt").write_bytes(b"caf\xe9")
     result = run_script("megaman_lora.py", *train_flags, "--strict")
     assert result.returncode == 3
-    assert "broken.png" in result.stderr
-    assert "--strict" in result.stderr
+    for words in (
+        "anim.gif: a GIF, and only",
+        "broken.png: not a picture",
+        "--strict",
+        "not UTF-8 at byte 3",
+    ):
+        assert words in result.stderr
+    (folder_of_pictures / "megaman_0.txt").write_text("mega man", encoding="utf-8")
+    assert run_script("megaman_lora.py", *train_flags, "--strict", "--dry_run").returncode == 3
+    assert run_script("megaman_lora.py", *train_flags, "--dry_run").returncode == 0
+
+
+def test_a_dry_run_leaves_a_finished_runs_files_alone(
+    train: Callable[..., Path], train_flags: list[str], tmp_path: Path
+) -> None:
+    before = tree_of(train().parent)
+    megaman_lora.show_dataset(megaman_lora.read_config([*train_flags, "--dry_run", "--trigger", "zero"])[0])
+    shown = tmp_path / "out" / "dry_run"
+    assert "zero" in (shown / "dataset.html").read_text(encoding="utf-8")
+    assert (shown / "captions" / "megaman_5.txt").is_file()
+    shutil.rmtree(shown)
+    assert tree_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "cache_dir", "logging_dir"])
+def test_nothing_may_be_written_among_the_users_pictures(
+    flag: str, train_flags: list[str], folder_of_pictures: Path
+) -> None:
+    before = tree_of(folder_of_pictures)
+    flags = [*train_flags, f"--{flag}", str(folder_of_pictures / "sub" / "x")]
+    for ending in ([], ["--dry_run"]):
+        with pytest.raises(UserError, match=f"--{flag} .*never written to") as caught:
+            megaman_lora.open_dataset(megaman_lora.read_config([*flags, *ending])[0])
+        assert caught.value.exit_code == 2
+    assert tree_of(folder_of_pictures) == before
 
 
 def test_a_second_run_encodes_nothing(
@@ -211,9 +429,14 @@ def test_a_second_run_encodes_nothing(
     assert second.exists()
 
 
-def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path, train_flags: list[str]) -> None:
     with pytest.raises(UserError, match="no such folder"):
         MegaManDataset(tmp_path / "nowhere", None, store=Store(None))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="no such folder"):
+        megaman_lora.open_dataset(
+            megaman_lora.read_config([*train_flags, "--data_dir", str(tmp_path / "loop")])[0]
+        )
 
 
 def test_facts_are_remembered_by_content_and_not_by_name(tmp_path: Path) -> None:

@@ -152,6 +152,16 @@ def test_pictures_are_found_recursively_in_any_case_and_not_in_hidden_folders(tm
     assert [path.name for path in find_pictures(tmp_path)] == ["a.PNG", "b.jpeg", "c.webp"]
 
 
+def test_no_picture_is_lost_in_silence_for_its_formats_sake(tmp_path: Path) -> None:
+    for name, kind in {"a.GIF": "GIF", "b.tif": "TIFF", "c.jfif": "JPEG", "d.heic": "PNG"}.items():
+        (tmp_path / name).write_bytes(bytes_of(flat("RGB", FIVE), kind))
+    gif, tif, jfif, heic = find_pictures(tmp_path)
+    assert reason_of(gif) == "a GIF, and only JPEG, PNG, BMP and WebP are read; save it again as PNG"
+    assert reason_of(tif).startswith("a TIFF, and only")
+    assert open_picture(jfif).remarks == ()
+    assert open_picture(heic).remarks == ("is a PNG, whatever its name says",)
+
+
 @NEEDS_POSIX
 def test_a_link_to_a_picture_is_one_and_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
@@ -162,10 +172,14 @@ def test_a_link_to_a_picture_is_one_and_a_link_to_a_folder_is_not_followed(tmp_p
     (data / "out").symlink_to(elsewhere)
     (data / "sub" / "round").symlink_to(data)
     (data / "sub" / "itself").symlink_to("itself")
-    assert find_pictures(data) == [data / "linked.png", data / "sub" / "a.png"]
+    unfollowed = [data / "out", data / "sub" / "round"]
+    pictures = [data / "linked.png", data / "sub" / "a.png"]
+    assert find_pictures(data) == sorted(pictures + unfollowed)
+    for link in unfollowed:
+        assert reason_of(link) == "a link to a folder, which is not followed; copy its pictures"
     assert load_image(data / "linked.png").getpixel((0, 0)) == (255, 0, 0)
     (tmp_path / "entry").symlink_to(data)
-    assert len(find_pictures(tmp_path / "entry")) == 2
+    assert len(find_pictures(tmp_path / "entry")) == 4
 
 
 # ---------------------------------------------------------------- every kind of picture
@@ -571,9 +585,9 @@ def reason_of(path: Path) -> str:
         open_picture(path)
     message = str(caught.value)
     assert caught.value.exit_code == DATA
-    assert message.startswith(f"{path}: not a readable picture (")
     assert message.splitlines() == [message]
-    return message.removeprefix(f"{path}: not a readable picture (").removesuffix(")")
+    assert message == f"{path}: not a readable picture ({caught.value.reason})"
+    return caught.value.reason
 
 
 def test_damaged_pictures_are_reported_with_their_reason(tmp_path: Path) -> None:
@@ -683,7 +697,7 @@ def test_links_pipes_and_devices_are_told_apart_and_nothing_hangs(tmp_path: Path
         "loop.png": "a link that leads back to itself",
         "pipe.png": "a pipe, a socket or a device",
         "endless.png": "a pipe, a socket or a device",
-        "inside.png": "a folder",
+        "inside.png": "a link to a folder, which is not followed; copy its pictures",
     }
     assert reason_of(tmp_path / "never.png") == "no such file"
 
@@ -835,21 +849,35 @@ def test_scaled_and_compressed_copies_are_found_and_different_pictures_are_not()
         again(pictures[4].resize((250, 208), Image.Resampling.BICUBIC), "JPEG", quality=70),
         pictures[5],
     ]
-    prints = [fingerprint(image) for image in pictures + copies]
-    assert duplicates(prints) == [(first, 30 + first) for first in range(6)]
+    assert repeats_among(pictures + copies) == [(first, 30 + first) for first in range(6)]
+
+
+def repeats_among(pictures: list[Image.Image]) -> list[tuple[int, int]]:
+    return duplicates([fingerprint(image) for image in pictures], [image.size for image in pictures])
+
+
+def test_pictures_of_different_shapes_are_different_even_where_squeezing_makes_them_alike() -> None:
+    picture = drawn(1)
+    width, height = picture.size
+    squeezed = picture.resize((width * 2, height), Image.Resampling.BICUBIC)
+    assert fingerprint(squeezed) == fingerprint(picture)
+    assert repeats_among([picture, squeezed]) == []
+    for side in (17, 33, 100, 301):  # scaled copies are rounded to whole pixels
+        scaled = (side, round(side * height / width))
+        assert duplicates([fingerprint(picture)] * 2, [picture.size, scaled]) == [(0, 1)]
 
 
 def test_each_repetition_is_listed_once_with_the_first_of_its_kind() -> None:
-    a, b = fingerprint(drawn(1)), fingerprint(drawn(2))
-    assert duplicates([a, b, a, a, b]) == [(0, 2), (0, 3), (1, 4)]
-    assert duplicates([]) == duplicates([a]) == []
+    a, b = drawn(1), drawn(2)
+    assert repeats_among([a, b, a, a, b]) == [(0, 2), (0, 3), (1, 4)]
+    assert repeats_among([]) == repeats_among([a]) == []
 
 
 def test_flat_pictures_repeat_each_other_only_in_the_same_colour() -> None:
     colours = ["red", "darkred", "blue", "lime", "white", "black", "gray", (255, 0, 20), (255, 20, 0), "red"]
-    prints = [fingerprint(flat("RGB", colour)) for colour in colours]
-    assert duplicates(prints) == [(0, 9)]
-    assert duplicates([prints[0], fingerprint(again(flat("RGB", "red"), "JPEG"))]) == [(0, 1)]
+    pictures = [flat("RGB", colour) for colour in colours]
+    assert repeats_among(pictures) == [(0, 9)]
+    assert repeats_among([pictures[0], again(pictures[0], "JPEG")]) == [(0, 1)]
 
 
 def test_a_mirrored_and_a_recoloured_picture_are_pictures_of_their_own() -> None:
@@ -857,14 +885,14 @@ def test_a_mirrored_and_a_recoloured_picture_are_pictures_of_their_own() -> None
         image = drawn(seed)
         mirrored = ImageOps.mirror(image)
         recoloured = Image.merge("RGB", [image.getchannel(name) for name in "GBR"])
-        assert duplicates([fingerprint(x) for x in (image, mirrored, recoloured)]) == []
+        assert repeats_among([image, mirrored, recoloured]) == []
 
 
 def test_a_thousand_pictures_are_compared_in_well_under_a_second() -> None:
     rng = random.Random(0)
     prints = [rng.getrandbits(500) for _ in range(999)]
     started = time.process_time()
-    assert duplicates([*prints, prints[7]]) == [(7, 999)]
+    assert duplicates([*prints, prints[7]], [(64, 64)] * 1000) == [(7, 999)]
     assert time.process_time() - started < 1
 
 

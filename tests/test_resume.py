@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from PIL import Image
 
 import megaman_lora
@@ -298,3 +298,24 @@ def test_a_second_process_on_one_output_is_refused_and_sigterm_saves(
     assert "Traceback" not in told
     assert "saved. Go on with" in told
     assert len(list((tmp_path / "out" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    code = (
+        "import os, signal, time; from megaman.stopping import after_this_step\n"
+        "with after_this_step() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); assert stop; print('noted', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    )
+    result = run_script("-c", code, timeout_s=50)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
+
+
+def test_before_the_first_step_a_signal_stops_at_once_with_its_code() -> None:
+    code = (
+        "import os, signal; from megaman import errors\n"
+        "errors.run(lambda: os.kill(os.getpid(), signal.SIG{}))\n"
+    )
+    for name, exit_code in (("INT", 130), ("TERM", 143)):
+        result = run_script("-c", code.format(name))
+        assert (result.returncode, result.stderr.count("\n")) == (exit_code, 1), result.stderr

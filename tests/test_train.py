@@ -274,7 +274,7 @@ def test_bad_pictures_are_reported_and_the_good_ones_train(
     shown = capsys.readouterr().err
     assert "pictures: 6 in" in shown
     assert "4 captions from files, 2 from names" in shown
-    assert "broken.png: not a readable picture" in shown
+    assert "skipped: broken.png: not a picture, and only JPEG" in shown
     assert {path: path.read_bytes() for path in folder_of_pictures.iterdir()} == before
 
 
@@ -283,7 +283,8 @@ def test_captions_without_the_trigger_are_reported(
 ) -> None:
     (folder_of_pictures / "megaman_0.txt").write_text("a boss")
     train()
-    assert "1 captions lack the trigger 'mega man' (megaman_0.png)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 caption without the trigger 'mega man', which learns nothing from there (megaman_0.png)" in told
 
 
 def test_an_unwritable_output_is_said_before_the_model_loads(train_flags: list[str], tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_an_unwritable_output_is_said_before_the_model_loads(train_flags: list[s
 
 def test_a_run_prints_our_lines_only(train_flags: list[str]) -> None:
     result = run_script("megaman_lora.py", *train_flags)
-    ours = r"(pictures|sizes|plan|cache|training|step|done|next): ?|step \d+/\d+ · "
+    ours = r"(pictures|sizes|captions|plan|cache|training|step|done|next): ?|step \d+/\d+ · "
     assert result.returncode == 0
     assert all(re.match(ours, line) for line in result.stderr.splitlines()), result.stderr
     assert result.stdout == ""

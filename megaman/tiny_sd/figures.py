@@ -417,6 +417,17 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+def distinct_heroes(count: int, rng: random.Random) -> list[Figure]:
+    """Heroes of whom no two have one picture; later draws stand in for those that repeat an earlier one."""
+    heroes = [random_hero(rng) for _ in range(count)]
+    pictures = [draw(hero).tobytes() for hero in heroes]
+    for at in range(count):
+        while pictures[at] in pictures[:at]:
+            heroes[at] = random_hero(rng)
+            pictures[at] = draw(heroes[at]).tobytes()
+    return heroes
+
+
 def write_heroes(folder: Path, figures: Sequence[Figure]) -> None:
     """One PNG of 64 px and one caption a figure, named hero_01, hero_02, …"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -425,14 +436,12 @@ def write_heroes(folder: Path, figures: Sequence[Figure]) -> None:
         (folder / f"hero_{i:02}.txt").write_text(hero_caption(figure) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def write_all(root: Path) -> None:
     """Redraws the 30 starter pictures and the 12 held-out pictures of the tests."""
-    root = Path(__file__).resolve().parents[2]
-    rng = random.Random(2026)
-    heroes = [random_hero(rng) for _ in range(42)]
+    heroes = distinct_heroes(42, random.Random(2026))
     write_heroes(root / "megaman" / "starter_images", heroes[:30])
     write_heroes(root / "tests" / "data" / "held_out", heroes[30:])
 
 
 if __name__ == "__main__":
-    main()
+    write_all(Path(__file__).resolve().parents[2])

@@ -146,17 +146,18 @@ def scan(folder: Path, count: int) -> dict[str, object]:
     found = find_pictures(folder)
     open_picture(found[0])  # the first opening imports the decoders
     spent: dict[str, list[float]] = {way: [] for way in WAYS}
-    prints, pixels, before, memory, started = [], 0, peak_mb(), [], time.perf_counter()
+    prints, sizes, pixels, before, memory, started = [], [], 0, peak_mb(), [], time.perf_counter()
     for path in found:
         began = time.perf_counter()
         image = open_picture(path).image
         prints.append(fingerprint(image))
+        sizes.append(image.size)
         spent[WAYS[int(path.stem) % len(WAYS)]].append((time.perf_counter() - began) * 1000)
         pixels += image.width * image.height
         memory.append(peak_mb())
     seconds = time.perf_counter() - started
     began = time.perf_counter()
-    pairs = duplicates(prints)
+    pairs = duplicates(prints, sizes)
     compared = time.perf_counter() - began
     print(f"{'kind':20} {'pictures':>8} {'median ms':>10} {'p95 ms':>8}")
     for way, times in spent.items():

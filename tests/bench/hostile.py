@@ -254,11 +254,11 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
     shown = terminal.getvalue().removesuffix("\n").split("\n")
     counts["unprintable_lines"] += len(shown) != len(told.lines()) or any(map(CONTROLS.search, shown))
     told.write(output)
-    made = told.offer_captions(output / "captions")
-    counts["changed_texts"] += len(made) != sum(row.caption.source == "name" for row in told.rows)
+    offered = output / "captions" / data.name
+    told.offer_captions(offered)
+    derived = sum(row.caption.source == "name" for row in told.rows)
+    counts["changed_texts"] += len(list(offered.iterdir())) != derived
     _look_at_page(told, (output / "dataset.html").read_bytes().decode(), counts)
-    for file in made:
-        file.unlink()
 
 
 def _look_at_page(told: Report, text: str, counts: Counter[str]) -> None:
@@ -270,7 +270,7 @@ def _look_at_page(told: Report, text: str, counts: Counter[str]) -> None:
         )
         for i, row in enumerate(told.rows)
     ]
-    plain = render_dataset(Report(told.folder, told.trigger, harmless, told.skipped), MAX_TOKENS)
+    plain = render_dataset(replace(told, rows=harmless), MAX_TOKENS)
     page, expected = (Page(page.split("<h2>Tags</h2>")[0]) for page in (text, plain))
     counts["foreign_markup"] += page.shapes != expected.shapes or page.links != expected.links
     counts["foreign_markup"] += len(Page(text).shapes) - len(page.shapes) != 2 + 2 * len(told.tags)
