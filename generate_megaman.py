@@ -352,7 +352,7 @@ def generate(cfg: GenerateConfig) -> Path:
     jobs = make_jobs(cfg, prompts)
     check_jobs(jobs, base)
     note_long_prompts(jobs, base)
-    with closing(files.OutputLock(Path(cfg.output_dir))):
+    with closing(files.OutputLock(Path(cfg.output_dir)).sign()):
         return draw_missing(jobs, cfg, base, merged, about)
 
 

@@ -83,5 +83,4 @@ def render_samples(
 def render_dataset(report: Any, max_tokens: int) -> str:
     """The dataset's page: every picture with what of it is seen. report: a report.Report."""
     template = _environment().get_template("dataset.html.j2")
-    page = template.render(report=report, max_tokens=max_tokens, small_px=SMALL_PX)
-    return page.encode("utf-8", "replace").decode()  # a file's name need not be UTF-8
+    return template.render(report=report, max_tokens=max_tokens, small_px=SMALL_PX)

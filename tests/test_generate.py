@@ -456,7 +456,7 @@ def test_a_signal_ends_the_run_with_one_line_and_keeps_what_is_drawn(
 def test_a_folder_in_use_is_left_alone(generate: Callable[..., Path], tmp_path: Path) -> None:
     from megaman.files import OutputLock
 
-    lock = OutputLock(tmp_path / "gen")
+    lock = OutputLock(tmp_path / "gen").sign()
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}") as error:
         generate(prompts=["a"])
     assert error.value.exit_code == 7

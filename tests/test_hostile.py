@@ -60,7 +60,7 @@ def test_a_picture_s_name_need_not_be_utf8(tmp_path: Path, tiny_folder: Path) ->
         f"--pretrained_model_name={tiny_folder}",
     ]
     megaman_lora.show_dataset(megaman_lora.read_config([*flags, "--resolution=32"])[0])
-    assert "??.png" in (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
+    assert "\\udcff\\udce9.png" in (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- adapters and bases
