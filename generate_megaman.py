@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from megaman import errors, files
 from megaman.errors import UserError, say
 from megaman.flags import parse_flags
 from megaman.lazy import Lazy
+from megaman.prompts import LARGEST_SEED, LARGEST_SIDE, Prompt, check_text, read_prompts_file
 from megaman.records import ImageRecord, Job
 
 if TYPE_CHECKING:
@@ -36,14 +38,14 @@ if TYPE_CHECKING:
     from megaman.base import BaseModel
     from megaman.merge import MergedAdapter
 torch, adapters, base_models = Lazy("torch"), Lazy("megaman.adapters"), Lazy("megaman.base")
-devices = Lazy("megaman.devices")
+devices, memory = Lazy("megaman.devices"), Lazy("megaman.memory")
 merge, pages, records = Lazy("megaman.merge"), Lazy("megaman.pages"), Lazy("megaman.records")
 
 # ---------------------------------------------------------------- configuration
 
 TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
-LARGEST_SEED = 2**63  # torch takes no more
 NEGATIVE = "blurry, low quality, distorted, deformed"
+NAMED = 5  # pictures that an error's line names
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
 BUILT_IN_PROMPTS = (
     "mega man, standing, facing right, sky background",
@@ -141,10 +143,13 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
             all(math.isfinite(scale) for scale in self.lora_scale),
             f"--lora_scale {self.lora_scale}: must be finite numbers",
         )
-        _require(
-            self.prompts is None or all(prompt.strip() for prompt in self.prompts),
-            "--prompts: one of them is empty",
-        )
+        for name in ("height", "width"):
+            value = getattr(self, name) or 1
+            _require(value <= LARGEST_SIDE, f"--{name} {value}: must be at most {LARGEST_SIDE}")
+        for prompt in self.prompts or ():
+            _require(bool(prompt.strip()), "--prompts: one of them is empty")
+            check_text(prompt, "--prompts", errors.USAGE)
+        check_text(self.negative_prompt or "", "--negative_prompt", errors.USAGE)
 
 
 def _require(holds: bool, complaint: str) -> None:
@@ -155,70 +160,13 @@ def _require(holds: bool, complaint: str) -> None:
 # ---------------------------------------------------------------- prompts to jobs
 
 
-Prompt = tuple[str, dict[str, Any]]  # and the settings of its own
-LINE_OPTIONS = {
-    "n": ("negative_prompt", str),
-    "w": ("width", int),
-    "h": ("height", int),
-    "d": ("seed", int),
-    "s": ("num_inference_steps", int),
-    "l": ("guidance_scale", float),
-}
-
-
-def read_prompts_file(path: Path) -> list[Prompt]:
-    """Prompts with their own settings, in kohya's notation: `mega man --d 7 --w 512`.
-
-    UserError (exit 3) with the line's number.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        reason = f"--prompts_file {path}: not UTF-8 at byte {error.start}; save it as UTF-8"
-        raise UserError(reason, errors.DATA) from error
-    except OSError as error:
-        raise UserError(f"--prompts_file {path}: can't be read ({error.strerror})", errors.DATA) from error
-    found = [
-        (f"{path}, line {number}", line.strip())
-        for number, line in enumerate(lines, 1)
-        if line.strip() and not line.lstrip().startswith("#")
-    ]
-    if not found:
-        raise UserError(
-            f"--prompts_file {path}: holds no prompts, only blank lines and comments", errors.DATA
-        )
-    return [_parse_line(line, where) for where, line in found]
-
-
-def _parse_line(line: str, where: str) -> Prompt:
-    prompt, *options = re.split(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)", line)
-    settings: dict[str, Any] = {}
-    for name, value in zip(options[::2], options[1::2], strict=True):
-        if name not in LINE_OPTIONS:
-            raise UserError(
-                f"{where}: unknown option --{name}; known are "
-                f"{', '.join('--' + known for known in LINE_OPTIONS)}",
-                errors.DATA,
-            )
-        key, kind = LINE_OPTIONS[name]
-        try:
-            settings[key] = kind(value.strip())
-        except ValueError as error:
-            raise UserError(f"{where}: --{name} {value.strip()!r} is not a number", errors.DATA) from error
-        least = 0 if key in ("seed", "guidance_scale") else 1
-        if kind is not str and not least <= settings[key] < LARGEST_SEED:
-            raise UserError(f"{where}: --{name} {value.strip()} must be at least {least}", errors.DATA)
-    if not prompt.strip():
-        raise UserError(f"{where}: options without a prompt", errors.DATA)
-    return prompt.strip(), settings
-
-
 def settled(cfg: GenerateConfig, adapter: Adapter, base: BaseModel) -> GenerateConfig:
     """The configuration with size, guidance and negative prompt decided: where the user is silent, those of
     the training. The embedded base knows no words like "blurry": they would only disturb it.
     """
     known = adapter.metadata
     side = known.get("resolution", base.native_resolution)
+    side = max(1, round(side / base.cell_px)) * base.cell_px  # an adapter may be trained on other sizes
     usual = "" if base.name == base_models.EMBEDDED else NEGATIVE
     return replace(
         cfg,
@@ -273,7 +221,9 @@ def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str
 def file_name(job: Job, digest: str) -> str:
     """A safe, short, speaking name; the prompt never decides a folder."""
     slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower())[:40].strip("-") or "picture"
-    return f"{slug}-{job.seed}-{digest[:8]}.png"
+    return (
+        f"{slug}-{job.seed}-{digest[:12]}.png"  # 48 bits: thousands of prompts without a letter share a slug
+    )
 
 
 def batches(jobs: Sequence[Job], batch_size: int | None, device_type: str) -> Iterator[list[Job]]:
@@ -284,7 +234,7 @@ def batches(jobs: Sequence[Job], batch_size: int | None, device_type: str) -> It
     for job in jobs:
         groups.setdefault(job.batch_key, []).append(job)
     for group in sorted(groups.values(), key=lambda group: group[0].lora_scale):
-        pixels = group[0].width * group[0].height
+        pixels = group[0].pixels
         room = (
             2**20 if device_type == "cuda" else 2**17
         )  # four pictures of 512 px on a card, eight of 128 else
@@ -305,8 +255,8 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
             f"{lora_path}: does not say which base model it was trained on; name one with --base_model",
             errors.MODEL,
         )
-    if name == base_models.EMBEDDED or "/" in name:
-        return name
+    if name == base_models.EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return name  # a hub id; a path is never taken from an adapter that somebody else may have made
     for folder in lora_path.resolve().parents[:3]:
         path = trained_on(folder / "training_config.json")  # local, so it may hold a path
         if path is not None and Path(path).expanduser().resolve().name == name:
@@ -329,7 +279,7 @@ def trained_on(record: Path) -> str | None:
 
 def check_jobs(jobs: Sequence[Job], base: BaseModel) -> None:
     """UserError (exit 2) unless the base can draw every size, in that many steps."""
-    cell = base.stride * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    cell = base.cell_px
     limit = base.scheduler.config.num_train_timesteps // 2  # samplers space their steps over the schedule
     for job in jobs:
         if job.width % cell or job.height % cell:
@@ -350,12 +300,14 @@ def note_long_prompts(jobs: Sequence[Job], base: BaseModel) -> None:
             say(f"note: a prompt of {count} tokens is cut after {room}: {prompt[:60]!r}…")
 
 
-def render(batch: Sequence[Job], base: BaseModel, merged: MergedAdapter) -> list[Image]:
-    """The pictures of one batch. Each has a generator of its own, so its neighbours don't matter."""
+def render(batch: Sequence[Job], base: BaseModel, merged: MergedAdapter) -> list[Image | None]:
+    """The pictures of one batch; None for one whose numbers overflowed. Each has a generator of its own, so
+    its neighbours don't matter.
+    """
     job = batch[0]
     merged.set_scale(job.lora_scale)
     pipeline = base_models.pipeline_of(base, job.scheduler)
-    return base_models.draw(
+    return base_models.attempt(
         base,
         pipeline,
         prompt=[job.prompt for job in batch],
@@ -376,6 +328,7 @@ def generate(cfg: GenerateConfig) -> Path:
     lora_path = base_models.fetched_adapter(cfg.lora_path)
     adapter = adapters.read_adapter(lora_path)
     prompts = read_prompts(cfg, adapter.metadata.get("trigger", TRIGGER))
+    files.check_unused(Path(cfg.output_dir))
     files.check_writable(Path(cfg.output_dir))
 
     device = devices.pick_device(cfg.device)
@@ -399,13 +352,16 @@ def generate(cfg: GenerateConfig) -> Path:
     jobs = make_jobs(cfg, prompts)
     check_jobs(jobs, base)
     note_long_prompts(jobs, base)
-    return draw_missing(jobs, cfg, base, merged, about)
+    with closing(files.OutputLock(Path(cfg.output_dir)).sign()):
+        return draw_missing(jobs, cfg, base, merged, about)
 
 
 def draw_missing(
     jobs: Sequence[Job], cfg: GenerateConfig, base: BaseModel, merged: MergedAdapter, about: dict[str, Any]
 ) -> Path:
-    """Draws the jobs whose pictures are not in the output folder; the page grows with every batch."""
+    """Draws the jobs whose pictures are not in the output folder; the page grows with every batch. UserError
+    (exit 5), when all others are drawn, that names those whose numbers overflowed.
+    """
     from tqdm import tqdm
 
     output, device = Path(cfg.output_dir), base.unet.device
@@ -416,23 +372,38 @@ def draw_missing(
     if cfg.no_metadata:
         for record in finished.values():
             records.strip_metadata(output / record.file)
-    kept = len(jobs) - len(missing)
     say(
-        f"pictures: {len(missing)} to draw, {kept} already there; {base.name} on {device}, "
+        f"pictures: {len(missing)} to draw, {len(finished)} already there; {base.name} on {device}, "
         f"{about['precision']}"
     )
-    with tqdm(total=len(missing), desc="drawing", unit="picture", dynamic_ncols=True, disable=None) as bar:
+
+    def show() -> None:
+        show_all(output, [*(finished[job] for job in jobs if job in finished), *earlier.values()])
+
+    room = memory.Fewer()
+    bar = tqdm(total=len(missing), desc="drawing", unit="picture", dynamic_ncols=True, disable=None)
+    with bar, ExitStack() as at_the_end:
+        at_the_end.callback(show)  # however it ends: what is drawn is shown
         for batch in batches(missing, cfg.batch_size, device.type):
             started = time.monotonic()
-            images = render(batch, base, merged)
+            images = room.drawn(batch, lambda part: render(part, base, merged), batch[0].pixels)
             seconds = round((time.monotonic() - started) / len(batch), 3)
-            for job, image in zip(batch, images, strict=True):
-                finished[job] = record_of(job, digests[job], about, seconds)
-                records.save_picture(image, finished[job], output, described=not cfg.no_metadata)
-            show_all(output, [*(finished[job] for job in jobs if job in finished), *earlier.values()])
+            for job, image in [pair for pair in zip(batch, images, strict=True) if pair[1] is not None]:
+                record = record_of(job, digests[job], about, seconds)
+                records.save_picture(image, record, output, described=not cfg.no_metadata)
+                finished[job] = record
+            show()
             bar.update(len(batch))
-    show_all(output, [*(finished[job] for job in jobs), *earlier.values()])
+    refuse_overflown([job for job in missing if job not in finished])
     return output / "index.html"
+
+
+def refuse_overflown(jobs: Sequence[Job]) -> None:
+    """UserError (exit 5) that names the jobs, if there are any."""
+    if jobs:
+        named = "; ".join(f"{job.prompt[:40]!r} (seed {job.seed})" for job in jobs[:NAMED])
+        more = f" and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
+        raise UserError(f"{len(jobs)} not drawn: {named}{more}: {base_models.OVERFLOW}", errors.NUMBERS)
 
 
 def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman.errors import MODEL, NUMBERS, UserError, say
+from megaman.faults import PICKLE_SUFFIXES, check_folder_or_file, explanation
 
 if TYPE_CHECKING:  # the real imports take seconds, so the functions do them when they are called
     import torch
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # the real imports take seconds, so the functions do them whe
 
 EMBEDDED = "megaman/tiny_sd"
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny_sd"
-PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
 }  # deleted from the hub in September 2024
@@ -95,8 +95,9 @@ class BaseModel:
 
 def quiet_libraries() -> None:
     """Silences what the user can do nothing about. Called first in main, before a library is imported."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):
+    for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # its errors are raised too, and told by us
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard looks for TensorFlow
     for name in (
@@ -217,7 +218,7 @@ def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline"
     if canonical_name(name) == EMBEDDED:
         source = EMBEDDED_FOLDER
     if isinstance(source, Path):
-        _check_local(source)
+        check_folder_or_file(source)
     kwargs = {"safety_checker": None, "use_safetensors": True}
     try:
         if isinstance(source, Path) and source.is_file():
@@ -226,80 +227,7 @@ def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline"
         kwargs |= {"torch_dtype": {"vae": torch.float32, "default": dtype}, "feature_extractor": None}
         return StableDiffusionPipeline.from_pretrained(str(source), requires_safety_checker=False, **kwargs)
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
-        raise UserError(_explanation(name, source, error), MODEL) from error
-
-
-def _check_local(source: Path) -> None:
-    """Refuses a path that can't be a base before diffusers takes it for a hub id."""
-    if source.is_dir():
-        index = source / "model_index.json"
-        if not index.is_file():
-            raise UserError(
-                f"{source}: not a diffusers model folder (no model_index.json). Name one, a .safetensors "
-                "checkpoint or a hub id.",
-                MODEL,
-            )
-        if '"StableDiffusionXL' in index.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(
-                f"{source}: a Stable Diffusion XL model; this tool trains Stable Diffusion 1.x.", MODEL
-            )
-    elif not source.exists():
-        raise UserError(
-            f"{source}: no such base model folder or file. Check --pretrained_model_name (or "
-            "--base_model), or try --preset demo.",
-            MODEL,
-        )
-    elif source.suffix != ".safetensors":
-        raise UserError(
-            f"{source}: only .safetensors checkpoints are read; pickle files (.ckpt, .bin, .pt) can run "
-            "code. Convert it first.",
-            MODEL,
-        )
-
-
-def _explanation(name: str, source: "Path | str", error: Exception) -> str:
-    """One sentence for what diffusers or the hub raised: gated, missing, offline or damaged."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    kinds = {type(link).__name__ for link in chain}
-    text = " ".join(str(error).split())[:200]
-    is_offline = bool(kinds & _OFFLINE)
-    if isinstance(source, Path) and source.is_file() and is_offline:
-        return (
-            f"{name}: a single file takes its configuration from the hub once, and the hub can't be "
-            "reached. Connect, name a diffusers folder, or try --preset demo."
-        )
-    if isinstance(source, Path):
-        return (
-            f"{source}: this base model can't be loaded ({text}). Is it complete, and a Stable "
-            "Diffusion 1.x in safetensors?"
-        )
-    if "GatedRepoError" in kinds:
-        return (
-            f"{name}: this base model is gated. Accept its licence on its page, then log in with `hf "
-            "auth login`."
-        )
-    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
-        return f"{name}: the hub knows no such model. Check --pretrained_model_name, or try --preset demo."
-    if is_offline:
-        return (
-            f"{name}: the hub can't be reached and this base model is not on this machine. Connect, "
-            "name a local folder, or try --preset demo."
-        )
-    return f"{name}: this base model can't be loaded ({text}). Try again, or name a local folder."
-
-
-_OFFLINE = {
-    "LocalEntryNotFoundError",
-    "OfflineModeIsEnabled",
-    "ConnectError",
-    "ConnectionError",
-    "ConnectTimeout",
-    "NetworkError",
-}
+        raise UserError(explanation(name, source, error), MODEL) from error
 
 
 def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> "StableDiffusionPipeline":
@@ -329,27 +257,36 @@ def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> "StableDiffusionPi
     return pipeline
 
 
-def draw(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image]":
-    """The pictures of one batch, RGB. settings: the pipeline's own.
+OVERFLOW = (
+    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), or a lower "
+    "--lora_scale."
+)
 
-    Latents are decoded one at a time, which halves the peak memory; UserError (exit 5) on non-finite
-    numbers.
+
+def draw(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image]":
+    """The pictures of one batch, as `attempt` makes them. UserError (exit 5) on non-finite numbers."""
+    pictures = attempt(base, pipeline, **settings)
+    if None in pictures:
+        raise UserError(OVERFLOW, NUMBERS)
+    return pictures
+
+
+def attempt(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image | None]":
+    """The pictures of one batch, RGB; None where numbers overflowed, which leaves the others as they are.
+    settings: the pipeline's own. Latents are decoded one at a time, which halves the peak memory.
     """
     import torch
     from PIL import Image
 
     latents = pipeline(output_type="latent", **settings).images
-    pictures = []
+    pictures: list[Image.Image | None] = []
     with torch.no_grad():
         for latent in latents.split(1):
             scaled = latent.to(base.vae.device, torch.float32) / base.vae.config.scaling_factor
             pixels = base.vae.decode(scaled, return_dict=False)[0][0]
             if not pixels.isfinite().all():
-                raise UserError(
-                    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), "
-                    "or a lower --lora_scale.",
-                    NUMBERS,
-                )
+                pictures.append(None)
+                continue
             rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
             pictures.append(Image.fromarray(rounded.permute(1, 2, 0).numpy()))
     return pictures
@@ -366,11 +303,18 @@ def fetched_adapter(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
-    except (OSError, ValueError) as error:  # the hub's errors derive from these
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
+    except Exception as error:  # the hub, its HTTP library and what a proxy answers raise what they like
         raise UserError(
-            _explanation(name, name, error)
+            explanation(name, name, error)
             .replace("base model", "adapter")
             .replace("--pretrained_model_name", "--lora_path"),
             MODEL,
         ) from error
+    if not any(path.is_file() for path in folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name}: no .safetensors adapter there, or it was not wholly downloaded. Connect and run this "
+            "again, or name another with --lora_path.",
+            MODEL,
+        )
+    return folder

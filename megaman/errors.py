@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -21,6 +22,9 @@ _PATHS = {
     errno.ENAMETOOLONG,
     errno.EBUSY,
 }
+_STEERING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)  # controls, writing directions
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -79,11 +83,16 @@ def leave(message: str, exit_code: int) -> NoReturn:
     if rank == "0":
         say(f"error: {message}")
     elif exit_code in (RESOURCES, NUMBERS):
-        print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
+        print(_printable(f"error: process {rank}: {message}"), file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 
 def say(message: str) -> None:
     """One line for the user on stderr; of several processes, only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        print(_printable(message), file=sys.stderr, flush=True)
+
+
+def _printable(message: str) -> str:
+    """The message with its control characters spelled out: a file's name must not steer the terminal."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), message)

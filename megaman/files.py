@@ -100,9 +100,14 @@ def check_output(folder: Path, mark: str, data_dir: Path) -> None:
         raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", USAGE)
     if _holds_files(folder) and not (folder / mark).is_file():
         raise UserError(f"{folder}: holds files that no run of ours made. Name another --output_dir.", STATE)
+    check_unused(folder)
+    check_writable(folder)
+
+
+def check_unused(folder: Path) -> None:
+    """Raises UserError (exit 7) if another process works in `folder`; makes nothing."""
     if (folder / LOCK).exists():
         OutputLock(folder).release()
-    check_writable(folder)
 
 
 def check_apart(flag: str, folder: str | None, data_dir: str) -> None:
@@ -165,6 +170,8 @@ class OutputLock:
         """Makes the folder. UserError (exit 7) with the other's number if it is in use."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
+        if self.path.is_symlink():  # writing would change a file elsewhere
+            raise UserError(f"{self.path}: is a link, and ours never is. Remove it.", STATE)
         self.file = self.path.open("a+", encoding="ascii")
         if not _locked(self.file.fileno()):
             self.file.seek(0)
@@ -180,6 +187,10 @@ class OutputLock:
         self.file.write(str(os.getpid()))
         self.file.flush()
         return self
+
+    def close(self) -> None:
+        """The same, for `contextlib.closing`."""
+        self.release()
 
     def release(self) -> None:
         """Lets others in. The file stays: deleting it could delete the next one's. Safe to call twice."""

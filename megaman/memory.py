@@ -1,7 +1,9 @@
-"""What a run does when memory runs out: smaller batches, then recomputed activations, then an honest end."""
+"""What happens when memory runs out: smaller batches, in training recomputed activations too, then an honest
+end.
+"""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -9,7 +11,7 @@ import torch
 
 from megaman.errors import RESOURCES, UserError, is_out_of_memory, say
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 
 @dataclass
@@ -58,6 +60,46 @@ def within(room: Room, attempt: Callable[[], T], adapt: Callable[[], None], step
                 raise
         room.shrink(step)
         adapt()
-        gc.collect()  # the failed attempt's activations hung in its traceback
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _collect()
+
+
+def _collect() -> None:
+    gc.collect()  # the failed attempt's activations hung in its traceback
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Fewer:
+    """How many pictures are drawn at a time: as many as wanted, until memory runs out."""
+
+    def __init__(self) -> None:
+        self.pixels: int | None = None  # that are known to be too many at a time, halved
+
+    def drawn(self, batch: Sequence[S], draw: Callable[[Sequence[S]], list[T]], pixels: int) -> list[T]:
+        """What `draw` makes of the batch, in as many parts as the memory asks for (it is said).
+
+        pixels: of one picture. UserError (exit 6) when there is no room for a single one.
+        """
+        made: list[T] = []
+        while len(made) < len(batch):
+            left = batch[len(made) :]
+            count = len(left) if self.pixels is None else max(1, min(len(left), self.pixels // pixels))
+            try:
+                made += draw(left[:count])
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._shrink(count, pixels)
+            _collect()
+        return made
+
+    def _shrink(self, count: int, pixels: int) -> None:
+        if count == 1:
+            raise UserError(
+                "out of memory with one picture at a time; take smaller ones (--height and --width) or half "
+                "precision (--mixed_precision fp16). What was drawn is kept.",
+                RESOURCES,
+            )
+        self.pixels = count // 2 * pixels
+        say(f"memory ran out with {count} pictures at a time: {count // 2} now; they come out the same")

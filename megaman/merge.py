@@ -63,7 +63,7 @@ def _fitting_weight(
     """A copy of the module's weight, if the layer fits it."""
     if module is None:
         raise UserError(
-            f"the adapter changes {component} module {name!r}, which this base model does not have; it "
+            f"the adapter changes {component} module {name[:100]!r}, which this base model does not have; it "
             "was made for another base.",
             MODEL,
         )

@@ -49,7 +49,23 @@ def read_file(file: Path, peft_config: Path) -> Adapter:
         raise UserError(f"{file}: {reason}", MODEL)
     adapter = Adapter(layers, _known(header, file))
     check_finite(adapter, str(file), MODEL)
+    if not adapter.is_dora and not any(
+        layer.alpha and layer.down.any() and layer.up.any() for layer in layers.values()
+    ):
+        raise UserError(f"{file}: changes nothing: every update or alpha is 0. Train it longer.", MODEL)
     return adapter
+
+
+def _is_text(text: str) -> bool:
+    return len(text) < 1000 and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text)
+
+
+_KNOWN = {  # what generation takes over, and what it may be
+    "base": (str, _is_text),
+    "trigger": (str, _is_text),
+    "resolution": (int, lambda side: 1 <= side <= 8192),
+    "guidance_scale": (float, lambda scale: 0 <= scale < math.inf),
+}
 
 
 def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -58,11 +74,11 @@ def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
         known = json.loads(header.get(OURS, "{}"))
         if not isinstance(known, dict):
             raise ValueError("no names and values")
-        for name, kind in (("base", str), ("trigger", str), ("resolution", int), ("guidance_scale", float)):
-            if name in known and not isinstance(known[name], kind):
+        for name, (kind, is_sound) in _KNOWN.items():
+            if name in known and not (isinstance(known[name], kind) and is_sound(known[name])):
                 raise ValueError(name)
-    except ValueError as error:
-        reason = f"its metadata is damaged ({error}). Copy or train it again."
+    except (ValueError, RecursionError) as error:
+        reason = f"its metadata is damaged ({str(error)[:100]}). Copy or train it again."
         raise UserError(f"{file}: {reason}", MODEL) from error
     return known
 
@@ -135,7 +151,7 @@ class _Strengths:
         return float(alpha) * (math.sqrt(rank) if self.is_rslora else 1.0)
 
 
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, re.error)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def _peft_strength(config: Path, file: Path) -> dict[str, _Strengths]:
@@ -167,8 +183,9 @@ def _unknown_strength(what: str, error: Exception) -> UserError:
 
 def _strengths(settings: Mapping[str, Any]) -> _Strengths:
     patterns = {key: float(alpha) for key, alpha in dict(settings.get("alpha_pattern") or {}).items()}
-    for key in patterns:
-        re.compile(key)
+    for name in patterns:  # libraries write plain names; a repetition could keep the matching busy for ever
+        if not re.fullmatch(r"[\w.^$|]*", name):
+            raise ValueError(name)
     flags = (bool(settings.get("use_rslora")), bool(settings.get("use_dora")))
     return _Strengths(float(settings["lora_alpha"]), *flags, patterns)
 
@@ -232,7 +249,7 @@ def _grouped(
     if parts and (strange or halves):
         raise UserError(
             f"{file}: {len(strange) + len(halves)} of its keys can't be placed, such as "
-            f"{(strange + halves)[0]!r}; this kind of adapter is not supported.",
+            f"{(strange + halves)[0][:100]!r}; this kind of adapter is not supported.",
             MODEL,
         )
     return {
@@ -241,6 +258,8 @@ def _grouped(
 
 
 def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> LoraLayer:
+    if any(tensor.is_complex() for tensor in part.values()):
+        raise UserError(f"{file}: {name} holds complex numbers, which no LoRA does.", MODEL)
     down, up = part["down"].float(), part["up"].float()
     is_pair = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0]
     if not is_pair or 0 in (*down.shape, *up.shape) or up.shape[2:].numel() != 1:

@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import SEEK_END
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from PIL.Image import Image
 from PIL.Image import open as open_image
@@ -14,6 +16,8 @@ from megaman.errors import say
 from megaman.files import replacing, write_text
 
 METADATA_FILE = "metadata.jsonl"
+FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
+PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 SAMPLER_NAMES = {
     "dpm++": "DPM++ 2M",
     "euler": "Euler",
@@ -38,6 +42,11 @@ class Job:
     lora_scale: float
 
     @property
+    def pixels(self) -> int:
+        """Its area."""
+        return self.width * self.height
+
+    @property
     def batch_key(self) -> tuple[object, ...]:
         """What pictures drawn in one batch must share."""
         size = (self.width, self.height)
@@ -60,8 +69,17 @@ class ImageRecord(Job):
     versions: Mapping[str, str]
 
 
+def _plain(text: str) -> str:
+    """A prompt that can't be taken for settings: A1111 and others look for "Negative prompt:" and "Steps:" at
+    the beginning of a line. A space before the colon leaves the words (and CLIP's tokens) as they are.
+    """
+    return re.sub(r"(Negative prompt|Steps):", r"\1 :", text)
+
+
 def infotext(record: ImageRecord) -> str:
-    """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them."""
+    """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them: prompt,
+    negative prompt, all else on the last line. Nothing that a prompt holds can pass for a setting.
+    """
     name = re.sub(r"[^\w.-]", "_", record.adapter)
     settings = {
         "Steps": record.num_inference_steps,
@@ -69,15 +87,13 @@ def infotext(record: ImageRecord) -> str:
         "CFG scale": record.guidance_scale,
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
-        "Model": re.sub(r"[,:\n]", "_", record.base_model),
+        "Model": re.sub(r"[^\w ./-]", "_", record.base_model),
         "RNG": "CPU",
         "Lora hashes": f'"{name}: {record.adapter_hash}"',
     }
     line = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    return (
-        f"{record.prompt} <lora:{name}:{record.lora_scale:g}>\nNegative prompt: "
-        f"{record.negative_prompt}\n{line}"
-    )
+    prompt = f"{_plain(record.prompt)} <lora:{name}:{record.lora_scale:g}>"
+    return f"{prompt}\nNegative prompt: {_plain(record.negative_prompt)}\n{line}"
 
 
 def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: bool) -> None:
@@ -108,17 +124,39 @@ def read_records(folder: Path) -> list[ImageRecord]:
     path = folder / METADATA_FILE
     if not path.exists():
         return []
-    records = []
+    found = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not line:
-            continue
         try:
-            record = ImageRecord(**json.loads(line))
-            if (folder / Path(record.file).name).is_file():
-                records.append(record)
-        except (ValueError, TypeError):
+            found += [_record(json.loads(line))] if line else []
+        except (ValueError, TypeError, RecursionError):
             say(f"note: {path}, line {number} is damaged; its picture is drawn again or leaves the gallery")
-    return records
+    return [record for record in found if _is_whole(folder / record.file)]
+
+
+def _record(facts: Any) -> ImageRecord:
+    """The record that a line tells. ValueError or TypeError unless it is one of ours: the gallery counts with
+    its numbers, and its file is read and rewritten, so it must lie in the folder.
+    """
+    record = ImageRecord(**facts)
+    for name, kind in get_type_hints(ImageRecord).items():
+        kinds = {float: (int, float), Mapping[str, str]: dict}.get(kind, kind)
+        if not isinstance(getattr(record, name), kinds) or isinstance(getattr(record, name), bool):
+            raise TypeError(name)
+    if not FILE_NAME.fullmatch(record.file) or record.scheduler not in SAMPLER_NAMES:
+        raise ValueError(record.file)
+    json.dumps(facts, ensure_ascii=False).encode()  # half a character can't be written again
+    return record
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the picture is there, from a PNG's first bytes to its last."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(PNG_BEGINS)) == PNG_BEGINS
+            file.seek(-len(PNG_ENDS), SEEK_END)
+            return begins and file.read() == PNG_ENDS
+    except OSError:  # not there, or shorter than that
+        return False
 
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:

@@ -1,6 +1,8 @@
 """The generation script: prompts to jobs to pictures, and what a picture is decided by."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +46,7 @@ def records(folder: Path) -> list[dict]:
 # ---------------------------------------------------------------- jobs
 
 
-SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", native_resolution=512)
+SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", native_resolution=512, cell_px=64)
 
 
 def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
@@ -61,10 +63,12 @@ def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> N
     assert cfg.guidance_scale == 0
     cfg = settled(GenerateConfig(), Adapter({}), SD15)
     assert (cfg.width, cfg.height, cfg.guidance_scale) == (512, 512, 7.5)
+    cfg = settled(GenerateConfig(), Adapter({}, {"resolution": 500}), SD15)
+    assert (cfg.width, cfg.height) == (512, 512)  # the base draws no 500
 
 
 def test_the_negative_prompt_is_the_users_else_ours_and_none_for_the_embedded_base() -> None:
-    embedded = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64)
+    embedded = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64, cell_px=8)
     assert settled(GenerateConfig(), Adapter({}), SD15).negative_prompt.startswith("blurry")
     assert settled(GenerateConfig(), Adapter({}), embedded).negative_prompt == ""
     assert settled(GenerateConfig(negative_prompt="red"), Adapter({}), embedded).negative_prompt == "red"
@@ -168,7 +172,7 @@ def test_the_default_run_draws_the_ten_prompts_and_a_gallery(generate: Callable[
             )
             assert json.loads(picture.text["megaman"]) == record
         assert record["file"] in page
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [".lock"]
 
 
 def test_a_picture_is_decided_by_its_job_and_not_by_its_neighbours(
@@ -348,3 +352,156 @@ def test_a_local_base_that_was_moved_is_asked_for(adapter_folder: Path, tmp_path
     adapter = generate_megaman.adapters.read_adapter(tmp_path / "run" / "lora_weights")
     with pytest.raises(UserError, match="name it with --base_model"):
         generate_megaman.base_of(adapter, tmp_path / "run" / "lora_weights", None)
+
+
+# ---------------------------------------------------------------- what may go wrong while it draws
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[Job]], object]) -> list[int]:
+    """Makes `render` do what `fails` wants first; the sizes of the batches that are tried."""
+    honest, tried = generate_megaman.render, []
+
+    def render(batch: list[Job], *rest: object) -> list[Image.Image | None]:
+        tried.append(len(batch))
+        spoilt = fails(batch)
+        return [
+            None if job.prompt == spoilt else image
+            for job, image in zip(batch, honest(batch, *rest), strict=True)
+        ]
+
+    monkeypatch.setattr(generate_megaman, "render", render)
+    return tried
+
+
+def test_a_prompt_that_overflows_is_named_and_does_not_stop_the_others(
+    generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing(monkeypatch, lambda batch: "bad")
+    with pytest.raises(UserError, match=r"^1 not drawn: 'bad' \(seed 42\): .*--lora_scale") as error:
+        generate(prompts=["a", "bad", "c"])
+    assert error.value.exit_code == 5
+    assert [record["prompt"] for record in records(tmp_path / "gen")] == ["a", "c"]
+
+
+def test_an_overflow_spoils_no_neighbour(tiny_base: object) -> None:
+    from megaman.base import attempt, pipeline_of
+
+    noise = [generate_megaman.torch.Generator().manual_seed(i) for i in range(3)]
+    base, text = tiny_base, tiny_base.embed(["a", "b", "c"])
+    spoilt = text.clone()
+    spoilt[1, 3] = float("inf")
+    pictures = [
+        attempt(
+            base, pipeline_of(base), prompt_embeds=states, negative_prompt_embeds=text, height=32, width=32,
+            num_inference_steps=2, generator=[generator.clone_state() for generator in noise],
+        )
+        for states in (text, spoilt)
+    ]  # fmt: skip
+    assert pictures[1][1] is None
+    assert all(np.array_equal(np.asarray(pictures[0][i]), np.asarray(pictures[1][i])) for i in (0, 2))
+
+
+def test_fewer_are_drawn_at_a_time_when_memory_runs_out(
+    generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(batch: list[Job]) -> None:
+        if len(batch) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    tried = failing(monkeypatch, fails)
+    folder = generate(prompts=list("abcdef"), batch_size=4)
+    assert tried == [4, 2, 1, 1, 1, 1, 1, 1]  # and the second batch does not try again what was too much
+    assert [record["prompt"] for record in records(folder)] == list("abcdef")
+    assert "memory ran out with 4 pictures at a time: 2 now" in capsys.readouterr().err
+
+
+def test_no_memory_for_one_picture_ends_the_run_and_keeps_the_others(
+    generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(batch: list[Job]) -> None:
+        if any(job.prompt == "large" for job in batch):
+            raise MemoryError
+
+    failing(monkeypatch, fails)
+    with pytest.raises(UserError, match="out of memory with one picture") as error:
+        generate(prompts=["a", "b", "large"], batch_size=1)
+    assert error.value.exit_code == 6
+    assert [record["prompt"] for record in records(tmp_path / "gen")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_one_line_and_keeps_what_is_drawn(
+    generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, code: int
+) -> None:
+    from megaman import errors
+
+    failing(monkeypatch, lambda batch: batch[0].prompt == "c" and os.kill(os.getpid(), number))
+    said = []
+    monkeypatch.setattr(errors, "say", said.append)
+    with pytest.raises(SystemExit) as left:
+        errors.run(lambda: generate(prompts=["a", "b", "c", "d"], batch_size=1))
+    assert left.value.code == code
+    assert said == ["stopped; finished files are kept"]
+    assert [record["prompt"] for record in records(tmp_path / "gen")] == ["a", "b"]
+    page = (tmp_path / "gen" / "index.html").read_text(encoding="utf-8")
+    assert page.count('<a class="card"') == 2
+    assert page.endswith("</html>")
+    assert {path.suffix for path in (tmp_path / "gen").iterdir() if path.name != ".lock"} == {
+        ".png",
+        ".html",
+        ".jsonl",
+    }
+
+
+def test_a_folder_in_use_is_left_alone(generate: Callable[..., Path], tmp_path: Path) -> None:
+    from megaman.files import OutputLock
+
+    lock = OutputLock(tmp_path / "gen").sign()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}") as error:
+        generate(prompts=["a"])
+    assert error.value.exit_code == 7
+    lock.release()
+    assert len(records(generate(prompts=["a"]))) == 1
+
+
+def test_a_link_in_the_lock_s_place_is_not_written_through(
+    generate: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "gen").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "gen" / ".lock").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(UserError, match="is a link"):
+        generate(prompts=["a"])
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x89PNG\r\n\x1a\n", None])
+def test_a_damaged_picture_is_drawn_again(generate: Callable[..., Path], damage: bytes | None) -> None:
+    folder = generate(prompts=["a"])
+    path = folder / records(folder)[0]["file"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20] if damage is None else damage)
+    generate(prompts=["a"])
+    with Image.open(path) as picture:
+        picture.load()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"file": "../mine.png"}, {"file": "/etc/a.png"}, {"file": "a\\b.png"}, {"width": "x"}, {"seed": None},
+     {"scheduler": "x"}, {"prompt": "\ud800"}, {"versions": []}, {"extra": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_forged_record_leads_nowhere(
+    generate: Callable[..., Path], tmp_path: Path, change: dict[str, object]
+) -> None:
+    folder = generate(prompts=["a", "b"])
+    honest = records(folder)
+    (tmp_path / "mine.png").write_bytes((folder / honest[0]["file"]).read_bytes())
+    before = (tmp_path / "mine.png").read_bytes()
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [honest[0] | change, honest[1]])
+    )
+    generate(prompts=["a", "b"], no_metadata=True)
+    assert records(folder)[1] == honest[1]
+    assert (tmp_path / "mine.png").read_bytes() == before
