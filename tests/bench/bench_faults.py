@@ -5,13 +5,15 @@
 A tiny model is imported once; each run is a forked child of this process, so hundreds of them take minutes.
 Every child runs the real command. After each fault: does every finished file load, was anything lost beyond
 the last save, and does the resumed run end with the very bytes of an unbroken one? Prints a table, then one
-JSON line; --share does a part of it, such as 0.03. Not for Windows, which cannot fork.
+JSON line. --share does a part of it, such as 0.03, without the hostile input. Not for Windows, which cannot
+fork.
 """
 
 import argparse
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -40,6 +42,7 @@ import generate_megaman  # noqa: E402
 import megaman_lora  # noqa: E402
 from megaman import checkpoints, errors, files  # noqa: E402
 from megaman.adapters import read_adapter  # noqa: E402
+from megaman.base import load_base  # noqa: E402
 
 torch.set_num_threads(1)
 STEPS, SAVE = 21, 4
@@ -474,6 +477,27 @@ def every(bench: Bench, share: float) -> Iterator[tuple[str, dict[str, int]]]:
     yield "disk full (tmpfs)", small_disks(bench, wanted, some([4, 16, 40, 80, 120, 200, 400], share))
 
 
+def hostile_input(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Texts, adapters and models that mean harm; see hostile*.py. A share of it is in the suite."""
+    from bench import hostile, hostile_adapters, hostile_models
+
+    shutil.rmtree(bench.work / "hostile", ignore_errors=True)
+    base = load_base(str(bench.base), device=torch.device("cpu"), dtype=torch.float32)
+    kept = bench.work / "kept" / "lora_weights"
+    studies: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "hostile prompts": lambda folder: hostile.prompts_study(5_000, 1, folder),
+        "hostile captions": lambda folder: hostile.captions_study(5_000, 1, folder),
+        "prompts files": lambda folder: hostile.prompt_files_study(5_000, 1, folder),
+        "mutated adapters": lambda folder: hostile_adapters.mutated_adapters(20_000, 1, folder, base),
+        "wrong adapters": lambda folder: hostile_models.wrong_adapters_study(folder, base, bench.base),
+        "payloads": lambda folder: hostile_models.payloads(folder, kept, bench.base),
+    }
+    for name, study in studies.items():
+        folder = bench.work / "hostile" / name
+        folder.mkdir(parents=True)
+        yield name, study(folder)
+
+
 def main() -> None:
     """Runs everything and prints the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -483,7 +507,9 @@ def main() -> None:
     work = flags.work or Path(tempfile.mkdtemp(prefix="bench_faults_"))
     work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"bench": "faults", "torch": torch.__version__}
-    for name, counts in every(Bench(work), flags.share):
+    bench = Bench(work)
+    hostile = hostile_input(bench) if flags.share == 1 else ()
+    for name, counts in itertools.chain(every(bench, flags.share), hostile):
         result[name] = counts
         print(f"{name:28} " + ", ".join(f"{key} {value}" for key, value in counts.items()), flush=True)
     print(json.dumps(result))
