@@ -36,7 +36,7 @@ class Room:
         """Takes the next smaller setting and says so. UserError (exit 6) when there is none."""
         if self.batch > 1:
             self.batch //= 2
-            say(f"memory ran out at step {step + 1}: {self.batch} at a time now; a step still sees all its pictures")
+            say(f"memory ran out at step {step + 1}: {self.batch} at a time now, as many pictures a step")
         elif not self.checkpointing:
             self.checkpointing = True
             say(f"memory ran out at step {step + 1}: --gradient_checkpointing is on now; steps take longer")
