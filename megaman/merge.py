@@ -23,7 +23,11 @@ class MergedAdapter:
     def __init__(
         self, adapter: Adapter, unet: "UNet2DConditionModel", text_encoder: nn.Module | None
     ) -> None:
-        """Raises UserError (exit 4) unless every layer finds its module with the right shape."""
+        """Raises UserError (exit 4) unless every layer finds its module with the right shape and one acts."""
+        if not any(map(_acts, adapter.layers.values())):
+            raise UserError(
+                "the adapter changes nothing: every update or alpha is 0. Train it longer.", MODEL
+            )
         self.targets: list[tuple[nn.Module, Tensor, LoraLayer]] = []
         homes = {
             "unet": _modules(unet),
@@ -43,6 +47,11 @@ class MergedAdapter:
             else:
                 base = original.float()
                 module.weight.copy_((base + scale * layer.change(base)).to(original.dtype))
+
+
+def _acts(layer: LoraLayer) -> bool:
+    """Whether the layer changes anything; of a DoRA, the magnitudes may."""
+    return layer.magnitude is not None or bool(layer.alpha and layer.down.any() and layer.up.any())
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
