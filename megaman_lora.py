@@ -768,9 +768,9 @@ def finish(run: Run) -> Path:
     """Writes lora_weights/ and closes everything."""
     weights = run.output / "lora_weights"
     if run.accelerator.is_main_process:
-        unet, samples = run.base.unet, sorted(run.output.glob("samples/step-*/01.png"))
+        unet, preview = run.base.unet, run.watch.latest_sample()
         adapter = adapters.adapter_of(unet, describe_run(run))
-        adapters.write_adapter(adapter, weights, live=unet, preview=samples[-1] if samples else None)
+        adapters.write_adapter(adapter, weights, live=unet, preview=preview)
     run.watch.close()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -815,10 +815,10 @@ def train(cfg: TrainConfig) -> Path:
     cfg, accelerator, total = run.cfg, run.accelerator, run.cfg.max_train_steps
     writes = accelerator.is_main_process
     with runs.ready(run.output, asdict(cfg), run.progress, writes=writes) as stop, closing(run.watch):
-        if run.start == 0:
-            if writes:
-                run.told.write(run.output)
-            show_samples(run, 0, stop)
+        if run.start == 0 and writes:
+            run.told.write(run.output)
+        if every(run.start, cfg.validation_steps, total) and not run.watch.has_samples(run.start):
+            show_samples(run, run.start, stop)  # of the base, or those that a stopped run still owes
         for step in range(run.start, total):
             rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
             places = run.stream.at(step)

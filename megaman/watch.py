@@ -166,6 +166,14 @@ class Watch:
                 f"{line['images_per_s']:.1f} images/s · {int(left // 60)}:{int(left % 60):02} left"
             )
 
+    def has_samples(self, step: int) -> bool:
+        """Whether the sample pictures of a step are filed, and on their page."""
+        return step in self.samples
+
+    def latest_sample(self) -> Path | None:
+        """The first picture of the last samples."""
+        return self.output_dir / "samples" / self.samples[max(self.samples)][0] if self.samples else None
+
     def show_samples(self, step: int, prompts: Sequence[str], images: Sequence[Image]) -> None:
         """Files samples/step-000100/NN.png, puts them into TensorBoard and renews samples/index.html."""
         if not self.enabled:
@@ -207,10 +215,12 @@ def _forget_beyond(metrics: Path, step: int) -> None:
 
 
 def _earlier_samples(folder: Path, step: int) -> dict[int, list[str]]:
-    """The sample pictures up to a step, as `Watch.samples` holds them."""
+    """The sample pictures up to a step, as `Watch.samples` holds them: those that came as far as the page."""
+    page = folder / "index.html"
+    shown = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
     found = sorted((int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdigit())
     return {
         number: [f"{path.name}/{file.name}" for file in sorted(path.glob("[0-9]*.png"))]
         for number, path in found
-        if number <= step
+        if number <= step and f"{path.name}/" in shown
     }

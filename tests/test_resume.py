@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,16 @@ def test_a_finished_run_can_be_extended_and_its_page_and_metrics_go_on(train: Ca
     assert steps == [4, 6]
     again = train("--max_train_steps", "6", "--resume_from_checkpoint", "latest")  # nothing left to train
     assert again.is_dir()
+
+
+def test_a_preview_that_a_killed_run_still_owed_is_drawn(train: Callable[..., Path]) -> None:
+    output = train().parent
+    unbroken = bytes_of(output / "lora_weights")  # they hold the last preview's thumbnail
+    shutil.rmtree(output / "lora_weights")
+    for path in (output / "samples" / "step-000004" / "01.png", output / "samples" / "index.html"):
+        path.unlink()
+    assert bytes_of(train("--resume_from_checkpoint", "latest")) == unbroken
+    assert (output / "samples" / "step-000004" / "01.png").exists()
 
 
 def test_going_on_from_an_older_checkpoint_keeps_the_later_ones_apart(train: Callable[..., Path]) -> None:
