@@ -69,6 +69,7 @@ def in_child(main: Callable[[], None], argv: list[str], prepare: Prepare, kill_a
         os.dup2(writing, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
         sys.argv = argv
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         code = 99
         try:
             prepare()
