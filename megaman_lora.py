@@ -789,7 +789,8 @@ def accumulate(run: Run, places: Sequence[Place]) -> Examples:
         with nullcontext() if number == len(shares) else accelerator.no_sync(run.unet):
             draw = draw_inputs(share or places[:1], run.encoded, cfg, scheduler)
             weight = processes / run.stream.step_size if share else 0.0  # a short step weighs by its size
-            seed_dropout(cfg.seed, (share or places)[0].position)
+            if cfg.lora_dropout:
+                seed_dropout(cfg.seed, (share or places)[0].position)
             losses, strayed = losses_of(run.unet, draw, scheduler, cfg)
             accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
         examples.append((share, losses.detach()[: len(share)]))

@@ -107,7 +107,7 @@ def check_output(folder: Path, mark: str, data_dir: Path) -> None:
 def check_unused(folder: Path) -> None:
     """Raises UserError (exit 7) if another process works in `folder`; makes nothing."""
     if (folder / LOCK).exists():
-        OutputLock(folder).release()
+        OutputLock(folder).close()
 
 
 def check_apart(flag: str, folder: str | None, data_dir: str) -> None:
@@ -189,10 +189,6 @@ class OutputLock:
         return self
 
     def close(self) -> None:
-        """The same, for `contextlib.closing`."""
-        self.release()
-
-    def release(self) -> None:
         """Lets others in. The file stays: deleting it could delete the next one's. Safe to call twice."""
         self.file.close()
 
@@ -205,12 +201,12 @@ def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
     if not fresh or not _holds_files(folder):
         return lock, None
     if os.name == "nt":  # Windows moves no folder with an open file in it
-        lock.release()
+        lock.close()
     aside = moved_aside(folder)
     try:
         return OutputLock(folder).sign(), aside
     finally:
-        lock.release()
+        lock.close()
 
 
 def _locked(handle: int) -> bool:

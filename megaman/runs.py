@@ -84,7 +84,7 @@ def ready(
         raise
     finally:
         if lock is not None:
-            lock.release()
+            lock.close()
 
 
 def _begin(output: Path, settings: Mapping[str, Any], progress: Progress | None) -> files.OutputLock:

@@ -110,8 +110,8 @@ def test_one_folder_is_for_one_process(tmp_path: Path) -> None:
     assert error.value.exit_code == 7
     with pytest.raises(UserError, match="in use"):
         check_output(tmp_path / "out", "training_config.json", tmp_path / "pictures")
-    lock.release()
-    claim(tmp_path / "out", fresh=True)[0].release()
+    lock.close()
+    claim(tmp_path / "out", fresh=True)[0].close()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing in it was worth moving aside
 
 

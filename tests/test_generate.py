@@ -460,7 +460,7 @@ def test_a_folder_in_use_is_left_alone(generate: Callable[..., Path], tmp_path: 
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}") as error:
         generate(prompts=["a"])
     assert error.value.exit_code == 7
-    lock.release()
+    lock.close()
     assert len(records(generate(prompts=["a"]))) == 1
 
 
