@@ -331,6 +331,7 @@ def generate(cfg: GenerateConfig) -> Path:
     files.check_unused(Path(cfg.output_dir))
     files.check_writable(Path(cfg.output_dir))
 
+    memory.keep_freed_memory()
     device = devices.pick_device(cfg.device)
     dtype = devices.pick_dtype(cfg.mixed_precision, device)
     base = base_models.load_base(base_of(adapter, lora_path, cfg.base_model), device=device, dtype=dtype)

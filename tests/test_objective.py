@@ -13,7 +13,7 @@ from megaman.adapters import ADAPTER_NAME, lora_modules
 from megaman.base import BaseModel
 from megaman.cache import Store, View, encode
 from megaman.errors import UserError
-from megaman.stream import Place
+from megaman.stream import Place, generator_of
 from megaman_lora import (
     Draw,
     TrainConfig,
@@ -21,6 +21,7 @@ from megaman_lora import (
     draw_inputs,
     inject_lora,
     lr_at,
+    noise_of,
     preserving_losses,
 )
 
@@ -40,6 +41,17 @@ def draw() -> Draw:
     return Draw(
         torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), timesteps, text, torch.zeros(0, 77, 24), nothing
     )
+
+
+def test_noise_offset_moves_whole_channels_and_nothing_else() -> None:
+    plain, moved = (noise_of((4, 8, 6), offset, generator_of(0, "example", 3)) for offset in (0.0, 0.5))
+    shift = moved - plain
+    assert shift.std((1, 2)).max() < 1e-6
+    assert shift.mean((1, 2)).abs().min() > 1e-3
+    many = torch.stack([noise_of((4, 2, 2), 0.5, generator_of(0, "example", i)) for i in range(2000)])
+    assert (
+        abs(many.mean((2, 3)).std().item() - (0.25 + 0.25) ** 0.5) < 0.02
+    )  # of the offset and of four draws
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -1,5 +1,5 @@
 """Rebuilds the embedded base from nothing: pictures -> tokenizer -> VAE -> latents -> UNet and text encoder
--> diffusers folder. Twice over: first on our own figures alone, then on the mixture of all sources.
+-> diffusers folder. The UNet learns in two stages: our own figures alone, then the mixture of all sources.
 
     pip install -r requirements_megaman_lora.txt
     pip install --no-deps open_clip_torch==3.3.0 robohash==2.0 resvg_py==0.5.0   (the first for its BPE table)
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from megaman.memory import keep_freed_memory
 from megaman.tiny_sd import sources
 from megaman.tiny_sd.figures import BACKGROUNDS, FILLERS, HERO_WORDS, contact_sheet
 from megaman.tiny_sd.tokens import silent_ids, token_ids, write_tokenizer
@@ -41,26 +42,33 @@ HELD_OUT = 500  # the last pictures of each stage are never trained on
 EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
 BATCH = 32
 SECONDS_BETWEEN_SAVES = 240
+STARTED = time.monotonic()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass of the curriculum. All of it, with the seed, decides the weights, besides the code."""
+    """One part of the curriculum. All of it, with the seed, decides the weights, besides the code."""
 
     name: str
     shares: dict[str, float]  # of each source of pictures
     pictures: int
-    vae_steps: int
-    vae_rate: float
-    unet_steps: int
+    steps: int  # of UNet and text encoder
     seed: int
 
 
-FIGURES = Stage("figures", {"figures": 1.0}, 30_000, 14_000, 2e-3, 4_800, 2026)
-MIXTURE = Stage("mixture", sources.SHARES, 40_000, 8_000, 1e-3, 3_400, 2027)
+FIGURES = Stage("figures", {"figures": 1.0}, 30_000, 4_400, 2026)
+MIXTURE = Stage("mixture", sources.SHARES, 40_000, 4_200, 2027)
+VAE_STEPS, VAE_BATCH = 18_000, 8
+SCRAPS, SCRAP_SHARE = 20_000, 0.3  # shapes of nothing, of the VAE's pictures
 
 
 # ---------------------------------------------------------------- pictures and captions
+
+
+def tell(line: str) -> None:
+    """A line of the build's log, with the hours and minutes since its start."""
+    minutes = int(time.monotonic() - STARTED) // 60
+    print(f"{minutes // 60}:{minutes % 60:02} {line}", flush=True)
 
 
 def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
@@ -159,48 +167,54 @@ def steps(progress: Progress, total: int) -> Iterator[int]:
 
 
 def new_vae() -> AutoencoderKL:
-    """0.65 M parameters, 4 latent channels, 64 px -> 16 x 16; without attention, so that it can learn on
+    """0.95 M parameters, 4 latent channels, 64 px -> 16 x 16; without attention, so that it can learn on
     crops.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
         sample_size=SIDE_PX, mid_block_add_attention=False, scaling_factor=1.0,
     )  # fmt: skip
 
 
-def train_vae(
-    stage: Stage, vae: AutoencoderKL, pictures: Tensor, work: Path, device: torch.device
-) -> AutoencoderKL:
-    """The VAE after this stage, with its scaling factor measured.
+def train_vae(pictures: Tensor, work: Path, device: torch.device) -> AutoencoderKL:
+    """The VAE, its scaling factor measured. It learns from the mixture's pictures and from shapes of nothing,
+    so that it can show what no picture of the base holds: a character to be taught.
 
     32 px crops first (many small steps), whole pictures for the last fifth.
     """
-    vae.to(device).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=stage.vae_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
-    )
+    vae = new_vae().to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     ema = EMAModel(vae.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
-    progress = Progress(work / f"{stage.name}_vae.safetensors", vae, optimizer, ema)
-    trained = pictures[:-HELD_OUT]
-    for step in steps(progress, stage.vae_steps):
-        rng = np.random.default_rng((stage.seed, 1, step))
-        torch.manual_seed(stage.seed * 1_000_003 + step)  # of the posterior's sample
-        batch = trained[rng.integers(0, len(trained), 8)].to(device).float() / 127.5 - 1
-        if step < stage.vae_steps * 4 // 5:
-            x, y = rng.integers(0, SIDE_PX - 32, 2)
+    progress = Progress(work / "vae.safetensors", vae, optimizer, ema)
+    trained, held_out = pictures[:-HELD_OUT], pictures[-HELD_OUT:].to(device).float() / 127.5 - 1
+    scraps = scraps_of(MIXTURE.seed)
+    for step in steps(progress, VAE_STEPS):
+        rng = np.random.default_rng((MIXTURE.seed, 1, step))
+        torch.manual_seed(MIXTURE.seed * 1_000_003 + step)  # of the posterior's sample
+        count = int((rng.random(VAE_BATCH) < SCRAP_SHARE).sum())
+        picks = rng.integers(0, len(scraps), count), rng.integers(0, len(trained), VAE_BATCH - count)
+        batch = torch.cat([scraps[picks[0]], trained[picks[1]]]).to(device).float() / 127.5 - 1
+        if step < VAE_STEPS * 4 // 5:
+            x, y = rng.integers(0, SIDE_PX - 32 + 1, 2)
             batch = batch[..., y : y + 32, x : x + 32]
         posterior = vae.encode(batch).latent_dist
         error = vae.decode(posterior.sample()).sample - batch
         loss = error.square().mean() + 0.3 * error.abs().mean() + 1e-6 * posterior.kl().mean()
         loss.backward()
         if step % 500 == 0:
-            print(f"{stage.name}: vae step {step}: loss {loss.item():.4f}", flush=True)
+            tell(f"vae step {step}: loss {loss.item():.4f}")
     vae.eval().requires_grad_(False)
-    held_out = pictures[-HELD_OUT:].to(device).float() / 127.5 - 1
-    print(f"{stage.name}: vae: held-out PSNR {psnr(vae, held_out):.2f} dB", flush=True)
+    tell(f"vae: held-out PSNR {psnr(vae, held_out):.2f} dB")
     vae.register_to_config(scaling_factor=round(1 / vae.encode(held_out).latent_dist.mean.std().item(), 5))
     return vae
+
+
+def scraps_of(seed: int) -> Tensor:
+    """SCRAPS heaps of shapes, uint8 (N,3,64,64)."""
+    rng = random.Random(seed)
+    drawn = np.stack([np.asarray(sources.scrap(rng)) for _ in range(SCRAPS)])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
 
 
 def psnr(vae: AutoencoderKL, images: Tensor) -> float:
@@ -281,8 +295,8 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
     optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
     progress = Progress(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
-    train, started, mean_loss = len(lesson.latents) - HELD_OUT, time.monotonic(), None
-    for step in steps(progress, stage.unet_steps):
+    train, mean_loss = len(lesson.latents) - HELD_OUT, None
+    for step in steps(progress, stage.steps):
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
         picks = torch.randint(0, train, (BATCH,), generator=generator)
         losses = denoising_losses(model, *examples(lesson, picks, generator), generator)
@@ -290,11 +304,10 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
         loss = losses.mean().item()
         mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
         if step % 100 == 0:
-            seconds = time.monotonic() - started
-            print(f"{stage.name}: denoiser step {step}: loss {mean_loss:.4f}, {seconds:.0f} s", flush=True)
+            tell(f"{stage.name}: denoiser step {step}: loss {mean_loss:.4f}")
         if step % 500 == 0 and step > 0:
-            print(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f}", flush=True)
-    print(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f} at the end", flush=True)
+            tell(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f}")
+    tell(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f} at the end")
     return model.eval().requires_grad_(False)
 
 
@@ -402,6 +415,7 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).parent, help="where the diffusers folder goes"
     )
     flags = parser.parse_args()
+    keep_freed_memory()
     work, output = flags.work, flags.output
     work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -412,16 +426,15 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     silent = silent_ids(tokenizer, FIGURES.seed).to(device)
     torch.manual_seed(FIGURES.seed)
-    vae, model = new_vae(), Denoiser(len(tokenizer)).to(device)
+    model, vae = Denoiser(len(tokenizer)).to(device), train_vae(render(MIXTURE, work)[0], work, device)
     for stage in stages:
         pictures, captions = render(stage, work)
-        vae = train_vae(stage, vae, pictures, work, device)
         latents = latents_of(stage, vae, pictures, work)
         lesson = Lesson(latents, token_ids(tokenizer, captions), silent)
         model = train_denoiser(stage, model, lesson, work)
     pipeline = export(output, vae.cpu(), model.cpu(), tokenizer)
     sample_sheet(pipeline, work / "sheet.png")
-    print(f"written to {output}; look at {work / 'sheet.png'}")
+    tell(f"written to {output}; look at {work / 'sheet.png'}")
 
 
 if __name__ == "__main__":

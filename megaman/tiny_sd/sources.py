@@ -20,9 +20,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
-from megaman.tiny_sd.figures import BACKGROUNDS, COLOURS, FILLERS, HERO_WORDS, caption, draw, random_figure
+from megaman.tiny_sd.figures import (
+    BACKGROUNDS,
+    COLOURS,
+    FILLERS,
+    HERO_WORDS,
+    INK,
+    caption,
+    draw,
+    random_figure,
+)
 
 SIDE_PX = 64
 PAINT_PX = 128  # pictures are put together at twice the size
@@ -93,6 +102,44 @@ def nearest_colour(value: str) -> str:
         return sum((a - b) ** 2 for a, b in zip(wanted, known, strict=True))
 
     return min(COLOURS, key=distance)
+
+
+# ---------------------------------------------------------------- shapes of nothing
+
+
+def scrap(rng: random.Random) -> Image.Image:
+    """A heap of boxes, discs, polygons and lines in any colours: what the VAE learns besides pictures, so
+    that it can show what none of them holds. No caption goes with it, and the UNet never sees it.
+    """
+    scale = rng.choice((1, 8))  # "pixel art" and "flat", as the figures are drawn
+    side = 32 * scale
+    picture = Image.new("RGB", (side, side), rng.choice((*BACKGROUNDS.values(), _any_colour(rng))))
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(rng.randint(8, 24)):
+        x, y, reach = rng.uniform(0, side), rng.uniform(0, side), rng.choice((3, 6, 10, 16)) * scale
+        corners = [
+            (x + rng.uniform(-reach, reach), y + rng.uniform(-reach, reach)) for _ in range(rng.randint(3, 7))
+        ]
+        frame = [*map(min, zip(*corners[:2], strict=True)), *map(max, zip(*corners[:2], strict=True))]
+        line = {"outline": INK, "width": max(1, scale * 3 // 4)} if rng.random() < 0.5 else {}
+        kind, fill = rng.choice(("box", "disc", "polygon", "polygon", "line")), _any_colour(rng)
+        if kind == "box":
+            canvas.rectangle(frame, fill, **line)
+        elif kind == "disc":
+            canvas.ellipse(frame, fill, **line)
+        elif kind == "polygon":
+            canvas.polygon(corners, fill, **line)
+        else:
+            canvas.line(corners[:3], fill, max(1, rng.randint(1, 2) * scale))
+    resample = Image.Resampling.NEAREST if scale == 1 else Image.Resampling.LANCZOS
+    return picture.resize((SIDE_PX, SIDE_PX), resample)
+
+
+def _any_colour(rng: random.Random) -> str:
+    """Any hue; pure, pale or dark; black or white now and then."""
+    if rng.random() < 0.2:
+        return rng.choice((INK, "#ffffff", "#f2f3f5", "#000000"))
+    return f"hsl({rng.randrange(360)}, {rng.randint(20, 100)}%, {rng.randint(15, 90)}%)"
 
 
 # ---------------------------------------------------------------- RoboHash set1
