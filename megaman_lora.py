@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import CLIPTokenizer
 
+    from megaman.average import Average
     from megaman.base import BaseModel
     from megaman.cache import Encoded, Store
     from megaman.checkpoints import Progress
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from megaman.watch import Watch
 else:
     torch, accelerate = Lazy("torch"), Lazy("accelerate")
-adapters, base_models, buckets, cache, captions, card = (
-    Lazy(f"megaman.{room}") for room in ("adapters", "base", "buckets", "cache", "captions", "card")
+adapters, averages, base_models, buckets, cache, captions, card = (
+    Lazy(f"megaman.{room}")
+    for room in ("adapters", "average", "base", "buckets", "cache", "captions", "card")
 )
 checkpoints, devices, forms, memory, pictures, previews = (
     Lazy(f"megaman.{room}") for room in ("checkpoints", "devices", "forms", "memory", "pictures", "previews")
@@ -159,6 +161,7 @@ class OptimisationFlags:
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
     snr_gamma: float = _flag(5.0, "min-SNR loss weighting; 0 = off")
     noise_offset: float = _flag(0.0, "strength of noise alike over a whole picture: darker darks; 0 = off")
+    ema_decay: float = _flag(0.0, "also keep a moving average of the LoRA and write that; 0 = off")
     preserve_weight: float = _flag(
         0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 6"
     )
@@ -216,8 +219,8 @@ LIMITS = (
     ),
     ("lora_alpha learning_rate max_grad_norm", 5e-324, "above 0"),  # the smallest number that is
     (
-        "weight_decay snr_gamma noise_offset preserve_weight seed validation_guidance_scale keep_tags "
-        "caption_dropout lr_warmup_steps",
+        "weight_decay snr_gamma noise_offset ema_decay preserve_weight seed validation_guidance_scale "
+        "keep_tags caption_dropout lr_warmup_steps",
         0,
         "0 or more",
     ),
@@ -235,6 +238,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
                 _require(value is None or lowest <= value < math.inf, name, value, wanted)
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         _require(self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
+        _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "0 or more and below 1")
         _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
         _require(bool(self.trigger.strip()), "trigger", self.trigger, "a word or more")
         together = self.shuffle_tags or self.keep_tags == 1
@@ -591,24 +595,6 @@ def open_dataset(cfg: TrainConfig) -> MegaManDataset:
     return dataset
 
 
-def report_of(dataset: MegaManDataset) -> Report:
-    """What the user should know of the dataset."""
-    rows = [
-        report.Row(
-            path.relative_to(dataset.folder).as_posix(),
-            dataset.facts[i],
-            dataset.captions[i],
-            dataset.buckets[i],
-            dataset.repeats[i],
-            len(dataset.tokenizer(dataset.captions[i].text).input_ids) - 2,
-        )
-        for i, path in enumerate(dataset.paths)
-    ]
-    borrowed = Path(dataset.tokenizer.name_or_path).parent == base_models.EMBEDDED_FOLDER
-    own = base_models.canonical_name(dataset.settings.pretrained_model_name) == base_models.EMBEDDED
-    return report.Report(dataset.folder, dataset.settings, rows, dataset.skipped, own or not borrowed)
-
-
 def describe_plan(cfg: TrainConfig, stream: Stream) -> str:
     """The arithmetic of the run, in a line."""
     return (
@@ -672,6 +658,11 @@ class Run:
         return list(checkpoints.trained(self.base.unet).values())
 
     @cached_property
+    def average(self) -> Average:
+        """What is shown and written."""
+        return averages.Average(checkpoints.trained(self.base.unet), self.cfg.ema_decay)
+
+    @cached_property
     def watch(self) -> Watch:
         """The run's metrics and samples; silent in all processes but the first."""
         cfg, stream = self.cfg, self.stream
@@ -694,7 +685,7 @@ def set_up(cfg: TrainConfig) -> Run:
     with accelerator.main_process_first():  # the others then find what it has seen in the cache
         dataset = open_dataset(cfg)
     stream = stream_of(dataset, pictures_a_step(cfg, accelerator.num_processes))
-    cfg, told = plan(cfg, stream.steps_an_epoch, progress), report_of(dataset)
+    cfg, told = plan(cfg, stream.steps_an_epoch, progress), report.report_of(dataset)
     for line in [*told.lines(), describe_plan(cfg, stream)]:
         say(line)
     origins = {"the pictures": dataset.fingerprint, "pictures a step": stream.step_size}
@@ -731,8 +722,10 @@ def take_up(run: Run) -> None:
     count, processes = sum(p.numel() for p in run.trainable), accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {accelerator.device}, the base in {precision}{several}")
+    average = run.average  # begins where the adapter stands
     if run.progress is not None:
-        checkpoints.restore(run.base.unet, run.optimizer, run.progress.tensors)
+        tensors = average.restored(run.progress.tensors)
+        checkpoints.restore(run.base.unet, run.optimizer, tensors)
         run.room = memory.Room.of(run.progress.run)
         if accelerator.scaler is not None and run.progress.run["scaler"]:
             accelerator.scaler.load_state_dict(run.progress.run["scaler"])
@@ -753,11 +746,12 @@ def save_state(run: Run, step: int) -> None:
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         facts = run.room.facts() | {"scaler": scaler.state_dict() if scaler is not None else None}
-        tensors = checkpoints.tensors_of(run.base.unet, run.optimizer)
+        tensors = checkpoints.tensors_of(run.base.unet, run.optimizer) | run.average.tensors()
         progress = checkpoints.Progress(
             step, asdict(run.cfg), run.origins, facts, torch.get_num_threads(), tensors
         )
-        adapter = adapters.adapter_of(run.base.unet, describe_run(run) | {"steps": step})
+        with run.average.shown():
+            adapter = adapters.adapter_of(run.base.unet, describe_run(run) | {"steps": step})
         keep = run.cfg.checkpoints_total_limit
         checkpoints.save_checkpoint(run.output / runs.CHECKPOINTS, progress, adapter, keep=keep)
 
@@ -767,7 +761,8 @@ def show_samples(run: Run, step: int, stop: stopping.StopRequest) -> None:
     if run.accelerator.is_main_process:
         cfg = run.cfg
         look = previews.Look(cfg.resolution, cfg.validation_guidance_scale, cfg.seed)
-        images = previews.draw_previews(run.base, run.validation_text, look, step, stop)
+        with run.average.shown():
+            images = previews.draw_previews(run.base, run.validation_text, look, step, stop)
         if images:
             run.watch.show_samples(step, cfg.validation_prompt, images)
 
@@ -777,8 +772,9 @@ def finish(run: Run) -> Path:
     weights = run.output / "lora_weights"
     if run.accelerator.is_main_process:
         unet, preview = run.base.unet, run.watch.latest_sample()
-        adapter = adapters.adapter_of(unet, describe_run(run))
-        adapters.write_adapter(adapter, weights, live=unet, preview=preview)
+        with run.average.shown():
+            adapter = adapters.adapter_of(unet, describe_run(run))
+            adapters.write_adapter(adapter, weights, live=unet, preview=preview)
     run.watch.close()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -835,6 +831,7 @@ def train(cfg: TrainConfig) -> Path:
             grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
+            run.average.update(step)
             loss, skipped = mean_loss(run, examples, places), accelerator.optimizer_step_was_skipped
             run.watch.record(watch.Step(step, loss, grad_norm, rate, skipped, examples))
 
@@ -867,7 +864,7 @@ def is_first_start(cfg: TrainConfig, chosen: set[str]) -> bool:
 def show_dataset(cfg: TrainConfig) -> None:
     """--dry_run: the report, on the terminal and as a page."""
     dataset, output = open_dataset(cfg), Path(cfg.output_dir)
-    stream, told = stream_of(dataset, pictures_a_step(cfg, 1)), report_of(dataset)
+    stream, told = stream_of(dataset, pictures_a_step(cfg, 1)), report.report_of(dataset)
     for line in [*told.lines(), describe_plan(plan(cfg, stream.steps_an_epoch), stream)]:
         say(line)
     files.check_output(output, runs.RECORD, Path(cfg.data_dir))

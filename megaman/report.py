@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from megaman import base
 from megaman.buckets import Bucket, Crop, Fit, fit_of
 from megaman.captions import (
     Caption,
@@ -203,3 +204,21 @@ def _listed(names: Iterable[str]) -> str:
     """The first few; the page names all."""
     first = list(islice(names, NAMED + 1))
     return ", ".join(first[:NAMED]) + (", …" if len(first) > NAMED else "")
+
+
+def report_of(dataset: Any) -> Report:
+    """What the user should know of a dataset: the training script's MegaManDataset, with a tokenizer."""
+    rows = [
+        Row(
+            path.relative_to(dataset.folder).as_posix(),
+            dataset.facts[i],
+            dataset.captions[i],
+            dataset.buckets[i],
+            dataset.repeats[i],
+            len(dataset.tokenizer(dataset.captions[i].text).input_ids) - 2,
+        )
+        for i, path in enumerate(dataset.paths)
+    ]
+    borrowed = Path(dataset.tokenizer.name_or_path).parent == base.EMBEDDED_FOLDER
+    own = base.canonical_name(dataset.settings.pretrained_model_name) == base.EMBEDDED
+    return Report(dataset.folder, dataset.settings, rows, dataset.skipped, own or not borrowed)

@@ -22,7 +22,8 @@ from megaman import errors
 from megaman.buckets import Bucket
 from megaman.cache import Store
 from megaman.errors import UserError
-from megaman_lora import DataFlags, MegaManDataset, report_of, stream_of
+from megaman.report import report_of
+from megaman_lora import DataFlags, MegaManDataset, stream_of
 
 
 def test_the_dataset_works_without_a_model(folder_of_pictures: Path) -> None:

@@ -34,6 +34,10 @@ TRICKY = [
     "conv",
     "--lora_dropout",
     "0.3",
+    "--noise_offset",
+    "0.1",
+    "--ema_decay",
+    "0.9",
 ]
 WEIGHTS = ("adapter_model.safetensors", "megaman_lora.safetensors")
 
