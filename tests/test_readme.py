@@ -1,4 +1,4 @@
-"""README says what the code does: its commands parse, its tables are the flags."""
+"""README says what the code does, in both languages: its commands parse, its tables are the flags."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from conftest import ROOT
 import generate_megaman
 import megaman_lora
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
 CONFIGS = {
     "megaman_lora.py": megaman_lora.TrainConfig,
     "generate_megaman.py": generate_megaman.GenerateConfig,
@@ -58,19 +58,39 @@ def test_every_command_parses(call: list[str]) -> None:
         assert generate_megaman.GenerateConfig(**values)
 
 
-def table(heading: str) -> dict[str, str]:
+def test_both_languages_tell_the_same_commands_and_measurements() -> None:
+    assert commands(CHINESE) == commands(README)
+    for name in ("seed 0", "seed 1", "seed 2"):
+        (row,), (translated,) = (
+            [
+                re.findall(r"[-+]?\d[\d.]*", line)
+                for line in text.splitlines()
+                if name in line.replace("種子", "seed")
+            ]
+            for text in (README, CHINESE)
+        )
+        assert row == translated
+
+
+def table(text: str, heading: str) -> dict[str, str]:
     """The flags and defaults of a README table."""
-    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`--.*?) \| (.*?) ?\|", section, flags=re.M)
     return {flag: default for names, default in rows for flag in re.findall(r"--(\w+)", names)}
 
 
 @pytest.mark.parametrize(
-    ("heading", "config"),
-    [("Training flags", megaman_lora.TrainConfig), ("Generation flags", generate_megaman.GenerateConfig)],
+    ("text", "heading", "config"),
+    [
+        (README, "Training flags", megaman_lora.TrainConfig),
+        (README, "Generation flags", generate_megaman.GenerateConfig),
+        (CHINESE, "訓練參數", megaman_lora.TrainConfig),
+        (CHINESE, "生成參數", generate_megaman.GenerateConfig),
+    ],
+    ids=["training", "generation", "training, Chinese", "generation, Chinese"],
 )
-def test_the_flag_tables_are_the_flags(heading: str, config: type) -> None:
-    rows = table(heading)
+def test_the_flag_tables_are_the_flags(text: str, heading: str, config: type) -> None:
+    rows = table(text, heading)
     assert rows.keys() == {field.name for field in fields(config)}
     for field in fields(config):
         default = field.default if field.default is not MISSING else field.default_factory()
@@ -80,8 +100,9 @@ def test_the_flag_tables_are_the_flags(heading: str, config: type) -> None:
             assert rows[field.name] == shown, field.name
 
 
-def test_the_file_tree_names_every_room() -> None:
-    tree = README.split("## What is where")[1]
+@pytest.mark.parametrize(("text", "heading"), [(README, "What is where"), (CHINESE, "什麼在哪裡")])
+def test_the_file_tree_names_every_room(text: str, heading: str) -> None:
+    tree = text.split(f"## {heading}")[1]
     for path in (ROOT / "megaman").glob("*.py"):
         assert path.name == "__init__.py" or path.name in tree, path.name
     for name in ("tiny_sd/", "starter_images/", "templates/", "megaman_images/", "tests/"):
@@ -89,12 +110,12 @@ def test_the_file_tree_names_every_room() -> None:
 
 
 def test_the_pictures_of_readme_exist() -> None:
-    for link in re.findall(r"!\[.*?\]\((.*?)\)", README):
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", README + CHINESE):
         assert (ROOT / link).is_file(), link
 
 
 def test_no_document_names_a_machine_path() -> None:
-    for path in (ROOT / "README.md", *ROOT.glob("megaman/**/*.md"), *ROOT.glob("megaman_images/*.md")):
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("megaman/**/*.md"), *ROOT.glob("megaman_images/*.md")):
         assert not re.search(r"(?<![\w.])/(work|tmp|home|root)/", Path(path).read_text(encoding="utf-8")), (
             path
         )
