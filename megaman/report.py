@@ -20,6 +20,7 @@ from megaman.captions import (
 from megaman.files import write_text
 from megaman.pages import render_dataset
 from megaman.pictures import duplicates, one_line
+from megaman.stream import Stream
 from megaman.survey import Fact, Skipped
 
 MAX_TOKENS = 75  # Stable Diffusion reads 77, two of them mark the beginning and the end
@@ -204,6 +205,15 @@ def _listed(names: Iterable[str]) -> str:
     """The first few; the page names all."""
     first = list(islice(names, NAMED + 1))
     return ", ".join(first[:NAMED]) + (", …" if len(first) > NAMED else "")
+
+
+def describe_plan(cfg: Any, stream: Stream) -> str:
+    """The arithmetic of the run, in a line. cfg: the training script's TrainConfig, its steps decided."""
+    return (
+        f"plan: {cfg.max_train_steps} steps of {stream.step_size} pictures = "
+        f"{cfg.max_train_steps / stream.steps_an_epoch:.1f} epochs of {len(stream)}; rank {cfg.lora_rank}, "
+        f"alpha {cfg.lora_alpha:g}, learning rate {cfg.learning_rate:g}"
+    )
 
 
 def report_of(dataset: Any) -> Report:
