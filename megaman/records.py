@@ -8,7 +8,7 @@ from os import SEEK_END
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from PIL.Image import Image
+from PIL.Image import DecompressionBombError, Image
 from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
@@ -16,6 +16,7 @@ from megaman.errors import say
 from megaman.files import replacing, write_text
 
 METADATA_FILE = "metadata.jsonl"
+LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 SAMPLER_NAMES = {
@@ -133,6 +134,32 @@ def read_records(folder: Path) -> list[ImageRecord]:
     return [record for record in found if _is_whole(folder / record.file)]
 
 
+def find_records(folder: Path) -> list[ImageRecord]:
+    """The records of every picture that is there: those of metadata.jsonl in its order, then what pictures
+    that it lacks tell themselves, the oldest first. Says how many tell nothing.
+    """
+    known = {record.job: record for record in read_records(folder)}
+    listed = {record.file for record in known.values()}
+    unlisted = [path for path in sorted(folder.glob("*.png")) if path.name not in listed]
+    told = {path: _told_by(path) for path in unlisted}
+    found = sorted((record for record in told.values() if record is not None), key=lambda r: r.created)
+    for record in found:
+        known.setdefault(record.job, record)
+    if silent := [path.name for path, record in told.items() if record is None]:
+        say(f"note: {len(silent)} PNGs without settings of ours stay out of the gallery, such as {silent[0]}")
+    return list(known.values())
+
+
+def _told_by(path: Path) -> ImageRecord | None:
+    """The record that a PNG carries, under the name that it has now; None if there is none."""
+    try:
+        with open_image(path, formats=["PNG"]) as image:
+            record = _record(json.loads(image.info["megaman"]) | {"file": path.name})
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError, DecompressionBombError):
+        return None
+    return record if _is_whole(path) else None
+
+
 def _record(facts: Any) -> ImageRecord:
     """The record that a line tells. ValueError or TypeError unless it is one of ours: the gallery counts with
     its numbers, and its file is read and rewritten, so it must lie in the folder.
@@ -142,6 +169,8 @@ def _record(facts: Any) -> ImageRecord:
         kinds = {float: (int, float), Mapping[str, str]: dict}.get(kind, kind)
         if not isinstance(getattr(record, name), kinds) or isinstance(getattr(record, name), bool):
             raise TypeError(name)
+        if kind is float and not abs(getattr(record, name)) < LARGEST:  # NaN is not less either
+            raise ValueError(name)
     if not FILE_NAME.fullmatch(record.file) or record.scheduler not in SAMPLER_NAMES:
         raise ValueError(record.file)
     json.dumps(facts, ensure_ascii=False).encode()  # half a character can't be written again
