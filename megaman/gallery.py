@@ -84,6 +84,11 @@ def sections(records: Sequence[ImageRecord]) -> list[tuple[str | None, list[Scen
     return found
 
 
+def newest(records: Sequence[ImageRecord]) -> ImageRecord:
+    """The picture that tells what was drawn with last; of a comparison, not one of its checkpoints."""
+    return next((record for record in records if not CHECKPOINT.fullmatch(record.adapter)), records[0])
+
+
 def adapter_text(name: str) -> tuple[str, str]:
     """An adapter's name as a text to translate and what stands in it."""
     checkpoint = CHECKPOINT.fullmatch(name)

@@ -2,13 +2,14 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import SEEK_END
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from PIL.Image import DecompressionBombError, Image
+from PIL.Image import DecompressionBombError, DecompressionBombWarning, Image
 from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
@@ -18,6 +19,7 @@ from megaman.files import replacing, write_text
 METADATA_FILE = "metadata.jsonl"
 LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
+BOMBS = DecompressionBombError, DecompressionBombWarning  # larger than any picture of ours
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 SAMPLER_NAMES = {
     "dpm++": "DPM++ 2M",
@@ -153,9 +155,9 @@ def find_records(folder: Path) -> list[ImageRecord]:
 def _told_by(path: Path) -> ImageRecord | None:
     """The record that a PNG carries, under the name that it has now; None if there is none."""
     try:
-        with open_image(path, formats=["PNG"]) as image:
+        with warnings.catch_warnings(action="error"), open_image(path, formats=["PNG"]) as image:
             record = _record(json.loads(image.info["megaman"]) | {"file": path.name})
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError, DecompressionBombError):
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError, *BOMBS):
         return None
     return record if _is_whole(path) else None
 

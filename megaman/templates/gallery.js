@@ -123,10 +123,15 @@ const inOrder = () => {
   const places = new Map([...document.querySelectorAll("#sections .picture")].map((holder, at) => [holder, at]));
   pictures.sort((a, b) => places.get(a.holder) - places.get(b.holder));
 };
-const siblings = (picture) => pictures.filter((other) => other.scene === picture.scene);
+/** The pictures of each scene: they differ in adapter and strength alone. */
+const gather = () => {
+  const scenes = new Map();
+  for (const picture of pictures) scenes.set(picture.scene, [...(scenes.get(picture.scene) ?? []), picture]);
+  for (const picture of pictures) picture.siblings = scenes.get(picture.scene);
+};
 const isBase = (picture) => picture.facts["LoRA strength"] === 0;
 /** The picture of the base alone that this one can be compared with. */
-const baseOf = (picture) => isBase(picture) ? undefined : siblings(picture).find(isBase);
+const baseOf = (picture) => isBase(picture) ? undefined : picture.siblings.find(isBase);
 const copyOf = (picture, properties = {}) => make("img", {
   src: picture.card.getAttribute("href"), alt: picture.image.alt, className: picture.image.className,
   width: picture.image.width, height: picture.image.height, decoding: "async", ...properties,
@@ -138,7 +143,7 @@ const adapterName = (picture) => {
 /** What tells a picture from its siblings. */
 const shortLabel = (picture) => {
   if (isBase(picture)) return told("base");
-  const names = new Set(siblings(picture).filter((other) => !isBase(other)).map((other) => other.facts.Adapter));
+  const names = new Set(picture.siblings.filter((other) => !isBase(other)).map((other) => other.facts.Adapter));
   const strength = told("strength {n}", { n: picture.facts["LoRA strength"] });
   return names.size > 1 ? `${adapterName(picture)} · ${strength}` : strength;
 };
@@ -264,9 +269,9 @@ const readSections = () => [...document.querySelectorAll("#sections section")].m
 });
 const byPrompt = () => sections.map(({ section, list, scenes }) => { list.replaceChildren(...scenes); return section; });
 const bySeed = () => {
-  const scenes = new Map();
+  const scenes = new Map(), seeds = new Map(pictures.map(({ scene, facts }) => [scene, facts.Seed]));
   for (const scene of sections.flatMap((each) => each.scenes)) {
-    const seed = pictures.find((picture) => picture.scene === scene).facts.Seed;
+    const seed = seeds.get(scene);
     scenes.set(seed, [...(scenes.get(seed) ?? []), scene]);
   }
   return [...scenes].map(([seed, members]) => {
@@ -351,7 +356,7 @@ const localTime = (iso) => {
   return Number.isNaN(time.getTime()) ? iso : time.toLocaleString(language);
 };
 const showSiblings = () => {
-  const all = siblings(current);
+  const all = current.siblings;
   const buttons = all.map((picture) => {
     const button = make("button", { type: "button" }, copyOf(picture, { alt: "" }), shortLabel(picture));
     button.setAttribute("aria-pressed", picture === current);
@@ -471,6 +476,7 @@ const start = () => {
   dialog = document.querySelector("dialog");
   sections = readSections();
   pictures = [...document.querySelectorAll(".picture")].map(readPicture);
+  gather();
   favourites = readFavourites();
   pictures.forEach(addStar);
   buildFacets();
