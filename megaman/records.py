@@ -138,7 +138,7 @@ def read_records(folder: Path) -> list[ImageRecord]:
 
 def find_records(folder: Path) -> list[ImageRecord]:
     """The records of every picture that is there: those of metadata.jsonl in its order, then what pictures
-    that it lacks tell themselves, the oldest first. Says how many tell nothing.
+    that it lacks tell themselves, the oldest first. Says which tell nothing.
     """
     known = {record.job: record for record in read_records(folder)}
     listed = {record.file for record in known.values()}
@@ -148,7 +148,8 @@ def find_records(folder: Path) -> list[ImageRecord]:
     for record in found:
         known.setdefault(record.job, record)
     if silent := [path.name for path, record in told.items() if record is None]:
-        say(f"note: {len(silent)} PNGs without settings of ours stay out of the gallery, such as {silent[0]}")
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        say(f"note: {silent[0]}{more}: holds no settings of ours, so it stays out of the gallery")
     return list(known.values())
 
 

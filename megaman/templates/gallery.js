@@ -363,8 +363,10 @@ const showSiblings = () => {
     button.addEventListener("click", () => open(picture));
     return button;
   });
-  dialog.querySelector(".siblings").hidden = all.length < 2;
-  dialog.querySelector(".siblings").replaceChildren(...(all.length < 2 ? [] : buttons));
+  const list = dialog.querySelector(".siblings"), own = buttons[all.indexOf(current)];
+  list.hidden = all.length < 2;
+  list.replaceChildren(...(all.length < 2 ? [] : buttons));
+  list.scrollLeft = own.offsetLeft - list.offsetLeft - (list.clientWidth - own.offsetWidth) / 2;
 };
 const at = (index) => shown[(index + shown.length) % shown.length] ?? current;
 const beside = (step) => at(shown.includes(current) ? shown.indexOf(current) + step : 0);
