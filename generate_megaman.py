@@ -11,6 +11,7 @@ interrupted run keeps what is finished.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -30,6 +31,7 @@ from megaman.flags import parse_flags
 from megaman.lazy import Lazy
 from megaman.prompts import LARGEST_SEED, LARGEST_SIDE, Prompt, check_text, read_prompts_file
 from megaman.records import ImageRecord, Job
+from megaman.sources import Source, base_of, sources_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,6 +80,10 @@ class AdapterFlags:
         default_factory=lambda: [1.0],
         metadata={"help": "strength of the adapter; several draw a strip, 0 is the base alone"},
     )
+    compare_base: bool = _flag(False, "also draw every picture with strength 0: base and LoRA side by side")
+    compare_checkpoints: bool = _flag(
+        False, "also draw every picture with each checkpoint of the adapter's run"
+    )
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class OutputFlags:
     _argument_group_name = "output"
     output_dir: str = _flag("./generated_megaman", "folder of the pictures and index.html")
     no_metadata: bool = _flag(False, "write no settings into the PNGs")
+    gallery_only: bool = _flag(False, "draw nothing; make index.html anew of the pictures that are there")
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,11 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
             all(math.isfinite(scale) for scale in self.lora_scale),
             f"--lora_scale {self.lora_scale}: must be finite numbers",
         )
+        for name in ("compare_base", "compare_checkpoints"):
+            _require(
+                any(self.lora_scale) or not getattr(self, name),
+                f"--{name}: --lora_scale 0 draws the base alone; give a strength to compare",
+            )
         for name in ("height", "width"):
             value = getattr(self, name) or 1
             _require(value <= LARGEST_SIDE, f"--{name} {value}: must be at most {LARGEST_SIDE}")
@@ -155,6 +167,15 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
 def _require(holds: bool, complaint: str) -> None:
     if not holds:
         raise UserError(complaint, errors.USAGE)
+
+
+def read_config(argv: Sequence[str]) -> GenerateConfig:
+    """The configuration that a command line asks for."""
+    groups = (AdapterFlags, PromptFlags, DrawingFlags, OutputFlags)
+    values, chosen = parse_flags(groups, argv, description=__doc__.split("\n")[0])
+    beside = ", --".join(sorted(chosen - {"gallery_only", "output_dir"}))
+    _require(not (values["gallery_only"] and beside), f"--gallery_only draws nothing: leave --{beside} out")
+    return GenerateConfig(**values)
 
 
 # ---------------------------------------------------------------- prompts to jobs
@@ -191,7 +212,7 @@ def read_prompts(cfg: GenerateConfig, trigger: str) -> list[Prompt]:
 
 def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
     """Every picture of the run in the gallery's order: prompt by prompt, seed by seed, strength by
-    strength.
+    strength; with --compare_base the base's 0 comes first.
     """
     shared = (
         "negative_prompt",
@@ -203,12 +224,13 @@ def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
         "height",
     )
     common = {name: getattr(cfg, name) for name in shared}
+    scales = [0.0, *cfg.lora_scale] if cfg.compare_base else cfg.lora_scale
     jobs = []
     for prompt, own in prompts:
         settings = common | own
         first = settings.pop("seed")
         for seed in range(first, first + cfg.num_images_per_prompt):
-            jobs += [Job(prompt=prompt, seed=seed, lora_scale=scale, **settings) for scale in cfg.lora_scale]
+            jobs += [Job(prompt=prompt, seed=seed, lora_scale=scale, **settings) for scale in scales]
     return list(dict.fromkeys(jobs))
 
 
@@ -245,36 +267,35 @@ def batches(jobs: Sequence[Job], batch_size: int | None, device_type: str) -> It
 # ---------------------------------------------------------------- pipeline and adapter
 
 
-def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
-    """The base model to load: the user's choice, else the one the adapter was trained on."""
-    if wanted is not None:
-        return wanted
-    name = adapter.metadata.get("base")
-    if not name:
-        raise UserError(
-            f"{lora_path}: does not say which base model it was trained on; name one with --base_model",
-            errors.MODEL,
-        )
-    if name == base_models.EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return name  # a hub id; a path is never taken from an adapter that somebody else may have made
-    for folder in lora_path.resolve().parents[:3]:
-        path = trained_on(folder / "training_config.json")  # local, so it may hold a path
-        if path is not None and Path(path).expanduser().resolve().name == name:
-            return path
-    raise UserError(
-        f"{lora_path}: was trained on the local base model {name!r}, which is not where it was; name it "
-        "with --base_model",
-        errors.MODEL,
+@dataclass(frozen=True)
+class Task:
+    """A job and the adapter that draws it."""
+
+    job: Job
+    source: Source
+    digest: str  # job_hash
+
+
+def make_tasks(jobs: Sequence[Job], sources: Sequence[Source], base_hash: str, precision: str) -> list[Task]:
+    """Every job with every adapter. The base alone is the same under each, so the chosen one draws it."""
+    return [
+        Task(job, source, job_hash(job, source.digest, base_hash, precision))
+        for job, source in itertools.product(jobs, sources)
+        if source.is_chosen or job.lora_scale != 0
+    ]
+
+
+def check_fit(sources: Sequence[Source], base: BaseModel, cfg: GenerateConfig, lora_path: Path) -> None:
+    """UserError (exit 4) unless every adapter belongs into the base; says what will be loaded."""
+    for source in sources:
+        merged = merge.MergedAdapter(source.adapter, base.unet, base.text_encoder)
+    counts, strengths = merged.counts, ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
+    say(
+        f"adapter: loaded {counts['unet']} UNet and {counts['text_encoder']} text-encoder modules, scale "
+        f"{strengths} ({lora_path})"
     )
-
-
-def trained_on(record: Path) -> str | None:
-    """The base model that a run's training_config.json names, if it is still where it was."""
-    try:
-        path = json.loads(record.read_text(encoding="utf-8"))["pretrained_model_name"]
-        return path if Path(path).expanduser().exists() else None
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or not one of ours
-        return None
+    if cfg.compare_checkpoints:
+        say(f"checkpoints: {', '.join(source.name for source in sources)}")
 
 
 def check_jobs(jobs: Sequence[Job], base: BaseModel) -> None:
@@ -325,8 +346,11 @@ def render(batch: Sequence[Job], base: BaseModel, merged: MergedAdapter) -> list
 
 def generate(cfg: GenerateConfig) -> Path:
     """Draws everything that is not drawn yet and returns the gallery's page."""
+    if cfg.gallery_only:
+        return rebuild(Path(cfg.output_dir))
     lora_path = base_models.fetched_adapter(cfg.lora_path)
-    adapter = adapters.read_adapter(lora_path)
+    sources = sources_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
+    adapter = next(source.adapter for source in sources if source.is_chosen)
     prompts = read_prompts(cfg, adapter.metadata.get("trigger", TRIGGER))
     files.check_unused(Path(cfg.output_dir))
     files.check_writable(Path(cfg.output_dir))
@@ -335,15 +359,8 @@ def generate(cfg: GenerateConfig) -> Path:
     device = devices.pick_device(cfg.device)
     dtype = devices.pick_dtype(cfg.mixed_precision, device)
     base = base_models.load_base(base_of(adapter, lora_path, cfg.base_model), device=device, dtype=dtype)
-    merged = merge.MergedAdapter(adapter, base.unet, base.text_encoder)
-    counts, strengths = merged.counts, ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
-    say(
-        f"adapter: loaded {counts['unet']} UNet and {counts['text_encoder']} text-encoder modules, scale "
-        f"{strengths} ({lora_path})"
-    )
+    check_fit(sources, base, cfg, lora_path)
     about = {
-        "adapter": adapter_name(cfg.lora_path),
-        "adapter_hash": adapter.digest,
         "base_model": base.name,
         "trigger": adapter.metadata.get("trigger", TRIGGER),
         "precision": str(dtype).removeprefix("torch."),
@@ -353,50 +370,81 @@ def generate(cfg: GenerateConfig) -> Path:
     jobs = make_jobs(cfg, prompts)
     check_jobs(jobs, base)
     note_long_prompts(jobs, base)
+    tasks = make_tasks(jobs, sources, base.digest, about["precision"])
     with closing(files.OutputLock(Path(cfg.output_dir)).sign()):
-        return draw_missing(jobs, cfg, base, merged, about)
+        return draw_missing(tasks, cfg, base, about)
 
 
-def draw_missing(
-    jobs: Sequence[Job], cfg: GenerateConfig, base: BaseModel, merged: MergedAdapter, about: dict[str, Any]
-) -> Path:
-    """Draws the jobs whose pictures are not in the output folder; the page grows with every batch. UserError
+def rebuild(output: Path) -> Path:
+    """Makes the gallery anew of the pictures that are there. UserError (exit 7) if there never were any."""
+    found = records.find_records(output)
+    if not found and not (output / records.METADATA_FILE).is_file():  # perhaps a folder of the user's
+        reason = "holds no pictures of ours to show; draw some first, or name their folder with --output_dir"
+        raise UserError(f"{output}: {reason}", errors.STATE)
+    with closing(files.OutputLock(output).sign()):
+        show_all(output, found)
+    say(f"pictures: {len(found)}")
+    return output / "index.html"
+
+
+def draw_missing(tasks: Sequence[Task], cfg: GenerateConfig, base: BaseModel, about: dict[str, Any]) -> Path:
+    """Draws the tasks whose pictures are not in the output folder; the page grows with every batch. UserError
     (exit 5), when all others are drawn, that names those whose numbers overflowed.
     """
     from tqdm import tqdm
 
-    output, device = Path(cfg.output_dir), base.unet.device
-    digests = {job: job_hash(job, about["adapter_hash"], base.digest, about["precision"]) for job in jobs}
+    output = Path(cfg.output_dir)
     earlier = {record.job: record for record in records.read_records(output)}
-    finished = {job: earlier.pop(digest) for job, digest in digests.items() if digest in earlier}
-    missing = [job for job in jobs if job not in finished]
+    finished = {task.digest: earlier.pop(task.digest) for task in tasks if task.digest in earlier}
+    missing = [task for task in tasks if task.digest not in finished]
     if cfg.no_metadata:
         for record in finished.values():
             records.strip_metadata(output / record.file)
     say(
-        f"pictures: {len(missing)} to draw, {len(finished)} already there; {base.name} on {device}, "
-        f"{about['precision']}"
+        f"pictures: {len(missing)} to draw, {len(finished)} already there; {base.name} on "
+        f"{base.unet.device}, {about['precision']}"
     )
 
     def show() -> None:
-        show_all(output, [*(finished[job] for job in jobs if job in finished), *earlier.values()])
+        drawn = (finished[task.digest] for task in tasks if task.digest in finished)
+        show_all(output, [*drawn, *earlier.values()])
 
-    room = memory.Fewer()
     bar = tqdm(total=len(missing), desc="drawing", unit="picture", dynamic_ncols=True, disable=None)
     with bar, ExitStack() as at_the_end:
         at_the_end.callback(show)  # however it ends: what is drawn is shown
-        for batch in batches(missing, cfg.batch_size, device.type):
-            started = time.monotonic()
-            images = room.drawn(batch, lambda part: render(part, base, merged), batch[0].pixels)
-            seconds = round((time.monotonic() - started) / len(batch), 3)
-            for job, image in [pair for pair in zip(batch, images, strict=True) if pair[1] is not None]:
-                record = record_of(job, digests[job], about, seconds)
+        for batch in drawn_batches(missing, cfg.batch_size, base):
+            for task, image, seconds in [drawing for drawing in batch if drawing[1] is not None]:
+                own = {"adapter": task.source.name, "adapter_hash": task.source.digest}
+                record = record_of(task.job, task.digest, about | own, seconds)
                 records.save_picture(image, record, output, described=not cfg.no_metadata)
-                finished[job] = record
+                finished[task.digest] = record
             show()
             bar.update(len(batch))
-    refuse_overflown([job for job in missing if job not in finished])
+    refuse_overflown([task.job for task in missing if task.digest not in finished])
     return output / "index.html"
+
+
+def drawn_batches(
+    tasks: Sequence[Task], batch_size: int | None, base: BaseModel
+) -> Iterator[list[tuple[Task, Image | None, float]]]:
+    """The pictures batch by batch, one adapter after the other; None for one whose numbers overflowed. With
+    the seconds that each took.
+    """
+    room = memory.Fewer()
+    by_source: dict[str, dict[Job, Task]] = {}
+    for task in tasks:
+        by_source.setdefault(task.source.digest, {})[task.job] = task
+    for wanted in by_source.values():
+        adapter = next(iter(wanted.values())).source.adapter
+        merged = merge.MergedAdapter(adapter, base.unet, base.text_encoder)
+        for batch in batches(list(wanted), batch_size, base.unet.device.type):
+            started = time.monotonic()
+            images = room.drawn(
+                batch, lambda part, merged=merged: render(part, base, merged), batch[0].pixels
+            )
+            seconds = round((time.monotonic() - started) / len(batch), 3)
+            yield [(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
+        merged.set_scale(0)  # the next adapter goes into the base's own weights
 
 
 def refuse_overflown(jobs: Sequence[Job]) -> None:
@@ -413,12 +461,6 @@ def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
     files.write_text(output / "index.html", pages.render_gallery(drawn))
 
 
-def adapter_name(lora_path: str) -> str:
-    """The adapter's name in the pictures' settings: the file or folder to copy, never a path."""
-    path = Path(lora_path).expanduser().resolve()
-    return "megaman_lora" if path.name == "lora_weights" else path.stem if path.suffix else path.name
-
-
 def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> ImageRecord:
     """The picture's line of metadata.jsonl."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -430,9 +472,7 @@ def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> I
 def main() -> None:
     """The command line."""
     base_models.quiet_libraries()
-    groups = (AdapterFlags, PromptFlags, DrawingFlags, OutputFlags)
-    values, _ = parse_flags(groups, sys.argv[1:], description=__doc__.split("\n")[0])
-    page = generate(GenerateConfig(**values))
+    page = generate(read_config(sys.argv[1:]))
     say(f"done: open {page} in a browser")
 
 

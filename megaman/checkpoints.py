@@ -128,12 +128,12 @@ def _signed(manifest: Mapping[str, Any]) -> str:
 
 def _prune(folder: Path, keep: int) -> None:
     """Adapters stay; only what is large and superseded goes."""
-    for old in _steps(folder)[keep:]:
+    for old in steps(folder)[keep:]:
         (old / STATE).unlink(missing_ok=True)
 
 
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints, the newest first."""
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
     return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True,
                   key=lambda path: int(path.name[5:]))  # fmt: skip
 
@@ -179,7 +179,7 @@ def latest_checkpoint(folder: Path) -> Progress:
     """The newest checkpoint below `folder` that is whole; says which newer ones are not. UserError (exit 7)
     if there is none.
     """
-    for path in _steps(folder):
+    for path in steps(folder):
         try:
             return read_checkpoint(path)
         except Damaged as error:
@@ -220,7 +220,7 @@ def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 def set_aside_later(folder: Path, step: int) -> Path | None:
     """Moves checkpoints beyond `step` to a folder of their own, for the run goes another way from here."""
-    later = [path for path in _steps(folder) if int(path.name[5:]) > step]
+    later = [path for path in steps(folder) if int(path.name[5:]) > step]
     if not later:
         return None
     aside = free_name(folder)

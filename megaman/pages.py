@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from megaman import gallery
 from megaman.records import ImageRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,23 +49,7 @@ def render_gallery(records: Sequence[ImageRecord]) -> str:
     """The gallery, in the order given. Works without JavaScript as a plain page of pictures."""
     script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
     template = _environment().get_template("gallery.html.j2")
-    return template.render(groups=_groups(records), records=records, script=script, small_px=SMALL_PX)
-
-
-def _groups(records: Sequence[ImageRecord]) -> list[tuple[str | None, list[ImageRecord]]]:
-    """A prompt with several pictures has a row of its own; neighbours with one each share a grid (None)."""
-    by_prompt: dict[str, list[ImageRecord]] = {}
-    for record in records:
-        by_prompt.setdefault(record.prompt, []).append(record)
-    groups: list[tuple[str | None, list[ImageRecord]]] = []
-    for prompt, pictures in by_prompt.items():
-        if len(pictures) > 1:
-            groups.append((prompt, pictures))
-        elif groups and groups[-1][0] is None:
-            groups[-1][1].extend(pictures)
-        else:
-            groups.append((None, pictures))
-    return groups
+    return template.render(records=records, script=script, small_px=SMALL_PX, gallery=gallery)
 
 
 def render_samples(

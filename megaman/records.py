@@ -2,13 +2,14 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import SEEK_END
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from PIL.Image import Image
+from PIL.Image import DecompressionBombError, DecompressionBombWarning, Image
 from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
@@ -16,7 +17,9 @@ from megaman.errors import say
 from megaman.files import replacing, write_text
 
 METADATA_FILE = "metadata.jsonl"
+LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
+BOMBS = DecompressionBombError, DecompressionBombWarning  # larger than any picture of ours
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 SAMPLER_NAMES = {
     "dpm++": "DPM++ 2M",
@@ -133,6 +136,33 @@ def read_records(folder: Path) -> list[ImageRecord]:
     return [record for record in found if _is_whole(folder / record.file)]
 
 
+def find_records(folder: Path) -> list[ImageRecord]:
+    """The records of every picture that is there: those of metadata.jsonl in its order, then what pictures
+    that it lacks tell themselves, the oldest first. Says which tell nothing.
+    """
+    known = {record.job: record for record in read_records(folder)}
+    listed = {record.file for record in known.values()}
+    unlisted = [path for path in sorted(folder.glob("*.png")) if path.name not in listed]
+    told = {path: _told_by(path) for path in unlisted}
+    found = sorted((record for record in told.values() if record is not None), key=lambda r: r.created)
+    for record in found:
+        known.setdefault(record.job, record)
+    if silent := [path.name for path, record in told.items() if record is None]:
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        say(f"note: {silent[0]}{more}: holds no settings of ours, so it stays out of the gallery")
+    return list(known.values())
+
+
+def _told_by(path: Path) -> ImageRecord | None:
+    """The record that a PNG carries, under the name that it has now; None if there is none."""
+    try:
+        with warnings.catch_warnings(action="error"), open_image(path, formats=["PNG"]) as image:
+            record = _record(json.loads(image.info["megaman"]) | {"file": path.name})
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError, *BOMBS):
+        return None
+    return record if _is_whole(path) else None
+
+
 def _record(facts: Any) -> ImageRecord:
     """The record that a line tells. ValueError or TypeError unless it is one of ours: the gallery counts with
     its numbers, and its file is read and rewritten, so it must lie in the folder.
@@ -142,6 +172,8 @@ def _record(facts: Any) -> ImageRecord:
         kinds = {float: (int, float), Mapping[str, str]: dict}.get(kind, kind)
         if not isinstance(getattr(record, name), kinds) or isinstance(getattr(record, name), bool):
             raise TypeError(name)
+        if kind is float and not abs(getattr(record, name)) < LARGEST:  # NaN is not less either
+            raise ValueError(name)
     if not FILE_NAME.fullmatch(record.file) or record.scheduler not in SAMPLER_NAMES:
         raise ValueError(record.file)
     json.dumps(facts, ensure_ascii=False).encode()  # half a character can't be written again

@@ -58,6 +58,24 @@ def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"--{key}": value for key, value in settings.items() if key not in FREE}
 
 
+def checkpoints_beside(adapter: Path) -> list[Path]:
+    """The checkpoints of the run that an adapter's file or folder belongs to, by step. UserError (exit 7) if
+    it has none.
+    """
+    path = adapter.resolve()
+    folder = path if path.is_dir() else path.parent
+    is_checkpoint = folder.parent.name == CHECKPOINTS
+    beside = folder.parent if is_checkpoint else folder.parent / CHECKPOINTS
+    found = [step for step in checkpoints.steps(beside) if (step / checkpoints.ADAPTER).is_file()]
+    if not found:
+        raise UserError(
+            f"{adapter}: no checkpoints beside it ({CHECKPOINTS}/step-…/{checkpoints.ADAPTER}). Name a run's "
+            "lora_weights with --lora_path, or leave --compare_checkpoints out.",
+            STATE,
+        )
+    return found[::-1]
+
+
 def resume_command(output: Path) -> str:
     """What goes on with a stopped run."""
     record = shlex.quote(str(output / RECORD))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -346,12 +347,244 @@ def test_a_checkpoint_draws_like_any_adapter(generate: Callable[..., Path], adap
 
 
 def test_a_local_base_that_was_moved_is_asked_for(adapter_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(adapter_folder, tmp_path / "run" / "lora_weights")
     adapter = generate_megaman.adapters.read_adapter(tmp_path / "run" / "lora_weights")
     with pytest.raises(UserError, match="name it with --base_model"):
         generate_megaman.base_of(adapter, tmp_path / "run" / "lora_weights", None)
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+@pytest.fixture(scope="session")
+def run_folder(adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two checkpoints, 3 and 5; the last holds the adapter's own weights, the first other ones."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    root = tmp_path_factory.mktemp("runs") / "out"
+    shutil.copytree(adapter_folder.parent, root)
+    (last,) = (root / "checkpoints").iterdir()
+    first = root / "checkpoints" / "step-000003"
+    first.mkdir()
+    with safe_open(last / "adapter.safetensors", "pt") as file:
+        weaker = {key: file.get_tensor(key) / (2 if ".lora_up" in key else 1) for key in file.keys()}  # noqa: SIM118
+        save_file(weaker, first / "adapter.safetensors", file.metadata())
+    (root / "checkpoints" / "step-000004").mkdir()  # its adapter is gone
+    (root / "checkpoints.001" / "step-000009").mkdir(parents=True)  # of another way that the run went
+    shutil.copy(first / "adapter.safetensors", root / "checkpoints.001" / "step-000009")
+    return root
+
+
+def drawn_with(folder: Path) -> list[tuple[str, float]]:
+    """Adapter and strength of every picture."""
+    return [(record["adapter"], record["lora_scale"]) for record in records(folder)]
+
+
+def test_a_job_keeps_its_name_from_version_to_version() -> None:
+    job = Job("mega man, running", "blurry", 7, 64, 96, 25, 7.5, "dpm++", 0.5)
+    digest = generate_megaman.job_hash(job, "0123456789ab", "ba9876543210", "float32")
+    assert digest == "65001f2630a920fb"  # as commit 4efd3cd made it; finished pictures are found by it
+    assert file_name(job, digest) == "mega-man-running-7-65001f2630a9.png"
+
+
+def test_the_base_is_drawn_beside_every_picture_and_found_again(
+    generate: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"prompts": ["a", "b"], "num_images_per_prompt": 2}
+    folder = generate(**settings)
+    before = {record["file"]: (folder / record["file"]).stat().st_mtime_ns for record in records(folder)}
+    generate(**settings, compare_base=True)
+    assert "4 to draw, 4 already there" in capsys.readouterr().err
+    assert [(record["prompt"], record["seed"], record["lora_scale"]) for record in records(folder)] == [
+        (prompt, seed, scale) for prompt in "ab" for seed in (42, 43) for scale in (0.0, 1.0)
+    ]
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in before}
+    generate(**settings, lora_scale=[0.0, 1.0])  # the same jobs in other words
+    assert "0 to draw, 8 already there" in capsys.readouterr().err
+
+
+def test_checkpoints_and_strengths_make_a_grid_with_one_base(
+    generate: Callable[..., Path], run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"prompts": ["a"], "lora_path": str(run_folder / "lora_weights"), "lora_scale": [0.5, 1.0]}
+    folder = generate(**settings, compare_base=True, compare_checkpoints=True)
+    grid = [(name, scale) for scale in (0.5, 1.0) for name in ("step-000003", "megaman_lora")]
+    assert drawn_with(folder) == [("megaman_lora", 0.0), *grid]
+    assert len({(folder / record["file"]).read_bytes() for record in records(folder)}) == 5
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count('<th scope="row">') == 2
+    capsys.readouterr()
+    for path, name in ((run_folder / "lora_weights", "megaman_lora"),
+                       (run_folder / "checkpoints" / "step-000003", "step-000003")):  # fmt: skip
+        alone = generate(**settings | {"lora_path": str(path), "output_dir": str(tmp_path / name)})
+        for record in records(alone):  # each as if it had been drawn alone, after no other adapter
+            assert np.abs(pixels(folder / record["file"]) - pixels(alone / record["file"])).max() <= 1
+            assert record["adapter"] == name
+    generate(**settings, compare_checkpoints=True)
+    assert "0 to draw, 4 already there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["checkpoints/step-000003", "checkpoints/step-000005/adapter.safetensors"])
+def test_the_checkpoints_of_a_checkpoint_s_own_run_are_drawn(run_folder: Path, place: str) -> None:
+    from megaman.sources import sources_of
+
+    found = sources_of(str(run_folder / place), run_folder / place, with_checkpoints=True)
+    chosen = Path(place).parts[1]
+    assert [(source.name, source.is_chosen) for source in found] == [
+        (name, name == chosen) for name in ("step-000003", "step-000005")
+    ]
+
+
+def test_a_hub_s_adapter_is_named_by_its_id_and_a_file_by_no_path() -> None:
+    from megaman.sources import adapter_name
+
+    assert adapter_name("owner/model-1.5") == "owner/model-1.5"
+    assert adapter_name("/home/somebody/out/lora_weights") == "megaman_lora"
+    assert adapter_name("~/loras/hero.safetensors") == "hero"
+    assert adapter_name("./out/checkpoints/step-000250/adapter.safetensors") == "step-000250"
+
+
+def test_no_checkpoints_is_said_before_anything_is_drawn(
+    generate: Callable[..., Path], adapter_folder: Path, tmp_path: Path
+) -> None:
+    lonely = tmp_path / "loras" / "lora_weights"
+    shutil.copytree(adapter_folder, lonely)
+    with pytest.raises(
+        UserError, match=r"no checkpoints beside it .* leave --compare_checkpoints out"
+    ) as error:
+        generate(lora_path=str(lonely), compare_checkpoints=True)
+    assert error.value.exit_code == 7
+    assert not (tmp_path / "gen").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--compare_base", "--lora_scale", "0"], "--compare_base: --lora_scale 0 draws the base alone"),
+        (["--compare_checkpoints", "--lora_scale", "0", "0"], "give a strength to compare"),
+        (["--gallery_only", "--compare_base"], "--gallery_only draws nothing: leave --compare_base out"),
+        (
+            ["--gallery-only", "--prompts=a", "--seed", "42", "--output-dir", "x"],
+            "leave --prompts, --seed out",
+        ),
+        (["--no_metadata", "--gallery_only"], "leave --no_metadata out"),
+    ],
+)
+def test_flags_that_contradict_one_another_are_refused(arguments: list[str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        generate_megaman.read_config(arguments)
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- the gallery alone
+
+
+def picture(folder: Path, name: str = "a-1.png", **changes: object) -> dict:
+    """Saves a picture with its record in the PNG, and no metadata.jsonl."""
+    from megaman.records import ImageRecord, save_picture
+
+    facts = {
+        "prompt": name,
+        "negative_prompt": "",
+        "seed": 1,
+        "width": 8,
+        "height": 8,
+        "num_inference_steps": 2,
+    }
+    facts |= {"guidance_scale": 7.5, "scheduler": "dpm++", "lora_scale": 1.0, "file": name, "adapter": "a"}
+    facts |= {
+        "adapter_hash": "0" * 12,
+        "base_model": "b",
+        "trigger": "t",
+        "precision": "float32",
+        "job": name,
+    }
+    facts |= {"created": "2026-01-01T00:00:00+00:00", "seconds": 0.1, "versions": {}}
+    save_picture(Image.new("RGB", (8, 8), "navy"), ImageRecord(**facts | changes), folder, described=True)
+    return facts | changes
+
+
+def gallery_only(folder: Path) -> str:
+    """Rebuilds a folder's gallery and returns the page."""
+    page = generate_megaman.generate(GenerateConfig(gallery_only=True, output_dir=str(folder)))
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_gallery_is_made_anew_of_metadata_and_of_what_pictures_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = picture(tmp_path, "z-1.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(listed) + "\n")
+    later = picture(tmp_path, "b-1.png", created="2026-01-03T00:00:00+00:00")
+    early = picture(tmp_path, "c-1.png", created="2026-01-02T00:00:00+00:00")
+    picture(tmp_path, "renamed.png", job="z-1.png")  # a copy of the first
+    Image.new("RGB", (8, 8)).save(tmp_path / "holiday.png")
+    page = gallery_only(tmp_path)
+    assert records(tmp_path) == [listed, early, later]
+    assert [page.count(f'href="{name}-1.png"') for name in "zcb"] == [1, 1, 1]
+    assert "holiday" not in page
+    assert capsys.readouterr().err.startswith("note: holiday.png: holds no settings of ours")
+    before = (tmp_path / "index.html").read_bytes()
+    gallery_only(tmp_path)
+    assert (tmp_path / "index.html").read_bytes() == before
+
+
+def test_a_renamed_picture_is_shown_under_its_new_name(tmp_path: Path) -> None:
+    picture(tmp_path, "old-1.png")
+    (tmp_path / "old-1.png").rename(tmp_path / "new-1.png")
+    gallery_only(tmp_path)
+    assert [record["file"] for record in records(tmp_path)] == ["new-1.png"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(path.read_bytes()[:60]),
+        lambda path: path.rename(path.with_name("not ours (1).png")),
+        lambda path: picture(path.parent, path.name, lora_scale=float("nan")),
+        lambda path: picture(path.parent, path.name, guidance_scale=10**400),
+        lambda path: picture(path.parent, path.name, seed="1"),
+    ],
+    ids=["end", "half", "name", "nan", "huge", "text"],
+)
+def test_a_damaged_or_forged_picture_stays_out_and_harms_nothing(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    picture(tmp_path, "good-1.png")
+    picture(tmp_path, "bad-1.png")
+    damage(tmp_path / "bad-1.png")
+    page = gallery_only(tmp_path)
+    assert [record["file"] for record in records(tmp_path)] == ["good-1.png"]
+    assert page.count('<a class="card"') == 1
+
+
+def test_no_gallery_is_put_into_a_folder_that_never_held_one(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "holiday.png")
+    (tmp_path / "index.html").write_text("mine")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="holds no pictures of ours") as error:
+            gallery_only(folder)
+        assert error.value.exit_code == 7
+    assert {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()} == {
+        "holiday.png": b"\x89PNG",
+        "index.html": b"mine",
+    }
+    (tmp_path / "metadata.jsonl").write_text("")  # one of ours, whose pictures are gone
+    assert "No pictures yet." in gallery_only(tmp_path)
+
+
+def test_the_gallery_alone_needs_no_torch(tmp_path: Path) -> None:
+    picture(tmp_path)
+    code = (
+        "import sys, generate_megaman; sys.argv[1:] = ['--gallery_only', '--output_dir', sys.argv[1]]\n"
+        "generate_megaman.main(); print(sorted({'torch', 'diffusers', 'peft'} & sys.modules.keys()))"
+    )
+    result = run_script("-c", code, str(tmp_path))
+    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
+    assert result.stderr == f"pictures: 1\ndone: open {tmp_path / 'index.html'} in a browser\n"
 
 
 # ---------------------------------------------------------------- what may go wrong while it draws

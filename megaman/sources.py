@@ -1,0 +1,88 @@
+"""The adapters to draw with: those that a comparison asks for, their names, the base that they want."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaman import errors
+from megaman.errors import UserError
+from megaman.lazy import Lazy
+
+if TYPE_CHECKING:
+    from megaman.adapters import Adapter
+adapters, base_models, runs = Lazy("megaman.adapters"), Lazy("megaman.base"), Lazy("megaman.runs")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter to draw with."""
+
+    name: str  # in the pictures' settings
+    adapter: Adapter
+    digest: str
+    is_chosen: bool  # the one of --lora_path
+
+
+def sources_of(lora_path: str, fetched: Path, *, with_checkpoints: bool) -> list[Source]:
+    """The adapter of --lora_path; before it, if wanted, those of its run's checkpoints, step by step. Equal
+    weights are drawn once: the last checkpoint's are mostly the adapter's own.
+
+    fetched: where the adapter lies. UserError (exit 7) if checkpoints are wanted and there are none.
+    """
+    chosen = adapters.read_adapter(fetched)
+    found = {}
+    for path in runs.checkpoints_beside(fetched) if with_checkpoints else ():
+        adapter = adapters.read_adapter(path)
+        found[adapter.digest] = (path.name, adapter)
+    found[chosen.digest] = (adapter_name(lora_path), chosen)
+    return [
+        Source(name, adapter, digest, digest == chosen.digest) for digest, (name, adapter) in found.items()
+    ]
+
+
+def adapter_name(lora_path: str) -> str:
+    """The adapter's name in the pictures' settings: the hub id, or the file or folder to copy, never a
+    path.
+    """
+    if lora_path.count("/") == 1 and not base_models.is_local(lora_path):
+        return lora_path
+    path = Path(lora_path).expanduser().resolve()
+    if path.name == adapters.CHECKPOINT_FILE:
+        path = path.parent  # step-000250 says more than adapter
+    return "megaman_lora" if path.name == "lora_weights" else path.stem if path.suffix else path.name
+
+
+def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
+    """The base model to load: the user's choice, else the one the adapter was trained on."""
+    if wanted is not None:
+        return wanted
+    name = adapter.metadata.get("base")
+    if not name:
+        raise UserError(
+            f"{lora_path}: does not say which base model it was trained on; name one with --base_model",
+            errors.MODEL,
+        )
+    if name == base_models.EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return name  # a hub id; a path is never taken from an adapter that somebody else may have made
+    for folder in lora_path.resolve().parents[:3]:
+        path = trained_on(folder / "training_config.json")  # local, so it may hold a path
+        if path is not None and Path(path).expanduser().resolve().name == name:
+            return path
+    raise UserError(
+        f"{lora_path}: was trained on the local base model {name!r}, which is not where it was; name it "
+        "with --base_model",
+        errors.MODEL,
+    )
+
+
+def trained_on(record: Path) -> str | None:
+    """The base model that a run's training_config.json names, if it is still where it was."""
+    try:
+        path = json.loads(record.read_text(encoding="utf-8"))["pretrained_model_name"]
+        return path if Path(path).expanduser().exists() else None
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or not one of ours
+        return None
