@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megaman import errors, files, stopping
 from megaman.errors import UserError, say
 from megaman.flags import parse_flags
-from megaman.lazy import Lazy
+from megaman.lazy import Lazy, lazily
 from megaman.stream import Place, Stream, generator_of, seed_dropout, shares_of
 
 if TYPE_CHECKING:
@@ -43,15 +43,12 @@ if TYPE_CHECKING:
     from megaman.watch import Watch
 else:
     torch, accelerate = Lazy("torch"), Lazy("accelerate")
-adapters, averages, base_models, buckets, cache, captions, card = (
-    Lazy(f"megaman.{room}")
-    for room in ("adapters", "average", "base", "buckets", "cache", "captions", "card")
+adapters, averages, base_models, buckets, cache, captions, card, checkpoints = lazily(
+    "adapters", "average", "base", "buckets", "cache", "captions", "card", "checkpoints"
 )
-checkpoints, devices, fast, forms, memory, pictures = (
-    Lazy(f"megaman.{room}") for room in ("checkpoints", "devices", "fast", "forms", "memory", "pictures")
-)
-previews, report, runs, survey, watch, welcome = (
-    Lazy(f"megaman.{room}") for room in ("previews", "report", "runs", "survey", "watch", "welcome")
+devices, fast, forms, memory, pictures, previews, report, runs, survey, validation, watch, welcome = lazily(
+    *("devices", "fast", "forms", "memory", "pictures", "previews", "report", "runs", "survey"),
+    *("validation", "watch", "welcome"),
 )
 
 # ---------------------------------------------------------------- configuration
@@ -74,6 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_train_steps": 400,
         "save_steps": 200,
         "validation_steps": 200,
+        "validation_split": 0.0,
         "validation_guidance_scale": 4.5,
         "validation_prompt": [
             "mega man, standing, facing right, sky background",
@@ -202,6 +200,9 @@ class RunFlags:
     validation_prompt: list[str] = _flag(
         ["mega man, blue robot, helmet, game character, high quality"], "prompts of the sample pictures"
     )
+    validation_split: float = _flag(
+        0.1, "share of the pictures that is kept out, to measure the loss on; 0 = off; of fewer than 15 none"
+    )
     validation_guidance_scale: float = _flag(7.5, "guidance of the sample pictures; generation takes it over")
     report_to: Literal["tensorboard", "none"] = _flag("tensorboard", "where to log besides metrics.jsonl")
     logging_dir: str | None = _flag(None, "TensorBoard's folder; OUTPUT/logs if not given")
@@ -224,7 +225,7 @@ LIMITS = (
     ("lora_alpha learning_rate max_grad_norm", 5e-324, "above 0"),  # the smallest number that is
     (
         "weight_decay snr_gamma noise_offset ema_decay preserve_weight seed validation_guidance_scale "
-        "keep_tags caption_dropout lr_warmup_steps",
+        "keep_tags caption_dropout lr_warmup_steps validation_split",
         0,
         "0 or more",
     ),
@@ -242,6 +243,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
                 _require(value is None or lowest <= value < math.inf, name, value, wanted)
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         _require(self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
+        _require(self.validation_split <= 0.5, "validation_split", self.validation_split, "between 0 and 0.5")
         _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "0 or more and below 1")
         _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
         _require(bool(self.trigger.strip()), "trigger", self.trigger, "a word or more")
@@ -384,11 +386,12 @@ class MegaManDataset:
         return captions.variants(text, VARIANTS, keep_tags=self.settings.keep_tags, rng=rng)
 
 
-def stream_of(dataset: MegaManDataset, step_size: int) -> Stream:
-    """The dataset's stream."""
+def stream_of(dataset: MegaManDataset, step_size: int, without: frozenset[int] = frozenset()) -> Stream:
+    """The dataset's stream, without some of its pictures."""
     members: dict[buckets.Bucket, list[int]] = {}
     for index, (bucket, repeats) in enumerate(zip(dataset.buckets, dataset.repeats, strict=True)):
-        members.setdefault(bucket, []).extend([index] * repeats)
+        if index not in without:
+            members.setdefault(bucket, []).extend([index] * repeats)
     return Stream(tuple(tuple(members[bucket]) for bucket in sorted(members)), step_size, dataset.seed)
 
 
@@ -476,6 +479,21 @@ def noise_of(shape: Sequence[int], offset: float, generator: torch.Generator) ->
     return noise + offset * torch.randn((shape[0], 1, 1), generator=generator) if offset else noise
 
 
+def fixed_draw(encoded: Encoded, index: int, timesteps: Sequence[int]) -> Draw:
+    """A picture at these timesteps, always under the same noise, with its first caption: to measure on."""
+    count, device = len(timesteps), encoded.text.device
+    noise = torch.randn((count, *encoded.shape_of(index)), generator=generator_of(0, "held out", index))
+    text = encoded.text[encoded.text_rows[index][0]].expand(count, -1, -1)
+    return Draw(
+        encoded.means[encoded.view_rows[index][0]].expand(count, -1, -1, -1),
+        noise.to(device),
+        torch.tensor(timesteps, device=device),
+        text,
+        text[:0],
+        torch.tensor([], dtype=torch.long, device=device),
+    )
+
+
 def denoising_losses(unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
     """The weighted squared error of each example, (B,) float32."""
     noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
@@ -558,23 +576,6 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 # ---------------------------------------------------------------- the run
 
 
-def describe_run(run: Run) -> dict[str, Any]:
-    """What the adapter's files tell about their making; no path and no name of the user."""
-    cfg, base = run.cfg, run.base
-    return {
-        "base": base.name,
-        "resolution": cfg.resolution,
-        "trigger": cfg.trigger,
-        "guidance_scale": cfg.validation_guidance_scale,
-        "steps": cfg.max_train_steps,
-        "text_width": base.unet.config.cross_attention_dim,
-        "prediction_type": base.scheduler.config.prediction_type,
-        "config": card.public_settings(asdict(cfg)) | {"pretrained_model_name": base.name},
-        "dataset": card.dataset_facts(run.told),
-        "hashes": card.model_hashes(Path(cfg.pretrained_model_name).expanduser()),
-    }
-
-
 def every(step: int, interval: int, total: int) -> bool:
     """Whether something that happens each `interval` steps, and at the end, happens after this many steps."""
     return step % interval == 0 or step == total
@@ -597,20 +598,6 @@ def open_dataset(cfg: TrainConfig) -> MegaManDataset:
         none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset demo."
         raise UserError("\n  ".join([none, *map(str, dataset.skipped)]), errors.DATA)
     return dataset
-
-
-def encode(cfg: TrainConfig, dataset: MegaManDataset, base: BaseModel) -> Encoded:
-    """The dataset in the base's terms, from the cache where it was encoded before."""
-    store = open_store(cfg)
-    views = [dataset.views(index) for index in range(len(dataset))]
-    texts = [dataset.texts(index) for index in range(len(dataset))]
-    classes = cfg.preserve_class if cfg.preserve_weight else []
-    plain = [caption.text for caption in dataset.captions]
-    named = [captions.renamed(plain, cfg.trigger, name) for name in classes]
-    encoded = cache.encode(views, texts, base, store, list(zip(*named, strict=True)))
-    say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
-    store.prune()
-    return encoded
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
@@ -636,6 +623,8 @@ class Run:
     progress: Progress | None  # where it goes on
     room: Room  # how much of a step fits into memory
     told: Report  # of the pictures
+    held_out: Sequence[int]  # those that it never trains on
+    best: validation.Best  # the checkpoint with the smallest loss on them
 
     @property
     def output(self) -> Path:
@@ -651,6 +640,11 @@ class Run:
     def trainable(self) -> list[torch.nn.Parameter]:
         """The adapter's parameters, float32."""
         return list(checkpoints.trained(self.base.unet).values())
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the adapter's files tell."""
+        return card.description(asdict(self.cfg), self.base, self.told)
 
     @cached_property
     def average(self) -> Average:
@@ -679,7 +673,8 @@ def set_up(cfg: TrainConfig) -> Run:
 
     with accelerator.main_process_first():  # the others then find what it has seen in the cache
         dataset = open_dataset(cfg)
-    stream = stream_of(dataset, pictures_a_step(cfg, accelerator.num_processes))
+    kept_out = validation.held_out(dataset, cfg.validation_split, cfg.seed)
+    stream = stream_of(dataset, pictures_a_step(cfg, accelerator.num_processes), kept_out)
     cfg, told = plan(cfg, stream.steps_an_epoch, progress), report.report_of(dataset)
     for line in [*told.lines(), report.describe_plan(cfg, stream)]:
         say(line)
@@ -694,7 +689,8 @@ def set_up(cfg: TrainConfig) -> Run:
     if progress is not None:
         runs.check_resume(progress, asdict(cfg), origins)
     with accelerator.main_process_first():
-        encoded = encode(cfg, dataset, base)
+        classes = cfg.preserve_class if cfg.preserve_weight else []
+        encoded = cache.encode_dataset(dataset, base, open_store(cfg), classes)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
 
@@ -708,7 +704,7 @@ def set_up(cfg: TrainConfig) -> Run:
     room = memory.Room(cfg.train_batch_size, cfg.gradient_checkpointing)
     run = Run(
         cfg, accelerator, base, stream, encoded, validation_text, unet, optimizer,
-        origins, progress, room, told,
+        origins, progress, room, told, sorted(kept_out), validation.Best(),
     )  # fmt: skip
     take_up(run)
     return run
@@ -725,6 +721,7 @@ def take_up(run: Run) -> None:
         tensors = average.restored(run.progress.tensors)
         checkpoints.restore(run.base.unet, run.optimizer, tensors)
         run.room = memory.Room.of(run.progress.run)
+        run.best = validation.Best(**run.progress.run.get("best", {}))
         if accelerator.scaler is not None and run.progress.run["scaler"]:
             accelerator.scaler.load_state_dict(run.progress.run["scaler"])
         say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.progress.path}")
@@ -743,15 +740,29 @@ def save_state(run: Run, step: int) -> None:
     run.watch.check()  # nothing that isn't finite is saved
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
-        facts = run.room.facts() | {"scaler": scaler.state_dict() if scaler is not None else None}
+        facts = {"scaler": scaler and scaler.state_dict(), "best": asdict(run.best.saved(step))}
+        facts |= run.room.facts()
         tensors = checkpoints.tensors_of(run.base.unet, run.optimizer) | run.average.tensors()
         progress = checkpoints.Progress(
             step, asdict(run.cfg), run.origins, facts, torch.get_num_threads(), tensors
         )
         with run.average.shown():
-            adapter = adapters.adapter_of(run.base.unet, describe_run(run) | {"steps": step})
-        keep = run.cfg.checkpoints_total_limit
-        checkpoints.save_checkpoint(run.output / runs.CHECKPOINTS, progress, adapter, keep=keep)
+            adapter = adapters.adapter_of(run.base.unet, run.description | {"steps": step})
+        folder, keep = run.output / runs.CHECKPOINTS, run.cfg.checkpoints_total_limit
+        checkpoints.save_checkpoint(folder, progress, adapter, keep=keep, best=run.best.step)
+
+
+def validate(run: Run, step: int) -> None:
+    """Measures the plain loss on the pictures that are kept out, the adapter as it is shown."""
+    if run.held_out and run.accelerator.is_main_process:
+        unet = run.base.unet.eval()
+        with torch.no_grad(), run.average.shown():
+            places = ((index, [step]) for index in run.held_out for step in validation.TIMESTEPS)
+            draws = (fixed_draw(run.encoded, *place) for place in places)  # one at a time: memory is scarce
+            losses = [denoising_losses(unet, draw, run.base.scheduler, snr_gamma=0) for draw in draws]
+        unet.train()
+        run.best.latest = step, torch.cat(losses).mean().item()
+        run.watch.record_validation(*run.best.latest)
 
 
 def show_samples(run: Run, step: int, stop: stopping.StopRequest) -> None:
@@ -771,8 +782,9 @@ def finish(run: Run) -> Path:
     if run.accelerator.is_main_process:
         unet, preview = run.base.unet, run.watch.latest_sample()
         with run.average.shown():
-            adapter = adapters.adapter_of(unet, describe_run(run))
+            adapter = adapters.adapter_of(unet, run.description)
             adapters.write_adapter(adapter, weights, live=unet, preview=preview)
+        run.best.tell(run.cfg.max_train_steps, run.output / runs.CHECKPOINTS)
     run.watch.close()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -820,6 +832,8 @@ def train(cfg: TrainConfig) -> Path:
     with runs.ready(run.output, asdict(cfg), run.progress, writes=writes) as stop, closing(run.watch):
         if run.start == 0 and writes:
             run.told.write(run.output)
+        if run.start == 0:
+            validate(run, 0)
         if every(run.start, cfg.validation_steps, total) and not run.watch.has_samples(run.start):
             show_samples(run, run.start, stop)  # of the base, or those that a stopped run still owes
         for step in range(run.start, total):
@@ -835,6 +849,8 @@ def train(cfg: TrainConfig) -> Path:
 
             done = step + 1
             stopped = devices.is_agreed(bool(stop), accelerator)
+            if every(done, cfg.validation_steps, total) or every(done, cfg.save_steps, total):
+                validate(run, done)
             if stopped or every(done, cfg.save_steps, total):
                 save_state(run, done)  # before the preview, which may run out of memory
             if stopped:
@@ -849,26 +865,16 @@ def train(cfg: TrainConfig) -> Path:
 # ---------------------------------------------------------------- the command
 
 
-def is_first_start(cfg: TrainConfig, chosen: set[str]) -> bool:
-    """Whether no data folder was named, and the default one is missing or empty."""
-    folder = Path(cfg.data_dir)
-    return (
-        "data_dir" not in chosen
-        and cfg.preset != "demo"
-        and not (folder.is_dir() and pictures.find_pictures(folder))
-    )
-
-
 def show_dataset(cfg: TrainConfig) -> None:
     """--dry_run: the report, on the terminal and as a page."""
     dataset, output = open_dataset(cfg), Path(cfg.output_dir)
-    stream, told = stream_of(dataset, pictures_a_step(cfg, 1)), report.report_of(dataset)
+    kept_out = validation.held_out(dataset, cfg.validation_split, cfg.seed)
+    stream, told = stream_of(dataset, pictures_a_step(cfg, 1), kept_out), report.report_of(dataset)
     for line in [*told.lines(), report.describe_plan(plan(cfg, stream.steps_an_epoch), stream)]:
         say(line)
     files.check_output(output, runs.RECORD, Path(cfg.data_dir))
-    output = (
-        output / "dry_run" if (output / runs.RECORD).is_file() else output
-    )  # a run's files stay as they are
+    if (output / runs.RECORD).is_file():
+        output = output / "dry_run"  # a run's files stay as they are
     say(f"dry run: nothing was trained. {told.write(output)} shows every picture and its caption")
     for line in told.offer_captions(output / "captions"):
         say(line)
@@ -878,7 +884,7 @@ def main() -> None:
     """The command line."""
     base_models.quiet_libraries()
     cfg, chosen = read_config(sys.argv[1:])
-    if is_first_start(cfg, chosen):
+    if welcome.is_first_start(Path(cfg.data_dir), cfg.preset, chosen):
         return welcome.welcome(Path(cfg.data_dir))
     if cfg.dry_run:
         return show_dataset(cfg)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaman import files
+from megaman.captions import renamed
 from megaman.errors import NUMBERS, UserError, say
 
 if TYPE_CHECKING:
@@ -216,6 +217,20 @@ def encode(
         text_rows[1 : 1 + len(captions)],
         text_rows[1 + len(captions) :],
     )
+
+
+def encode_dataset(dataset: Any, base: "BaseModel", store: Store, classes: Sequence[str]) -> Encoded:
+    """The training script's MegaManDataset in the base's terms, from the store where it was encoded before;
+    also each caption with every class in the trigger's place.
+    """
+    views = [dataset.views(index) for index in range(len(dataset))]
+    texts = [dataset.texts(index) for index in range(len(dataset))]
+    plain = [caption.text for caption in dataset.captions]
+    named = [renamed(plain, dataset.settings.trigger, name) for name in classes]
+    encoded = encode(views, texts, base, store, list(zip(*named, strict=True)))
+    say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
+    store.prune()
+    return encoded
 
 
 def _posterior(view: View, base: "BaseModel") -> "dict[str, Tensor]":

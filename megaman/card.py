@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from megaman.base import EMBEDDED
+from megaman.base import EMBEDDED, BaseModel
 from megaman.captions import tag_frequencies
 from megaman.files import replacing, sha256_of, write_text
 from megaman.layers import Adapter
@@ -34,6 +34,22 @@ LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the old
 
 
 # ---------------------------------------------------------------- facts of a run
+
+
+def description(settings: Mapping[str, Any], base: BaseModel, told: Report) -> dict[str, Any]:
+    """What an adapter's files tell about their making; no path and no name of the user."""
+    return {
+        "base": base.name,
+        "resolution": settings["resolution"],
+        "trigger": settings["trigger"],
+        "guidance_scale": settings["validation_guidance_scale"],
+        "steps": settings["max_train_steps"],
+        "text_width": base.unet.config.cross_attention_dim,
+        "prediction_type": base.scheduler.config.prediction_type,
+        "config": public_settings(settings) | {"pretrained_model_name": base.name},
+        "dataset": dataset_facts(told),
+        "hashes": model_hashes(Path(settings["pretrained_model_name"]).expanduser()),
+    }
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,9 +94,11 @@ def _placed(moment: Tensor, parameter: Tensor) -> Tensor:
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(folder: Path, progress: Progress, adapter: Adapter, *, keep: int) -> Path:
-    """Writes `folder`/step-000250 through a temporary folder; all but the newest `keep` then drop their
-    state.
+def save_checkpoint(
+    folder: Path, progress: Progress, adapter: Adapter, *, keep: int, best: int | None = None
+) -> Path:
+    """Writes `folder`/step-000250 through a temporary folder; all but the newest `keep` and the one at step
+    `best` then drop their state.
     """
     final = folder / f"step-{progress.step:06}"
     partial, replaced = (folder / f".{final.name}.{word}" for word in ("partial", "replaced"))
@@ -115,7 +117,7 @@ def save_checkpoint(folder: Path, progress: Progress, adapter: Adapter, *, keep:
     partial.rename(final)
     _sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    _prune(folder, keep)
+    _prune(folder, keep, best)
     return final
 
 
@@ -126,10 +128,11 @@ def _signed(manifest: Mapping[str, Any]) -> str:
     return json.dumps(signed, indent=2, sort_keys=True) + "\n"
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, best: int | None) -> None:
     """Adapters stay; only what is large and superseded goes."""
     for old in steps(folder)[keep:]:
-        (old / STATE).unlink(missing_ok=True)
+        if int(old.name[5:]) != best:
+            (old / STATE).unlink(missing_ok=True)
 
 
 def steps(folder: Path) -> list[Path]:

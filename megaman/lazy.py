@@ -17,3 +17,8 @@ class Lazy(ModuleType):
         value = getattr(importlib.import_module(self.__name__), attribute)
         setattr(self, attribute, value)  # the next access costs nothing
         return value
+
+
+def lazily(*rooms: str) -> list[Lazy]:
+    """Our own rooms, by name."""
+    return [Lazy(f"megaman.{room}") for room in rooms]

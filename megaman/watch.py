@@ -107,6 +107,21 @@ class Watch:
                     self.writer.add_scalar(f"train/{name}", value, done)
         self._show(line)
 
+    def record_validation(self, step: int, loss: float) -> None:
+        """The loss on the pictures that are kept out. UserError (exit 5) if it isn't finite."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the validation loss is not finite at step {step}; lower --learning_rate", NUMBERS
+            )
+        if not self.enabled:
+            return
+        self.metrics.write(json.dumps({"step": step, "validation_loss": loss}) + "\n")
+        self.metrics.flush()
+        if self.writer:
+            self.writer.add_scalar("validation/loss", loss, step)
+        say(f"validation loss {loss:.4f} at step {step}")
+        self.rate_since = (time.monotonic(), step)  # measuring is not training time
+
     def check(self) -> tuple[float, float]:
         """The mean loss of the steps since the last look, and the last gradient's norm. UserError (exit 5)
         that names step and pictures where a number isn't finite.

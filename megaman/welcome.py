@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megaman.errors import say
 from megaman.files import write_text
+from megaman.pictures import find_pictures
 
 GUIDE = Path(__file__).parent / "templates" / "megaman_images.md"
 
@@ -18,3 +19,9 @@ def welcome(folder: Path) -> None:
         f"name ({guide} tells more), and run this again."
     )
     say("To see it work first, without a GPU or a network: python megaman_lora.py --preset demo")
+
+
+def is_first_start(folder: Path, preset: str | None, chosen: set[str]) -> bool:
+    """Whether no data folder was named, and the default one is missing or empty."""
+    named = "data_dir" in chosen or preset == "demo"
+    return not named and not (folder.is_dir() and find_pictures(folder))

@@ -37,7 +37,6 @@ from megaman.base import EMBEDDED, BaseModel, draw, pipeline_of  # noqa: E402
 from megaman.cache import Encoded, Store, encode  # noqa: E402
 from megaman.devices import pick_device  # noqa: E402
 from megaman.merge import MergedAdapter  # noqa: E402
-from megaman.stream import generator_of  # noqa: E402
 from megaman.tiny_sd.figures import (  # noqa: E402
     BACKGROUNDS,
     COLOURS,
@@ -53,9 +52,9 @@ from megaman.tiny_sd.figures import draw as draw_figure  # noqa: E402
 from megaman_lora import (  # noqa: E402
     PRESETS,
     DataFlags,
-    Draw,
     MegaManDataset,
     denoising_losses,
+    fixed_draw,
     inject_lora,
     read_config,
     train,
@@ -103,15 +102,9 @@ def encoded_folder(folder: Path, base: BaseModel) -> Encoded:
 @torch.no_grad()
 def losses(base: BaseModel, encoded: Encoded) -> list[float]:
     """Each picture's mean squared error over the fixed timesteps and noise."""
-    found, device = [], encoded.text.device
-    count = len(TIMESTEPS)
+    found = []
     for i in range(len(encoded)):
-        noise = torch.randn((count, *encoded.shape_of(i)), generator=generator_of(0, "held out", i))
-        noise = noise.to(device)
-        latents = encoded.means[encoded.view_rows[i][0]].expand(count, -1, -1, -1)
-        text = encoded.text[encoded.text_rows[i][0]].expand(count, -1, -1)
-        none = torch.tensor([], dtype=torch.long, device=device)
-        drawn = Draw(latents, noise, torch.tensor(TIMESTEPS, device=device), text, text[:0], none)
+        drawn = fixed_draw(encoded, i, TIMESTEPS)
         found.append(denoising_losses(base.unet, drawn, base.scheduler, snr_gamma=0).mean().item())
     return found
 

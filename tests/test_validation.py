@@ -1,0 +1,137 @@
+"""Pictures that are kept out: which, that they never train, and what the loss on them is for."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import megaman_lora
+from megaman.checkpoints import STATE, latest_checkpoint
+from megaman.validation import Best, held_out
+from megaman_lora import MegaManDataset, stream_of
+
+
+def dataset_of(digests: list[str]) -> SimpleNamespace:
+    """As much of a dataset as the choice looks at."""
+    facts = [SimpleNamespace(digest=digest) for digest in digests]
+    return SimpleNamespace(facts=facts, paths=[Path(f"{i}.png") for i in range(len(digests))])
+
+
+def test_the_choice_hangs_on_contents_and_seed_alone() -> None:
+    digests = [f"digest {i}" for i in range(40)]
+    chosen = held_out(dataset_of(digests), 0.1, 42)
+    assert len(chosen) == 4
+    turned = held_out(dataset_of(digests[::-1]), 0.1, 42)
+    assert {digests[i] for i in chosen} == {digests[::-1][i] for i in turned}
+    assert held_out(dataset_of(digests), 0.1, 43) != chosen
+    more = held_out(dataset_of([*digests, "new"]), 0.1, 42)
+    assert len(chosen - more) <= 1  # one picture more changes at most one place
+
+
+def test_copies_of_a_picture_share_its_fate() -> None:
+    digests = [f"digest {i % 8}" for i in range(24)]
+    for seed in range(20):
+        chosen = {digests[i] for i in held_out(dataset_of(digests), 0.1, seed)}
+        left = {digest for i, digest in enumerate(digests) if digest not in chosen}
+        assert len(chosen) == 1
+        assert not chosen & left
+
+
+@pytest.mark.parametrize(("count", "share"), [(14, 0.5), (40, 0.0), (15, 0.01)])
+def test_few_pictures_or_no_share_keep_none_out(count: int, share: float) -> None:
+    assert held_out(dataset_of([str(i) for i in range(count)]), share, 1) == frozenset()
+
+
+@pytest.fixture
+def sixteen(folder_of_pictures: Path) -> Path:
+    """Pictures enough that some are kept out."""
+    for i in range(7, 17):
+        Image.new("RGB", (40 + i, 50), (i * 10, 90, 255 - i * 9)).save(
+            folder_of_pictures / f"megaman_{i}.png"
+        )
+    return folder_of_pictures
+
+
+def lines_of(output: Path) -> dict[int, float]:
+    """Step -> validation loss."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+
+
+def test_they_never_train(sixteen: Path) -> None:
+    dataset = MegaManDataset(sixteen, None)
+    chosen = held_out(dataset, 0.25, 42)
+    stream = stream_of(dataset, 3, chosen)
+    seen = {place.index for step in range(2 * stream.steps_an_epoch) for place in stream.at(step)}
+    assert seen == set(range(len(dataset))) - chosen
+    assert len(chosen) == round(0.25 * len(dataset))
+
+
+def test_the_loss_is_measured_and_measuring_changes_nothing(
+    train: Callable[..., Path], sixteen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--max_train_steps", "6", "--save_steps", "3", "--learning_rate", "0.01")
+    often = train(*flags, "--validation_steps", "2")
+    told = lines_of(often.parent)
+    assert list(told) == [0, 2, 3, 4, 6]
+    assert len(set(told.values())) == 5
+    assert "kept out of the training (--validation_split)" in capsys.readouterr().err
+    weights = load_file(often / "adapter_model.safetensors")
+    seldom = train(*flags, "--validation_steps", "6")
+    after = load_file(seldom / "adapter_model.safetensors")
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[key], weights[key]) for key in weights)
+    assert lines_of(seldom.parent) == {step: told[step] for step in (0, 3, 6)}
+
+
+def test_a_resumed_run_knows_the_best_and_measures_the_same(
+    train: Callable[..., Path], sixteen: Path, tmp_path: Path
+) -> None:
+    flags = ("--save_steps", "2", "--validation_steps", "2", "--learning_rate", "0.01", "--max_train_steps")
+    unbroken = train(*flags, "6").parent
+    whole, best = lines_of(unbroken), latest_checkpoint(unbroken / "checkpoints").run["best"]
+    assert best["loss"] == min(loss for step, loss in whole.items() if step)
+    shutil.rmtree(unbroken)
+    for part in ("2", "6"):
+        resume = ("--resume_from_checkpoint", "latest") if part == "6" else ()
+        output = train(*flags, part, "--lr_scheduler", "constant", *resume).parent
+    broken = lines_of(output)
+    shutil.rmtree(output)
+    assert broken == lines_of(train(*flags, "6", "--lr_scheduler", "constant").parent)
+
+
+def test_the_best_checkpoint_keeps_its_state(
+    train: Callable[..., Path],
+    sixteen: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    honest = megaman_lora.validate
+
+    def worse_and_worse(run: megaman_lora.Run, step: int) -> None:
+        honest(run, step)
+        run.best.latest = step, float(step + 1)
+
+    monkeypatch.setattr(megaman_lora, "validate", worse_and_worse)
+    flags = ("--save_steps", "1", "--max_train_steps", "5", "--checkpoints_total_limit", "2")
+    folder = train(*flags).parent / "checkpoints"
+    assert sorted(path.parent.name for path in folder.glob(f"*/{STATE}")) == [
+        "step-000001", "step-000004", "step-000005",
+    ]  # fmt: skip
+    assert "the smallest validation loss, 2.0000, was at step 1; see" in capsys.readouterr().err
+
+
+def test_only_what_was_measured_at_a_checkpoint_can_be_best() -> None:
+    best = Best()
+    best.latest = 3, 0.1
+    assert best.saved(4).step is None
+    best.latest = 4, 0.3
+    assert best.saved(4).step == 4
+    best.latest = 8, 0.5
+    assert (best.saved(8).step, best.loss) == (4, 0.3)
