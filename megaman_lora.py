@@ -46,10 +46,10 @@ else:
 adapters, averages, base_models, buckets, cache, captions, card, checkpoints = lazily(
     "adapters", "average", "base", "buckets", "cache", "captions", "card", "checkpoints"
 )
-devices, fast, forms, memory, pictures, previews, report, runs, survey, validation, watch, welcome = lazily(
-    *("devices", "fast", "forms", "memory", "pictures", "previews", "report", "runs", "survey"),
-    *("validation", "watch", "welcome"),
+devices, fast, forms, memory, optimizers, pictures, previews, report, runs, survey = lazily(
+    *("devices", "fast", "forms", "memory", "optimizers", "pictures", "previews", "report", "runs", "survey")
 )
+validation, watch, welcome = lazily("validation", "watch", "welcome")
 
 # ---------------------------------------------------------------- configuration
 
@@ -155,7 +155,10 @@ class OptimisationFlags:
     gradient_accumulation_steps: int = _flag(4, "batches a step")
     max_train_steps: int = _flag(1500, "optimizer steps in all")
     num_train_epochs: int | None = _flag(None, "passes over the pictures, instead of --max_train_steps")
-    weight_decay: float = _flag(0.01, "AdamW's weight decay")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = _flag(
+        "adamw", "adamw8bit and prodigy need a package of their own"
+    )
+    weight_decay: float = _flag(0.01, "how fast the adapter shrinks where nothing holds it")
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
     snr_gamma: float = _flag(5.0, "min-SNR loss weighting; 0 = off")
     noise_offset: float = _flag(0.0, "strength of noise alike over a whole picture: darker darks; 0 = off")
@@ -600,13 +603,6 @@ def open_dataset(cfg: TrainConfig) -> MegaManDataset:
     return dataset
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
-    """Sets the rate of every group; returns it."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
 @dataclass
 class Run:
     """What a run holds once it is set up."""
@@ -694,9 +690,8 @@ def set_up(cfg: TrainConfig) -> Run:
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
 
-    optimizer = torch.optim.AdamW(
-        inject_lora(base.unet, cfg), lr=cfg.learning_rate, weight_decay=cfg.weight_decay
-    )
+    parameters = inject_lora(base.unet, cfg)
+    optimizer = optimizers.optimizer_of(cfg.optimizer, parameters, cfg.learning_rate, cfg.weight_decay)
     fast.choose_attention(base.unet, cfg.attention)
     if cfg.compile:
         fast.compile_blocks(base.unet, device)
@@ -757,7 +752,7 @@ def validate(run: Run, step: int) -> None:
     if run.held_out and run.accelerator.is_main_process:
         unet = run.base.unet.eval()
         with torch.no_grad(), run.average.shown():
-            places = ((index, [step]) for index in run.held_out for step in validation.TIMESTEPS)
+            places = ((index, [time]) for index in run.held_out for time in validation.TIMESTEPS)
             draws = (fixed_draw(run.encoded, *place) for place in places)  # one at a time: memory is scarce
             losses = [denoising_losses(unet, draw, run.base.scheduler, snr_gamma=0) for draw in draws]
         unet.train()
@@ -837,7 +832,7 @@ def train(cfg: TrainConfig) -> Path:
         if every(run.start, cfg.validation_steps, total) and not run.watch.has_samples(run.start):
             show_samples(run, run.start, stop)  # of the base, or those that a stopped run still owes
         for step in range(run.start, total):
-            rate = set_learning_rate(run.optimizer, lr_at(step, cfg))
+            rate = optimizers.set_learning_rate(run.optimizer, lr_at(step, cfg))
             places = run.stream.at(step)
             examples = fitted(run, places, step)
             grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)

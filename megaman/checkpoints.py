@@ -28,6 +28,7 @@ from megaman.files import free_name, save_tensors, sha256_of
 
 FORMAT = 1  # raised when older checkpoints can no longer be resumed
 MANIFEST, ADAPTER, STATE = "manifest.json", CHECKPOINT_FILE, "state.safetensors"
+NUMBERS = (torch.int64, torch.float64)  # no optimizer has moments of these: they stand for plain numbers
 OWN_SUM = "sha256_of_this"  # of the manifest's other entries
 
 
@@ -57,20 +58,34 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """`parameter.<name>` and the optimizer's moments, such as `exp_avg.<name>`, on the CPU. An averaged copy
-    would be `average.<name>`.
+    """`parameter.<name>` and the optimizer's moments, such as `exp_avg.<name>`, on the CPU; what it has found
+    out for all of them, such as Prodigy's rate, is `group.<key>`.
     """
-    tensors = {}
+    group, usual = optimizer.param_groups[0], optimizer.defaults | {"lr": None, "params": None}
+    found: dict[str, Any] = {
+        f"group.{key}": value
+        for key, value in group.items()
+        if isinstance(value, int | float) and value != usual.get(key) and key != "lr"
+    }
     for name, parameter in trained(model).items():
-        tensors[f"parameter.{name}"] = parameter
-        tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state[parameter].items()}
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        found[f"parameter.{name}"] = parameter
+        found |= {f"{moment}.{name}": value for moment, value in optimizer.state[parameter].items()}
+    return {key: _kept(value) for key, value in found.items()}
+
+
+def _kept(value: Tensor | float) -> Tensor:
+    """A copy on the CPU, since optimizers may share a table; a plain number as one of NUMBERS."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 @torch.no_grad()
 def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Puts a checkpoint's tensors where `tensors_of` took them. UserError (exit 7) unless each fits."""
     left = dict(tensors)
+    for key in [key for key in left if key.startswith("group.")]:
+        optimizer.param_groups[0][key.removeprefix("group.")] = left.pop(key).item()
     for name, parameter in trained(model).items():
         value = left.pop(f"parameter.{name}", None)
         if value is None or value.shape != parameter.shape:
@@ -86,8 +101,12 @@ def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor
                         STATE_ERROR)  # fmt: skip
 
 
-def _placed(moment: Tensor, parameter: Tensor) -> Tensor:
-    """Adam counts its steps on the CPU; the other moments live beside their parameter."""
+def _placed(moment: Tensor, parameter: Tensor) -> Tensor | float:
+    """Adam counts its steps in a tensor on the CPU, others in a plain number; the rest lives beside its
+    parameter.
+    """
+    if moment.dtype in NUMBERS:
+        return moment.item()
     return moment if moment.ndim == 0 else moment.to(parameter.device)
 
 
