@@ -377,11 +377,12 @@ def generate(cfg: GenerateConfig) -> Path:
 
 def rebuild(output: Path) -> Path:
     """Makes the gallery anew of the pictures that are there. UserError (exit 7) if there never were any."""
-    found = records.find_records(output)
-    if not found and not (output / records.METADATA_FILE).is_file():  # perhaps a folder of the user's
+    is_ours = (output / records.METADATA_FILE).is_file() or (output / files.LOCK).exists()
+    if not is_ours and not records.find_records(output):  # perhaps a folder of the user's
         reason = "holds no pictures of ours to show; draw some first, or name their folder with --output_dir"
         raise UserError(f"{output}: {reason}", errors.STATE)
     with closing(files.OutputLock(output).sign()):
+        found = records.find_records(output)
         show_all(output, found)
     say(f"pictures: {len(found)}")
     return output / "index.html"

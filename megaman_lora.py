@@ -184,7 +184,9 @@ class PrecisionFlags:
     attention: Literal["auto", "sdpa", "xformers"] = _flag(
         "auto", "attention kernels: auto and sdpa are torch's own, xformers needs an NVIDIA card"
     )
-    compile: bool = _flag(False, "compile the UNet's blocks: a minute's wait, then faster steps on a GPU")
+    compile: bool = _flag(
+        False, "compile the UNet's blocks: a wait at first; equal to rounding, also after a resume"
+    )
 
 
 @dataclass(frozen=True)
@@ -665,6 +667,7 @@ def set_up(cfg: TrainConfig) -> Run:
     device = devices.pick_device()
     dtype = devices.pick_dtype(cfg.mixed_precision, device)
     accelerator = devices.new_accelerator(device, dtype)
+    fast.check(cfg.attention, cfg.compile, accelerator.device)
     progress = runs.progress_of(cfg.resume_from_checkpoint, Path(cfg.output_dir))
 
     with accelerator.main_process_first():  # the others then find what it has seen in the cache
@@ -692,9 +695,7 @@ def set_up(cfg: TrainConfig) -> Run:
 
     parameters = inject_lora(base.unet, cfg)
     optimizer = optimizers.optimizer_of(cfg.optimizer, parameters, cfg.learning_rate, cfg.weight_decay)
-    fast.choose_attention(base.unet, cfg.attention)
-    if cfg.compile:
-        fast.compile_blocks(base.unet, device)
+    fast.speed_up(base.unet, cfg.attention, cfg.compile)
     unet, optimizer = accelerator.prepare(base.unet.train(), optimizer)
     room = memory.Room(cfg.train_batch_size, cfg.gradient_checkpointing)
     run = Run(

@@ -26,7 +26,7 @@ from megaman.errors import STATE as STATE_ERROR
 from megaman.errors import UserError, say
 from megaman.files import free_name, save_tensors, sha256_of
 
-FORMAT = 1  # raised when older checkpoints can no longer be resumed
+FORMAT = 2  # raised when older checkpoints can no longer be resumed
 MANIFEST, ADAPTER, STATE = "manifest.json", CHECKPOINT_FILE, "state.safetensors"
 NUMBERS = (torch.int64, torch.float64)  # no optimizer has moments of these: they stand for plain numbers
 OWN_SUM = "sha256_of_this"  # of the manifest's other entries

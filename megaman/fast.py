@@ -1,5 +1,6 @@
 """Faster ways through the UNet, taken only when asked for: other attention kernels, compiled blocks."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,35 +11,45 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 Attention = Literal["auto", "sdpa", "xformers"]
+RECOMPILATIONS = 256  # one a shape, in training, preview and validation; torch gives up after 8
 
 
-def choose_attention(unet: "UNet2DConditionModel", wanted: Attention) -> None:
-    """auto and sdpa: torch's own kernels, which diffusers takes by itself. xformers: its kernels; UserError
-    (exit 2) where they don't run, which its import alone does not tell.
+def check(attention: Attention, compiled: bool, device: torch.device) -> None:
+    """Tries what is asked for on a line of its own, before anything slow. UserError (exit 2) where it does
+    not work, which an import alone does not tell.
     """
-    if wanted != "xformers":
-        return
+    if attention == "xformers":
+        _try("--attention xformers: does not work here", lambda: _attend(device))
+    if compiled:
+        _try("--compile: torch can't compile here", lambda: _compile_a_line(device))
+
+
+def _try(complaint: str, attempt: Callable[[], object]) -> None:
     try:
-        unet.enable_xformers_memory_efficient_attention()  # tries a kernel, and needs an NVIDIA card
-    except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise UserError(
-            f"--attention xformers: does not work here ({_in_short(error)}); leave it out",
-            USAGE,
-        ) from error
+        attempt()
+    except Exception as error:  # kernels and compilers raise whatever they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{complaint} ({reason}); leave it out", USAGE) from error
 
 
-def compile_blocks(unet: "UNet2DConditionModel", device: torch.device) -> None:
-    """Compiles the transformer blocks, one kind once for all. UserError (exit 2) where torch can't compile;
-    it is tried first on a line of its own, since a failure in the first step would look like a bug.
+def _attend(device: torch.device) -> None:
+    from xformers.ops import memory_efficient_attention
+
+    half = torch.float16 if device.type == "cuda" else torch.float32
+    query = torch.ones((1, 8, 2, 16), device=device, dtype=half, requires_grad=True)
+    memory_efficient_attention(query, query, query).sum().backward()
+
+
+def _compile_a_line(device: torch.device) -> None:
+    torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64, device=device))
+
+
+def speed_up(unet: "UNet2DConditionModel", attention: Attention, compiled: bool) -> None:
+    """Puts into force what `check` has tried. auto and sdpa: torch's own kernels, which diffusers takes by
+    itself. Compiled are the transformer blocks.
     """
-    try:
-        torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64, device=device))
-    except Exception as error:  # inductor raises whatever its compilers and their wrappers raise
-        reason = f"--compile: torch can't compile here ({_in_short(error)}); leave it out"
-        raise UserError(reason, USAGE) from error
-    unet.compile_repeated_blocks()
-
-
-def _in_short(error: Exception) -> str:
-    """The first line of what may be a page of a compiler's complaints."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    if attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    if compiled:
+        torch._dynamo.config.recompile_limit = RECOMPILATIONS
+        unet.compile_repeated_blocks()

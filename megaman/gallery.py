@@ -3,7 +3,6 @@ belong side by side.
 """
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 from megaman.records import ImageRecord
 
 RUN = "./megaman_lora_output"  # a picture knows its adapter's name, never its path: the place that is usual
-CHECKPOINT = re.compile(r"step-0*(\d+)")
-UNSAFE_TO_PASTE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a terminal acts on it, quoted or not
+CHECKPOINT = re.compile(r"step-0{0,5}(\d{1,12})")
+UNSAFE_TO_PASTE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f"$`\\%!\u201c-\u201f]'
+)  # some shell or terminal acts on it in quotes
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
 SCENE = (
     *("prompt", "negative_prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale"),
@@ -85,8 +86,10 @@ def sections(records: Sequence[ImageRecord]) -> list[tuple[str | None, list[Scen
 
 
 def newest(records: Sequence[ImageRecord]) -> ImageRecord:
-    """The picture that tells what was drawn with last; of a comparison, not one of its checkpoints."""
-    return next((record for record in records if not CHECKPOINT.fullmatch(record.adapter)), records[0])
+    """The picture that tells what was drawn with last; of a comparison in one second, no checkpoint's."""
+    last = max(record.created for record in records)
+    drawn = [record for record in records if record.created == last]
+    return next((record for record in drawn if not CHECKPOINT.fullmatch(record.adapter)), drawn[0])
 
 
 def adapter_text(name: str) -> tuple[str, str]:
@@ -118,7 +121,8 @@ def facts(record: ImageRecord) -> dict[str, Any]:
 
 
 def command(record: ImageRecord) -> str:
-    """What draws the picture again, for a POSIX shell; nothing if its texts could steer a terminal.
+    """What draws the picture again, in the quotes that POSIX shells, PowerShell and cmd have in common;
+    nothing if its texts hold what one of them, or a terminal, would act on inside of those.
 
     The adapter's place is the usual one; so is the base's, where it is a folder whose path nobody noted.
     """
@@ -137,8 +141,10 @@ def command(record: ImageRecord) -> str:
         "mixed_precision": PRECISIONS.get(record.precision, "no"),
     }
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    line = shlex.join(["python", "generate_megaman.py", *words])
-    return "" if UNSAFE_TO_PASTE.search(line) else line
+    if any(map(UNSAFE_TO_PASTE.search, words)):
+        return ""
+    quoted = [word if re.fullmatch(r"[\w=+-]+", word, re.ASCII) else f'"{word}"' for word in words]
+    return " ".join(["python", "generate_megaman.py", *quoted])
 
 
 def _usual_place(adapter: str) -> str:

@@ -20,8 +20,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def keep_freed_memory() -> None:
     """Lets glibc's malloc keep freed blocks for the next tensor; elsewhere it does nothing.
 
-    Left alone it gives each large block back to Linux and every step pays for clearing the pages anew: a
-    fifth of a training step on a CPU. Changes no result. (mallopt(3).)
+    Left alone it gives each large block back to Linux, and every step on a CPU pays for clearing the pages
+    anew. Changes no result. (mallopt(3).)
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -9,7 +9,7 @@ from os import SEEK_END
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from PIL.Image import DecompressionBombError, DecompressionBombWarning, Image
+from PIL.Image import DecompressionBombError, Image
 from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
@@ -19,7 +19,6 @@ from megaman.files import replacing, write_text
 METADATA_FILE = "metadata.jsonl"
 LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
-BOMBS = DecompressionBombError, DecompressionBombWarning  # larger than any picture of ours
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 SAMPLER_NAMES = {
     "dpm++": "DPM++ 2M",
@@ -138,18 +137,19 @@ def read_records(folder: Path) -> list[ImageRecord]:
 
 def find_records(folder: Path) -> list[ImageRecord]:
     """The records of every picture that is there: those of metadata.jsonl in its order, then what pictures
-    that it lacks tell themselves, the oldest first. Says which tell nothing.
+    that it lacks tell themselves, the newest first. Says which tell nothing.
     """
     known = {record.job: record for record in read_records(folder)}
     listed = {record.file for record in known.values()}
     unlisted = [path for path in sorted(folder.glob("*.png")) if path.name not in listed]
     told = {path: _told_by(path) for path in unlisted}
-    found = sorted((record for record in told.values() if record is not None), key=lambda r: r.created)
+    found = [record for record in told.values() if record is not None]
+    found.sort(key=lambda record: record.created, reverse=True)
     for record in found:
         known.setdefault(record.job, record)
     if silent := [path.name for path, record in told.items() if record is None]:
         more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
-        say(f"note: {silent[0]}{more}: holds no settings of ours, so it stays out of the gallery")
+        say(f"note: {silent[0]}{more}: no settings of ours in it, or no name of ours; not in the gallery")
     return list(known.values())
 
 
@@ -158,7 +158,9 @@ def _told_by(path: Path) -> ImageRecord | None:
     try:
         with warnings.catch_warnings(action="error"), open_image(path, formats=["PNG"]) as image:
             record = _record(json.loads(image.info["megaman"]) | {"file": path.name})
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError, *BOMBS):
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError):
+        return None
+    except (Warning, DecompressionBombError):  # Pillow has doubts that no picture of ours gives it
         return None
     return record if _is_whole(path) else None
 

@@ -16,8 +16,8 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
 LONGEST_S = 60  # for an answer, on a busy machine
 
 
-class BrowserGone(Exception):
-    """It did not start, ended, or does not answer."""
+class NoBrowser(Exception):
+    """There is none that can be driven here."""
 
 
 class Browser:
@@ -37,7 +37,7 @@ class Browser:
         try:
             os.write(self.requests, json.dumps(message).encode() + b"\0")
         except BrokenPipeError as error:
-            raise BrowserGone("Chromium ended") from error
+            raise AssertionError("Chromium ended") from error
         while (answer := self._next_message()).get("id") != self.number:
             pass
         if "error" in answer:
@@ -47,10 +47,10 @@ class Browser:
     def _next_message(self) -> dict[str, Any]:
         until = time.monotonic() + LONGEST_S
         while b"\0" not in self.unread:
-            ready, _, _ = select.select([self.answers], [], [], until - time.monotonic())
+            ready, _, _ = select.select([self.answers], [], [], max(0, until - time.monotonic()))
             chunk = os.read(self.answers, 1 << 16) if ready else b""
             if not chunk:
-                raise BrowserGone("no answer")
+                raise AssertionError("Chromium gives no answer")
             self.unread += chunk
         message, self.unread = self.unread.split(b"\0", 1)
         return json.loads(message)
@@ -59,7 +59,9 @@ class Browser:
         """Shows a page and waits until it is loaded."""
         self.ask("Page.navigate", url=page.as_uri())
         loaded = f"location.href === {json.dumps(page.as_uri())} && document.readyState === 'complete'"
+        until = time.monotonic() + LONGEST_S
         while not self.run(loaded):
+            assert time.monotonic() < until, f"{page} does not load"
             time.sleep(0.01)
 
     def run(self, script: str) -> Any:
@@ -72,10 +74,10 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A running browser that remembers nothing of earlier ones. BrowserGone where there is none."""
+    """A running browser that remembers nothing of earlier ones. NoBrowser where there is none."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None or os.name == "nt":  # Windows hands pipes on in another way
-        raise BrowserGone("no Chromium that can be driven here")
+        raise NoBrowser("no Chromium that can be driven here")
     import fcntl
 
     (read, requests), (answers, write) = os.pipe(), os.pipe()
@@ -92,7 +94,11 @@ def browser(profile: Path) -> Iterator[Browser]:
     os.close(read)
     os.close(write)
     try:
-        yield Browser(requests, answers)
+        try:
+            page = Browser(requests, answers)
+        except AssertionError as error:
+            raise NoBrowser("Chromium does not start here") from error
+        yield page
     finally:
         process.terminate()
         process.wait(LONGEST_S)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -522,7 +524,7 @@ def test_the_gallery_is_made_anew_of_metadata_and_of_what_pictures_tell(
     picture(tmp_path, "renamed.png", job="z-1.png")  # a copy of the first
     Image.new("RGB", (8, 8)).save(tmp_path / "holiday.png")
     page = gallery_only(tmp_path)
-    assert records(tmp_path) == [listed, early, later]
+    assert records(tmp_path) == [listed, later, early]
     assert [page.count(f'href="{name}-1.png"') for name in "zcb"] == [1, 1, 1]
     assert "holiday" not in page
     assert capsys.readouterr().err.startswith("note: holiday.png: holds no settings of ours")
@@ -538,17 +540,24 @@ def test_a_renamed_picture_is_shown_under_its_new_name(tmp_path: Path) -> None:
     assert [record["file"] for record in records(tmp_path)] == ["new-1.png"]
 
 
+def with_an_animation_of_nothing(png: bytes) -> bytes:
+    """The PNG with a chunk about which Pillow only warns."""
+    body = b"acTL" + struct.pack(">II", 0, 0)
+    return png[:33] + struct.pack(">I", 8) + body + struct.pack(">I", zlib.crc32(body)) + png[33:]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:-20]),
         lambda path: path.write_bytes(path.read_bytes()[:60]),
         lambda path: path.rename(path.with_name("not ours (1).png")),
+        lambda path: path.write_bytes(with_an_animation_of_nothing(path.read_bytes())),
         lambda path: picture(path.parent, path.name, lora_scale=float("nan")),
         lambda path: picture(path.parent, path.name, guidance_scale=10**400),
         lambda path: picture(path.parent, path.name, seed="1"),
     ],
-    ids=["end", "half", "name", "nan", "huge", "text"],
+    ids=["end", "half", "name", "animation", "nan", "huge", "text"],
 )
 def test_a_damaged_or_forged_picture_stays_out_and_harms_nothing(
     tmp_path: Path, damage: Callable[[Path], object]

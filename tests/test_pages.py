@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import BrowserGone, browser
+from browser import NoBrowser, browser
 from PIL import Image
 
 import generate_megaman
-from megaman.gallery import command
+from megaman.gallery import command, newest
 from megaman.pages import TEMPLATES, render_gallery, render_samples
 from megaman.records import ImageRecord
 
@@ -207,6 +207,15 @@ def test_checkpoints_make_a_strip_and_with_strengths_a_grid_beside_the_base() ->
     ]
 
 
+def test_the_page_names_the_adapter_that_drew_last() -> None:
+    old = record("mm", "0.png", created="2026-01-02T10:00:00", adapter="megaman_lora")
+    last = record("mm", "1.png", created="2026-01-02T11:00:00", adapter="step-000250")
+    for order in ([old, last], [last, old]):
+        assert newest(order) is last
+    beside = record("mm", "2.png", created="2026-01-02T11:00:00", adapter="hero")
+    assert newest([last, beside]) is beside
+
+
 def test_two_adapters_of_one_name_are_told_apart_and_no_picture_is_lost() -> None:
     twins = [record("mm", f"{h}.png", adapter="hero", adapter_hash=h * 12) for h in "ab"]
     ((scene,),) = [section["scenes"] for section in layout(*twins)]
@@ -238,11 +247,13 @@ def words_of(line: str) -> list[str]:
     return said.stdout.decode().split("\0")[:-1]
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [*HOSTILE[:-1], "it's $(touch hacked) `touch hacked` ${HOME} \\ !! \"quoted\" \\'", "--seed 7", "-x",
-     "%s\n; ls", "a\nb", "~/x *.png # no comment", "洛克人，奔跑 🤖", "a=b", "&& exit 3 | cat > hacked"],
-)  # fmt: skip
+PASTED = ["it's & calc", "&& exit 3 | cat > hacked", "~/x *.png # no comment", "--seed 7", "-x", "; ls",
+          "洛克人，奔跑 🤖", "a=b", "(robot:1.2), 'single'", "<b>x</b>", "^a ‘b’"]  # fmt: skip
+STEERING = ['"quoted"', "$(touch hacked)", "${HOME}", "`touch hacked`", "a\\", "100%", "%PATH%", "wow!",
+            "a\nb", "“ & calc", "a”b", "\x1b[201~", "\r", "\t", "\x00", "\x85", "\x9b", "\x03"]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", PASTED)
 def test_the_copied_command_gives_a_shell_the_very_settings(
     prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +272,12 @@ def test_the_copied_command_gives_a_shell_the_very_settings(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_command_quotes_as_every_shell_does() -> None:
+    words = re.findall(r'"[^"]*"|[^" ]+', command(record("it's; <b> & calc | x ^ y")))
+    assert '"--prompts=it\'s; <b> & calc | x ^ y"' in words
+    assert all(re.fullmatch(r'"[^"$`\\%!]*"|[\w=+.-]+', word) for word in words)
+
+
 def test_the_command_names_the_usual_place_of_an_adapter_and_no_local_base() -> None:
     place = {
         name: generate_megaman.read_config(words_of(command(drawn(name, 1.0)))[1:]).lora_path
@@ -271,10 +288,10 @@ def test_the_command_names_the_usual_place_of_an_adapter_and_no_local_base() -> 
     assert "--base_model" not in command(record(base_model="my folder"))
 
 
-@pytest.mark.parametrize("letter", ["\x1b[201~", "\r", "\t", "\x00", "\x85", "\x9b", "\x03"])
-def test_a_text_that_could_steer_a_terminal_gives_no_command(letter: str) -> None:
+@pytest.mark.parametrize("text", STEERING)
+def test_a_text_that_some_shell_or_terminal_would_act_on_gives_no_command(text: str) -> None:
     for name in ("prompt", "negative_prompt", "adapter"):
-        assert command(record(**{name: f"a{letter}b"})) == ""
+        assert command(record(**{name: f"a {text} b"})) == ""
 
 
 # ---------------------------------------------------------------- the words
@@ -328,7 +345,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "document.querySelector('#starred').textContent]"
             )
             return results
-    except BrowserGone as reason:
+    except NoBrowser as reason:
         pytest.skip(str(reason))
 
 

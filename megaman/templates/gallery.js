@@ -34,7 +34,7 @@ const CHINESE = { // 正體中文, by the English that stands in the page
   "Export": "匯出",
   "Export favourites": "匯出收藏",
   "This browser keeps nothing for files: export your favourites before you close the page.":
-    "瀏覽器無法為本機檔案保存資料：關閉頁面前請先匯出收藏。",
+    "瀏覽器無法為本機檔案儲存資料：關閉頁面前請先匯出收藏。",
   "Picture and its settings": "圖片與設定",
   "← Previous": "← 上一張",
   "Next →": "下一張 →",
@@ -137,7 +137,7 @@ const copyOf = (picture, properties = {}) => make("img", {
   width: picture.image.width, height: picture.image.height, decoding: "async", ...properties,
 });
 const adapterName = (picture) => {
-  const name = picture.facts.Adapter.replace(/ \(\w*\)$/, ""), step = /^step-0*(\d+)$/.exec(name);
+  const name = picture.facts.Adapter.replace(/ \(\w*\)$/, ""), step = /^step-0{0,5}(\d{1,12})$/.exec(name);
   return step ? told("step {n}", { n: step[1] }) : name;
 };
 /** What tells a picture from its siblings. */

@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -69,6 +69,15 @@ def tell(line: str) -> None:
     """A line of the build's log, with the hours and minutes since its start."""
     minutes = int(time.monotonic() - STARTED) // 60
     print(f"{minutes // 60}:{minutes % 60:02} {line}", flush=True)
+
+
+def check_work(work: Path) -> None:
+    """Notes the recipe in the work folder. Ends with an error if the folder was begun with another."""
+    recipe = json.dumps([asdict(FIGURES), asdict(MIXTURE), VAE_STEPS, VAE_BATCH, SCRAPS, SCRAP_SHARE, BATCH])
+    file = work / "recipe.json"
+    if file.exists() and file.read_text() != recipe:
+        raise SystemExit(f"error: {work}: was begun with another recipe; take a fresh folder for --work")
+    file.write_text(recipe)
 
 
 def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
@@ -418,6 +427,7 @@ def main() -> None:
     keep_freed_memory()
     work, output = flags.work, flags.output
     work.mkdir(parents=True, exist_ok=True)
+    check_work(work)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stages = (FIGURES, MIXTURE)
     captions = [text for stage in stages for text in render(stage, work)[1]]
