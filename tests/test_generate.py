@@ -527,7 +527,7 @@ def test_the_gallery_is_made_anew_of_metadata_and_of_what_pictures_tell(
     assert records(tmp_path) == [listed, later, early]
     assert [page.count(f'href="{name}-1.png"') for name in "zcb"] == [1, 1, 1]
     assert "holiday" not in page
-    assert capsys.readouterr().err.startswith("note: holiday.png: holds no settings of ours")
+    assert capsys.readouterr().err.startswith("note: holiday.png: no settings of ours in it")
     before = (tmp_path / "index.html").read_bytes()
     gallery_only(tmp_path)
     assert (tmp_path / "index.html").read_bytes() == before

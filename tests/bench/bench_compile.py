@@ -58,23 +58,18 @@ def main() -> None:
                 seconds[name].append(step(run, number))
     pairs = zip(runs["plain"].trainable, runs["compiled"].trainable, strict=True)
     apart = max((a - b).abs().max().item() / a.abs().max().item() for a, b in pairs)
-    for name in runs:
-        print(
-            f"{name}: first {WARM_UP} steps {first[name]:.1f} s, then {statistics.median(seconds[name]):.3f} s"
-        )
-    print(f"after {WARM_UP + steps} steps the parameters lie {apart:.1e} apart, of the largest\n")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(
-        json.dumps(
-            {
-                "bench": "compile",
-                "torch": torch.__version__,
-                "first_s": first,
-                "step_s": medians,
-                "apart": apart,
-            }
-        )
-    )
+    for name in runs:
+        print(f"{name}: first {WARM_UP} steps {first[name]:.1f} s, then {medians[name]:.3f} s each")
+    print(f"after {WARM_UP + steps} steps the parameters lie {apart:.1e} apart, of the largest\n")
+    told = {
+        "bench": "compile",
+        "torch": torch.__version__,
+        "first_s": first,
+        "step_s": medians,
+        "apart": apart,
+    }
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
