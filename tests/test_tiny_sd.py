@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.classifier import pixels_of
 from conftest import ROOT
 from PIL import Image
 
 from megaman.base import EMBEDDED, EMBEDDED_FOLDER, draw, load_base, pipeline_of
 from megaman.files import sha256_of
-from megaman.tiny_sd import figures, sources
+from megaman.tiny_sd import build, figures, sources
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,
     HERO_WORDS,
@@ -133,3 +134,24 @@ def background_of(image: Image.Image) -> str:
         return sum((a - b) ** 2 for a, b in zip(shown, wanted, strict=True))
 
     return min(BACKGROUNDS, key=distance)
+
+
+def test_shapes_of_nothing_are_drawn_by_their_seed() -> None:
+    one, again, other = (sources.scrap(random.Random(seed)) for seed in (1, 1, 2))
+    assert one.tobytes() == again.tobytes() != other.tobytes()
+    assert (one.mode, one.size) == ("RGB", (64, 64))
+    many = [sources.scrap(random.Random(seed)) for seed in range(50)]
+    assert statistics.median(len(set(picture.getdata())) for picture in many) > 20
+
+
+@torch.no_grad()
+def test_the_vae_shows_figures_and_a_hero_that_it_never_saw() -> None:
+    vae = load_base(EMBEDDED, device=torch.device("cpu"), dtype=torch.float32).vae
+    rng = random.Random(4)
+    drawn = {
+        "figures": [draw_figure(random_figure(rng)) for _ in range(40)],
+        "heroes": [Image.open(path) for path in sorted(HELD_OUT.glob("*.png"))],
+    }
+    decibels = {name: build.psnr(vae, pixels_of(pictures)) for name, pictures in drawn.items()}
+    assert decibels["figures"] > 28, decibels
+    assert decibels["heroes"] > 24.5, decibels

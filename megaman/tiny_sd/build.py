@@ -8,7 +8,7 @@
     python -m megaman.tiny_sd.build --work build_tiny_sd
 
 Seeded, and resumable at every stage: run the same command again after an interruption. Two CPU cores need
-about four hours.
+about two hours.
 """
 
 import argparse
