@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_targets": "linear",
         "learning_rate": 1.2e-3,
         "caption_dropout": 0.1,
-        "preserve_weight": 6.0,
+        "preserve_weight": 10.0,
         "train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "max_train_steps": 400,
@@ -164,7 +164,7 @@ class OptimisationFlags:
     noise_offset: float = _flag(0.0, "strength of noise alike over a whole picture: darker darks; 0 = off")
     ema_decay: float = _flag(0.0, "also keep a moving average of the LoRA and write that; 0 = off")
     preserve_weight: float = _flag(
-        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 6"
+        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 10"
     )
     preserve_class: list[str] = _flag(
         ["robot"], "what the character is one of: the words to keep as they are"
