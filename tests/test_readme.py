@@ -53,16 +53,12 @@ def test_every_command_parses(call: list[str]) -> None:
 
 def test_both_languages_tell_the_same_commands_and_measurements() -> None:
     assert commands(CHINESE) == commands(README)
-    for name in ("seed 0", "seed 1", "seed 2"):
-        (row,), (translated,) = (
-            [
-                re.findall(r"[-+]?\d[\d.]*", line)
-                for line in text.splitlines()
-                if name in line.replace("種子", "seed")
-            ]
-            for text in (README, CHINESE)
-        )
-        assert row == translated
+    rows, translated = (
+        [re.findall(r"[-+]?\d[\d.]*", line) for line in text.splitlines() if re.match(runs, line)]
+        for text, runs in ((README, r"\| (demo|control), "), (CHINESE, r"\| (示範|對照組)，"))
+    )
+    assert len(rows) == 4
+    assert rows == translated
 
 
 def table(text: str, heading: str) -> dict[str, str]:
