@@ -175,8 +175,8 @@ class Bench:
         """In the child: remembers each save that returned, beyond any kill."""
         honest = checkpoints.save_checkpoint
 
-        def noted(folder: Path, progress: Any, adapter: Any, *, keep: int) -> Path:
-            made = honest(folder, progress, adapter, keep=keep)
+        def noted(folder: Path, progress: Any, adapter: Any, **how: Any) -> Path:
+            made = honest(folder, progress, adapter, **how)
             handle = os.open(self.saved(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(handle, f"{progress.step}\n".encode())
             os.close(handle)

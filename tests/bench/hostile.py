@@ -25,7 +25,7 @@ from megaman.errors import DATA, USAGE, UserError, say
 from megaman.pages import render_dataset, render_gallery
 from megaman.prompts import read_prompts_file
 from megaman.records import ImageRecord, infotext, read_records, save_picture, write_records
-from megaman.report import MAX_TOKENS, Report
+from megaman.report import MAX_TOKENS, Report, report_of
 
 LONG = 10_000  # characters
 ATOMS = (
@@ -243,7 +243,7 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
     flags = [f"--data_dir={data}", f"--output_dir={output}", "--resolution=64", "--mixed_precision=no"]
     flags += [f"--cache_dir={data.parents[1] / 'cache'}", "--pretrained_model_name=megaman/tiny_sd"]
     cfg, _ = megaman_lora.read_config(flags)
-    told = megaman_lora.report_of(megaman_lora.open_dataset(cfg))
+    told = report_of(megaman_lora.open_dataset(cfg))
     counts["changed_texts"] += len(told.rows) != len(texts) + 1
     counts["changed_texts"] += {
         row.name: row.caption.text for row in told.rows if row.caption.source == "file"
