@@ -717,7 +717,7 @@ def take_up(run: Run) -> None:
         tensors = average.restored(run.progress.tensors)
         checkpoints.restore(run.base.unet, run.optimizer, tensors)
         run.room = memory.Room.of(run.progress.run)
-        run.best = validation.Best(**run.progress.run.get("best", {}))
+        run.best = validation.Best(**run.progress.run["best"])
         if accelerator.scaler is not None and run.progress.run["scaler"]:
             accelerator.scaler.load_state_dict(run.progress.run["scaler"])
         say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.progress.path}")
@@ -826,9 +826,9 @@ def train(cfg: TrainConfig) -> Path:
     cfg, accelerator, total = run.cfg, run.accelerator, run.cfg.max_train_steps
     writes = accelerator.is_main_process
     with runs.ready(run.output, asdict(cfg), run.progress, writes=writes) as stop, closing(run.watch):
-        if run.start == 0 and writes:
-            run.told.write(run.output)
         if run.start == 0:
+            if writes:
+                run.told.write(run.output)
             validate(run, 0)
         if every(run.start, cfg.validation_steps, total) and not run.watch.has_samples(run.start):
             show_samples(run, run.start, stop)  # of the base, or those that a stopped run still owes

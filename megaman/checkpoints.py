@@ -61,11 +61,12 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """`parameter.<name>` and the optimizer's moments, such as `exp_avg.<name>`, on the CPU; what it has found
     out for all of them, such as Prodigy's rate, is `group.<key>`.
     """
-    group, usual = optimizer.param_groups[0], optimizer.defaults | {"lr": None, "params": None}
+    group = optimizer.param_groups[0]
+    usual = optimizer.defaults | {"lr": group["lr"]}  # the rate is a function of the step
     found: dict[str, Any] = {
         f"group.{key}": value
         for key, value in group.items()
-        if isinstance(value, int | float) and value != usual.get(key) and key != "lr"
+        if isinstance(value, int | float) and value != usual.get(key)
     }
     for name, parameter in trained(model).items():
         found[f"parameter.{name}"] = parameter

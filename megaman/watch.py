@@ -119,7 +119,11 @@ class Watch:
         self.metrics.flush()
         if self.writer:
             self.writer.add_scalar("validation/loss", loss, step)
-        say(f"validation loss {loss:.4f} at step {step}")
+        told = f"validation loss {loss:.4f} at step {step}"
+        if self.bar:
+            self.bar.write(told, file=sys.stderr)  # above the bar, not into it
+        else:
+            say(told)
         self.rate_since = (time.monotonic(), step)  # measuring is not training time
 
     def check(self) -> tuple[float, float]:
