@@ -31,7 +31,7 @@ from megaman.flags import parse_flags
 from megaman.lazy import Lazy
 from megaman.prompts import LARGEST_SEED, LARGEST_SIDE, Prompt, check_text, read_prompts_file
 from megaman.records import ImageRecord, Job
-from megaman.sources import Source, base_of, sources_of
+from megaman.sources import Source, base_of, recorded, sources_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,8 +63,8 @@ BUILT_IN_PROMPTS = (
 )
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _flag(default: Any, text: str, *, path: bool = False) -> Any:
+    return field(default=default, metadata={"help": text, "path": path})
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ class AdapterFlags:
 
     _argument_group_name = "adapter and base"
     lora_path: str = _flag(
-        "./megaman_lora_output/lora_weights", "adapter: a folder, a .safetensors file or a hub id"
+        "./megaman_lora_output/lora_weights",
+        "adapter: a folder, a .safetensors file or a hub id",
+        path=True,
     )
-    base_model: str | None = _flag(None, "base model; the one named in the adapter if not given")
+    base_model: str | None = _flag(None, "base model; the one named in the adapter if not given", path=True)
     lora_scale: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "strength of the adapter; several draw a strip, 0 is the base alone"},
@@ -96,6 +98,7 @@ class PromptFlags:
         None,
         "a prompt a line; # comments; per line --n negative --w width --h height --d seed --s steps --l "
         "guidance",
+        path=True,
     )
     negative_prompt: str | None = _flag(
         None, f'what to keep away from; "{NEGATIVE}" if not given, nothing with the embedded base'
@@ -128,7 +131,7 @@ class OutputFlags:
     """What is written."""
 
     _argument_group_name = "output"
-    output_dir: str = _flag("./generated_megaman", "folder of the pictures and index.html")
+    output_dir: str = _flag("./generated_megaman", "folder of the pictures and index.html", path=True)
     no_metadata: bool = _flag(False, "write no settings into the PNGs")
     gallery_only: bool = _flag(False, "draw nothing; make index.html anew of the pictures that are there")
 
@@ -352,8 +355,11 @@ def generate(cfg: GenerateConfig) -> Path:
     sources = sources_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
     adapter = next(source.adapter for source in sources if source.is_chosen)
     prompts = read_prompts(cfg, adapter.metadata.get("trigger", TRIGGER))
-    files.check_unused(Path(cfg.output_dir))
-    files.check_writable(Path(cfg.output_dir))
+    output = Path(cfg.output_dir)
+    records.check_folder(output)
+    files.check_apart("output_dir", cfg.output_dir, recorded(lora_path, "data_dir"))
+    files.check_unused(output)
+    files.check_writable(output)
 
     memory.keep_freed_memory()
     device = devices.pick_device(cfg.device)
@@ -371,21 +377,21 @@ def generate(cfg: GenerateConfig) -> Path:
     check_jobs(jobs, base)
     note_long_prompts(jobs, base)
     tasks = make_tasks(jobs, sources, base.digest, about["precision"])
-    with closing(files.OutputLock(Path(cfg.output_dir)).sign()):
+    with closing(files.OutputLock(output).sign()):
         return draw_missing(tasks, cfg, base, about)
 
 
 def rebuild(output: Path) -> Path:
     """Makes the gallery anew of the pictures that are there. UserError (exit 7) if there never were any."""
-    is_ours = (output / records.METADATA_FILE).is_file() or (output / files.LOCK).exists()
-    if not is_ours and not records.find_records(output):  # perhaps a folder of the user's
+    if not records.holds_gallery(output):  # perhaps a folder of the user's
         reason = "holds no pictures of ours to show; draw some first, or name their folder with --output_dir"
         raise UserError(f"{output}: {reason}", errors.STATE)
+    records.check_folder(output)
     with closing(files.OutputLock(output).sign()):
         found = records.find_records(output)
         show_all(output, found)
     say(f"pictures: {len(found)}")
-    return output / "index.html"
+    return output / records.PAGE
 
 
 def draw_missing(tasks: Sequence[Task], cfg: GenerateConfig, base: BaseModel, about: dict[str, Any]) -> Path:
@@ -422,7 +428,7 @@ def draw_missing(tasks: Sequence[Task], cfg: GenerateConfig, base: BaseModel, ab
             show()
             bar.update(len(batch))
     refuse_overflown([task.job for task in missing if task.digest not in finished])
-    return output / "index.html"
+    return output / records.PAGE
 
 
 def drawn_batches(
@@ -459,7 +465,7 @@ def refuse_overflown(jobs: Sequence[Job]) -> None:
 def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
     """metadata.jsonl and the gallery of it."""
     records.write_records(output, drawn)
-    files.write_text(output / "index.html", pages.render_gallery(drawn))
+    files.write_text(output / records.PAGE, pages.render_gallery(drawn))
 
 
 def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> ImageRecord:

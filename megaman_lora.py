@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megaman import errors, files, stopping
-from megaman.errors import UserError, say
+from megaman.errors import UserError, say, shell_quoted
 from megaman.flags import parse_flags
 from megaman.lazy import Lazy, lazily
 from megaman.stream import Place, Stream, generator_of, seed_dropout, shares_of
@@ -86,11 +86,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _flag(default: Any, text: str) -> Any:
-    """A field with its help text; a mutable default is copied."""
+def _flag(default: Any, text: str, *, path: bool = False) -> Any:
+    """A field with its help text; a mutable default is copied. path: ~ is the user's home there."""
+    facts = {"help": text, "path": path}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,10 @@ class DataFlags:
     pretrained_model_name: str = _flag(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "base model: hub id, diffusers folder or .safetensors file",
+        path=True,
     )
-    data_dir: str = _flag("./megaman_images", "folder of pictures and .txt captions")
-    output_dir: str = _flag("./megaman_lora_output", "where everything goes")
+    data_dir: str = _flag("./megaman_images", "folder of pictures and .txt captions", path=True)
+    output_dir: str = _flag("./megaman_lora_output", "where everything goes", path=True)
     resolution: int = _flag(512, "side of the training square in pixels")
     crop: Literal["bucket", "center", "random"] = _flag(
         "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
@@ -116,7 +118,9 @@ class DataFlags:
     shuffle_tags: bool = _flag(False, "vary the order of a caption's comma-separated tags")
     keep_tags: int = _flag(1, "tags at the front that --shuffle_tags leaves in place")
     cache_dir: str | None = _flag(
-        None, "where latents and text embeddings are kept between runs; the user's cache folder if not given"
+        None,
+        "where latents and text embeddings are kept between runs; the user's cache folder if not given",
+        path=True,
     )
     strict: bool = _flag(False, "a file that must be skipped is an error")
 
@@ -137,7 +141,9 @@ class AdapterFlags:
     use_dora: bool = _flag(False, "DoRA: also learn the length of each row of the weights; slower")
     use_rslora: bool = _flag(False, "rsLoRA: scale the update by alpha / sqrt(rank)")
     init_lora: str | None = _flag(
-        None, "adapter file or folder of any tool to go on from; rank, alpha, targets and DoRA are its own"
+        None,
+        "adapter file or folder of any tool to go on from; rank, alpha, targets and DoRA are its own",
+        path=True,
     )
 
 
@@ -199,7 +205,7 @@ class RunFlags:
         3, "checkpoints that keep their optimizer state; the small adapters all stay"
     )
     resume_from_checkpoint: str | None = _flag(
-        None, "go on from OUTPUT's newest whole checkpoint (latest) or from a folder step-…"
+        None, "go on from OUTPUT's newest whole checkpoint (latest), or a folder step-…", path=True
     )
     validation_steps: int = _flag(100, "steps between sample pictures; step 0 shows the base")
     validation_prompt: list[str] = _flag(
@@ -210,13 +216,13 @@ class RunFlags:
     )
     validation_guidance_scale: float = _flag(7.5, "guidance of the sample pictures; generation takes it over")
     report_to: Literal["tensorboard", "none"] = _flag("tensorboard", "where to log besides metrics.jsonl")
-    logging_dir: str | None = _flag(None, "TensorBoard's folder; OUTPUT/logs if not given")
+    logging_dir: str | None = _flag(None, "TensorBoard's folder; OUTPUT/logs if not given", path=True)
     dry_run: bool = _flag(False, "show what would be trained on, as dataset.html too, and stop")
     preset: Literal["demo", "starter", "quality", "pro"] | None = field(
         default=None, metadata={"help": "a whole configuration; flags override it"}
     )
     config: str | None = _flag(
-        None, "configuration file (.json, .toml, .yaml), such as an earlier run's training_config.json"
+        None, "settings (.json, .toml, .yaml), such as an earlier run's training_config.json", path=True
     )
 
 
@@ -680,7 +686,7 @@ def set_up(cfg: TrainConfig) -> Run:
     origins = {"the pictures": dataset.fingerprint, "pictures a step": stream.step_size}
     if progress is not None:
         runs.check_resume(progress, asdict(cfg), origins)
-    files.check_output(Path(cfg.output_dir), runs.RECORD, Path(cfg.data_dir))
+    files.check_output(Path(cfg.output_dir), Path(cfg.data_dir))
 
     base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
     buckets.check_sizes(dataset.buckets, cfg.resolution, base.cell_px, base.name)
@@ -868,8 +874,8 @@ def show_dataset(cfg: TrainConfig) -> None:
     stream, told = stream_of(dataset, pictures_a_step(cfg, 1), kept_out), report.report_of(dataset)
     for line in [*told.lines(), report.describe_plan(plan(cfg, stream.steps_an_epoch), stream)]:
         say(line)
-    files.check_output(output, runs.RECORD, Path(cfg.data_dir))
-    if (output / runs.RECORD).is_file():
+    files.check_output(output, Path(cfg.data_dir))
+    if files.holds_run(output):
         output = output / "dry_run"  # a run's files stay as they are
     say(f"dry run: nothing was trained. {told.write(output)} shows every picture and its caption")
     for line in told.offer_captions(output / "captions"):
@@ -886,10 +892,8 @@ def main() -> None:
         return show_dataset(cfg)
     weights = train(cfg)
     say(f"done: {weights} (PEFT), {weights / 'megaman_lora.safetensors'} (A1111, Forge, ComfyUI, kohya)")
-    say(
-        "next: python "
-        f"generate_megaman.py{'' if cfg.output_dir == DataFlags.output_dir else f' --lora_path {weights}'}"
-    )
+    place = "" if cfg.output_dir == DataFlags.output_dir else f" --lora_path {shell_quoted(str(weights))}"
+    say(f"next: python generate_megaman.py{place}")
 
 
 if __name__ == "__main__":

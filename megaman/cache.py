@@ -5,9 +5,11 @@ stale; a file that is torn or damaged is made anew; any number of processes may 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
     from megaman.base import BaseModel
 
+ENTRIES = "encodings"  # the part of the cache folder that is ours alone; it carries the mark
+MARK = "CACHEDIR.TAG"  # backup programs leave such folders out (bford.info/cachedir)
+MARK_TEXT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n# Kept by megaman_lora.py, which also deletes here.\n"
+)
+ENTRY = re.compile(r"\.?[0-9a-f]{64}\.(json|safetensors)(\.\w+\.partial)?")  # the last: of a killed process
 LIMIT_BYTES = 4 * 2**30  # the least recently used entries go when the folder is larger
 CHECKSUM = "sha256"
 
@@ -48,10 +56,14 @@ def key_of(*parts: object) -> str:
 
 
 class Store:
-    """The cache folder. Without one, nothing is remembered."""
+    """The cache folder. Without one, nothing is remembered.
+
+    Only its folder ENTRIES is written to, once that bears our mark: the rest may be the user's.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self.entries = None if folder is None else folder / ENTRIES
         self.is_writable = True
         self.hits = self.misses = 0
 
@@ -92,9 +104,9 @@ class Store:
         read: Callable[[Path], Any],
         write: Callable[[Path, Any], None],
     ) -> Any:
-        if self.folder is None:
+        if self.entries is None:
             return make()
-        path = self.folder / name[:2] / name
+        path = self.entries / name[:2] / name
         try:
             found = read(path)
         except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain
@@ -111,6 +123,8 @@ class Store:
 
     def _keep(self, path: Path, made: Any, write: Callable[[Path, Any], None]) -> None:
         try:
+            if not self._is_ours():
+                files.write_text(self.entries / MARK, MARK_TEXT)
             write(path, made)
         except OSError as error:  # a full or read-only cache folder costs time, never the run
             if path.exists():  # another process was quicker; Windows does not replace what is being read
@@ -118,13 +132,30 @@ class Store:
             self.is_writable = False
             say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
 
+    def _is_ours(self) -> bool:
+        """Whether the entries' folder bears our mark. FileExistsError if it holds anything without."""
+        try:
+            if (self.entries / MARK).read_text(encoding="utf-8") == MARK_TEXT:
+                return True
+        except (OSError, ValueError):
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if any(not path.name.startswith(f".{MARK}.") for path in self.entries.iterdir()):
+                raise FileExistsError(errno.EEXIST, f"its {ENTRIES} holds files that are not ours")
+        return False
+
     def prune(self, limit_bytes: int = LIMIT_BYTES) -> int:
         """Deletes the least recently used entries beyond the limit where it may; returns how many."""
-        if self.folder is None or not self.folder.is_dir():
+        try:
+            if self.entries is None or not self._is_ours():
+                return 0
+        except OSError:  # the user's, or out of reach
             return 0
         entries = []
-        for path in self.folder.glob("??/*"):
+        for path in self.entries.glob("??/*"):
             try:
+                if path.is_symlink() or not path.is_file() or not ENTRY.fullmatch(path.name):
+                    continue
                 entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
             except OSError:  # another process was quicker
                 continue

@@ -2,6 +2,7 @@
 repeats and the words of Mega Man's world.
 """
 
+import os
 import random
 import re
 import stat
@@ -116,16 +117,14 @@ SEAMS = re.compile(
 HASHES = re.compile(r"(?=.*\d)(?![a-f]{4,}\d{1,4}$)[0-9a-f]{8,}", re.IGNORECASE)  # but not "facade01"
 LETTER = r"[^\W\d_]"
 
+
 # ---------------------------------------------------------------- captions from files
-CaptionSource = Literal["file", "name"]
-
-
 @dataclass(frozen=True)
 class Caption:
     """A caption and where it came from: the user's own sidecar file, or the picture's name."""
 
     text: str
-    source: CaptionSource
+    source: Literal["file", "name"]
     file: Path | None = field(default=None, compare=False)  # the sidecar; equal words are equal captions
 
 
@@ -430,11 +429,11 @@ def _tags_of(text: str) -> list[str]:
     return [tag for tag in tags if tag]
 
 
-def write_caption_set(folder: Path, captions: Sequence[tuple[Path, str]]) -> list[Path]:
-    """Writes a .txt a picture under `folder`, to be edited and copied beside the pictures; the files.
+def write_caption_set(folder: Path, captions: Sequence[tuple[Path, str]]) -> tuple[list[Path], ...]:
+    """Writes a .txt a picture under `folder`, to be edited: the new files; those that were there, and stay.
 
-    captions: the picture's path relative to the data folder, and its caption. a.png and a.jpg share a.txt,
-    unless their captions differ: then the second one's is a.jpg.txt.
+    captions: paths below the data folder, and the words. a.png and a.jpg share a.txt, unless theirs differ:
+    then the second one's is a.jpg.txt.
     """
     texts: dict[Path, str] = {}
     for picture, text in captions:
@@ -442,9 +441,10 @@ def write_caption_set(folder: Path, captions: Sequence[tuple[Path, str]]) -> lis
         if texts.get(file, text) != text:
             file = folder / picture.with_name(f"{picture.name}.txt")
         texts[file] = text
-    for file in texts:  # before anything is written
+    for file in texts:
         if not file.parent.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{file}: would lie outside {folder}. Name another --output_dir.", USAGE)
-    for file, text in texts.items():
-        write_text(file, f"{text}\n")
-    return list(texts)
+    new = [file for file in texts if not os.path.lexists(file)]
+    for file in new:
+        write_text(file, f"{texts[file]}\n")
+    return new, [file for file in texts if file not in new]

@@ -6,10 +6,11 @@ step-000250/
     manifest.json         step, settings, fingerprints, run state, and the sha256 of each file and of itself
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,11 @@ from megaman.errors import UserError, say
 from megaman.files import free_name, save_tensors, sha256_of
 
 FORMAT = 2  # raised when older checkpoints can no longer be resumed
+LEFTOVER = re.compile(r"\.step-\d{6,}\.(partial|replaced)")
 MANIFEST, ADAPTER, STATE = "manifest.json", CHECKPOINT_FILE, "state.safetensors"
 NUMBERS = (torch.int64, torch.float64)  # no optimizer has moments of these: they stand for plain numbers
+_NAMES = "|".join(map(re.escape, (MANIFEST, ADAPTER, STATE)))
+OWN_FILE = re.compile(rf"{_NAMES}|\.({_NAMES})\.\w+\.partial")  # the last: half written when it was killed
 OWN_SUM = "sha256_of_this"  # of the manifest's other entries
 
 
@@ -123,7 +127,8 @@ def save_checkpoint(
     final = folder / f"step-{progress.step:06}"
     partial, replaced = (folder / f".{final.name}.{word}" for word in ("partial", "replaced"))
     for leftover in folder.glob(".step-*"):  # of a run that was killed here
-        shutil.rmtree(leftover, ignore_errors=True)
+        if LEFTOVER.fullmatch(leftover.name):
+            _remove(leftover)
     partial.mkdir(parents=True)
     write_kohya(adapter, partial / ADAPTER)
     save_tensors(progress.tensors, partial / STATE, {"format": "pt"})
@@ -136,7 +141,7 @@ def save_checkpoint(
         final.rename(replaced)
     partial.rename(final)
     _sync(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     _prune(folder, keep, best)
     return final
 
@@ -148,11 +153,32 @@ def _signed(manifest: Mapping[str, Any]) -> str:
     return json.dumps(signed, indent=2, sort_keys=True) + "\n"
 
 
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint's own files, and the folder if nothing else lies there."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        for path in checkpoint.iterdir():
+            if OWN_FILE.fullmatch(path.name):
+                path.unlink()
+        checkpoint.rmdir()
+
+
 def _prune(folder: Path, keep: int, best: int | None) -> None:
     """Adapters stay; only what is large and superseded goes."""
     for old in steps(folder)[keep:]:
-        if int(old.name[5:]) != best:
+        if int(old.name[5:]) != best and _is_ours(old):
             (old / STATE).unlink(missing_ok=True)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether a manifest that we signed speaks of the state in the folder."""
+    try:
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        return text == _signed(manifest) and STATE in manifest["sha256"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
 
 
 def steps(folder: Path) -> list[Path]:
@@ -246,7 +272,7 @@ def set_aside_later(folder: Path, step: int) -> Path | None:
     later = [path for path in steps(folder) if int(path.name[5:]) > step]
     if not later:
         return None
-    aside = free_name(folder)
+    aside = free_name(Path(os.path.realpath(folder)))  # a link's target may lie on another disk
     aside.mkdir()
     for path in later:
         path.rename(aside / path.name)

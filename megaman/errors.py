@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -91,6 +92,18 @@ def say(message: str) -> None:
     """One line for the user on stderr; of several processes, only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(_printable(message), file=sys.stderr, flush=True)
+
+
+def shell_quoted(word: str) -> str:
+    """The word as this machine's shells take it for one argument, whatever letters it holds."""
+    if word.startswith("-"):
+        word = os.path.join(".", word)  # a path, and no flag
+    if os.name == "nt":  # cmd and PowerShell; no name of a file holds their quote
+        return word if re.fullmatch(r"[\w.:\\/-]+", word, re.ASCII) else f'"{word}"'
+    if _STEERING.search(word) or "\n" in word or "\t" in word:
+        spelled = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
+        return f"$'{spelled}'"
+    return shlex.quote(word)
 
 
 def _printable(message: str) -> str:

@@ -1,14 +1,102 @@
 """Flags from dataclasses: both spellings, presets, configuration files, and one line for every mistake."""
 
+import argparse
 import difflib
 import json
+import os
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from megaman.errors import USAGE, UserError, leave
+
+TRUE, FALSE = ("true", "yes", "y", "1", "on"), ("false", "no", "n", "0", "off")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the command line and a key of configuration files: one field of a dataclass."""
+
+    name: str
+    kind: type  # of one value
+    choices: tuple[str, ...] | None
+    takes_several: bool
+    default: Any
+    help: str
+    is_path: bool
+
+    @classmethod
+    def of(cls, field: Field[Any], hint: Any) -> "Flag":
+        """The flag that a field with this type stands for."""
+        kind, several = hint, False
+        if get_origin(kind) in (UnionType, Union):  # X | None
+            kind = next(each for each in get_args(kind) if each is not NoneType)
+        if get_origin(kind) is list:
+            kind, several = get_args(kind)[0], True
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        facts = field.metadata
+        kind = str if choices else kind
+        return cls(field.name, kind, choices, several, default, facts["help"], facts.get("path", False))
+
+    def read(self, text: str) -> Any:
+        """The value that a word of a command line or a file means. ArgumentTypeError if it means none."""
+        if self.kind is bool:
+            return _yes_or_no(text)
+        try:
+            value = self.kind(text)
+        except ValueError as error:
+            reason = f"invalid {self.kind.__name__} value: {text!r}"
+            raise argparse.ArgumentTypeError(reason) from error
+        return os.path.expanduser(value) if self.is_path else value  # shells leave a ~ behind = and in quotes
+
+
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in (*TRUE, *FALSE):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in TRUE
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Leaves with one line for a mistake, and hands out just what was given, no defaults."""
+
+    def __init__(self, groups: Mapping[str, Sequence[Flag]], description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for title, flags in groups.items():
+            group = self.add_argument_group(title)
+            for flag in flags:
+                group.add_argument(*_spellings(flag.name), **_settings(flag))
+        self.spellings = [
+            word for flags in groups.values() for flag in flags for word in _spellings(flag.name)
+        ]
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flag = unknown.split()[0].split("=")[0]
+            message = f"{flag}: unknown flag{_suggestion(flag, self.spellings)}; --help lists all"
+        leave(message.removeprefix("argument "), USAGE)
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _settings(flag: Flag) -> dict[str, Any]:
+    default = str(flag.default).replace("%", "%%")
+    settings: dict[str, Any] = {"help": f"{flag.help} (default: {default})", "type": flag.read}
+    if flag.choices:
+        settings["choices"] = flag.choices
+    if flag.takes_several:
+        settings["nargs"] = "+"
+    if flag.kind is bool:
+        settings |= {"nargs": "?", "const": True}
+    return settings
 
 
 def parse_flags(
@@ -25,120 +113,89 @@ def parse_flags(
     thing, one source may give one, and it silences those of the sources below. A mistake is one line and
     exit code 2.
     """
-    parser = _parser(groups, description)
-    first = vars(parser.parse_args(argv))
-    preset, config = first.get("preset"), first.get("config")
-    sources: list[Mapping[str, Any]] = [(presets or {}).get(preset, {})] if preset else []
-    if config is not None:
-        values = _read_config(Path(config), {field.name for group in groups for field in fields(group)})
-        parser.source = f"{config}: "
-        defaults = {key: parser.get_default(key) for key in values}
-        _refuse_empty(values, defaults, parser.source)
-        parser.parse_args(_tokens(values))  # its mistakes are reported under its name
-        parser.source = ""
-        sources.append({key: value for key, value in values.items() if value is not None})
-    named = _names(argv)
-    sources.append(dict.fromkeys(named))
-    for above, source in enumerate(sources, 1):
-        if len(either_or & source.keys()) > 1:
+    flags = {group._argument_group_name: _flags_of(group) for group in groups}
+    known = {flag.name: flag for group in flags.values() for flag in group}
+    given = vars(_OneLineParser(flags, description).parse_args(argv))
+    preset = (presets or {}).get(given.get("preset", ""), {})
+    file = _read_config(given["config"], known) if "config" in given else {}
+    values = {flag.name: flag.default for flag in known.values()}
+    for source in (preset, file, given):
+        rivals = either_or & source.keys()
+        if len(rivals) > 1:
             raise UserError(f"--{' and --'.join(sorted(either_or))} say the same thing; give one", USAGE)
-        if any(either_or & later.keys() for later in sources[above:]):
-            sources[above - 1] = {key: value for key, value in source.items() if key not in either_or}
-    tokens = [token for source in sources[:-1] for token in _tokens(source)]
-    chosen = named.union(*(source.keys() for source in sources[1 if preset else 0 : -1]))
-    final = vars(parser.parse_args([*tokens, *argv]))
-    _refuse_unwritable(final)
-    return final, chosen
+        if rivals:
+            values |= {name: known[name].default for name in either_or}
+        values |= source
+    _refuse_unwritable(values)
+    return values, {*file, *given}
 
 
-def _refuse_empty(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-    for key, value in values.items():
-        if value == [] or (value is None and defaults[key] is not None):
-            raise UserError(f"{where}{key} has no value; give one, or leave the line out", USAGE)
+def _flags_of(group: type) -> list[Flag]:
+    hints = get_type_hints(group)
+    return [Flag.of(field, hints[field.name]) for field in fields(group)]
 
 
 def _refuse_unwritable(values: Mapping[str, Any]) -> None:
     """Half characters (a terminal in another encoding) and NUL would fail later, in a tokenizer or a path."""
     for key, value in values.items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (
-                "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)
-            ):
+            if isinstance(text, str) and ("\0" in text or any("\ud800" <= char <= "\udfff" for char in text)):
                 raise UserError(f"--{key}: holds a character that is no text; type it as UTF-8", USAGE)
 
 
-def _parser(groups: Sequence[type], description: str) -> Any:
-    from transformers import HfArgumentParser  # half a second, and no torch
-
-    class OneLineParser(HfArgumentParser):
-        source = ""
-
-        def error(self, message: str) -> NoReturn:
-            unknown = message.removeprefix("unrecognized arguments: ")
-            if unknown != message:
-                flag = unknown.split()[0].split("=")[0]
-                message = (
-                    f"{flag}: unknown flag{_suggestion(flag, self._option_string_actions)}; --help lists all"
-                )
-            leave(f"{self.source}{message.removeprefix('argument ')}", USAGE)
-
-    return OneLineParser(groups, description=description, allow_abbrev=False)
+# ---------------------------------------------------------------- configuration files
+_LOADERS: dict[str, Callable[[str], Any]] = {
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+}
 
 
-def _tokens(values: Mapping[str, Any]) -> list[str]:
-    """The settings as they would stand on a command line."""
-    tokens: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, (list, tuple)):
-            tokens += [f"--{key}", *map(str, value)] if value else []
-        elif value is not None:
-            tokens.append(f"--{key}={value}")
-    return tokens
-
-
-def _names(argv: Sequence[str]) -> set[str]:
-    return {token[2:].split("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
-
-
-def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
+def _read_config(path: str, known: Mapping[str, Flag]) -> dict[str, Any]:
+    """The settings that a file gives. UserError (exit 2) that names the file and the key."""
+    suffix = Path(path).suffix
+    if suffix not in _LOADERS:
+        raise UserError(f"--config {path}: the name must end in .json, .toml or .yaml", USAGE)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        values = _LOADERS[suffix](Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: can't be read ({error})", USAGE) from error
-    try:
-        if path.suffix == ".toml":
-            values = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            values = yaml.safe_load(text)
-        elif path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            raise UserError(f"--config {path}: the name must end in .json, .toml or .yaml", USAGE)
-    except ValueError as error:  # json's and tomllib's
-        raise UserError(f"--config {path}: {_first_line(error)}", USAGE) from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise UserError(f"--config {path}: {_first_line(error)}", USAGE) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}", USAGE) from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold settings, a name and a value each", USAGE)
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    for key in values:
+    settings: dict[str, Any] = {}
+    for key, value in ((str(key).replace("-", "_"), value) for key, value in values.items()):
         if key in ("config", "preset"):
             raise UserError(
                 f"--config {path}: a file holds settings; give --{key} on the command line", USAGE
             )
         if key not in known:
             raise UserError(f"--config {path}: unknown key {key!r}{_suggestion(key, known)}", USAGE)
-    return values
+        if value == [] or (value is None and known[key].default is not None):
+            raise UserError(f"{path}: {key} has no value; give one, or leave the line out", USAGE)
+        if value is not None:
+            settings[key] = _typed(value, known[key], path)
+    return settings
 
 
-def _suggestion(word: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> str:
+def _typed(value: Any, flag: Flag, path: str) -> Any:
+    """A file's value, read as if it stood on the command line: PyYAML takes 1e-4 for a text."""
+    several = value if isinstance(value, list) else [value]
+    try:
+        if any(isinstance(each, list | dict) for each in several) or (value is several) > flag.takes_several:
+            raise argparse.ArgumentTypeError(f"takes {'texts' if flag.takes_several else 'one value'}")
+        read = [flag.read(str(each)) for each in several]
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{path}: {flag.name}: {error}", USAGE) from error
+    for each in read:
+        if flag.choices and each not in flag.choices:
+            choices = ", ".join(flag.choices)
+            raise UserError(f"{path}: {flag.name}: invalid choice: {each!r} (choose from {choices})", USAGE)
+    return read if flag.takes_several else read[0]
+
+
+def _suggestion(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())

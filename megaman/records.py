@@ -13,10 +13,12 @@ from PIL.Image import DecompressionBombError, Image
 from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
-from megaman.errors import say
-from megaman.files import replacing, write_text
+from megaman.errors import STATE, UserError, say
+from megaman.files import LOCK, check_page, holds_files, holds_run, is_page, replacing, write_text
 
 METADATA_FILE = "metadata.jsonl"
+PAGE = "index.html"
+TOLD = frozenset({"prompt", "seed", "file", "job", "adapter_hash"})  # in every record
 LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
 PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -191,6 +193,47 @@ def _is_whole(path: Path) -> bool:
             return begins and file.read() == PNG_ENDS
     except OSError:  # not there, or shorter than that
         return False
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether metadata.jsonl is ours: one of its lines is a picture's record, or it is empty. Data sets have
+    files of that name too.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return not text.strip() or any(map(_is_record, text.split("\n")))
+
+
+def _is_record(line: str) -> bool:
+    try:
+        facts = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(facts, dict) and facts.keys() >= TOLD
+
+
+def check_folder(folder: Path) -> None:
+    """UserError (exit 7) if pictures of ours must not go to `folder`, by what lies there: others' files
+    without a gallery, a run of the training, another file in the place of one of ours. Makes nothing.
+    """
+    metadata = folder / METADATA_FILE
+    reason = None
+    if holds_run(folder):
+        reason = "holds a training run, whose files stay by themselves"
+    elif metadata.is_file() and not is_metadata(metadata):
+        reason = f"its {METADATA_FILE} is not ours"
+    elif holds_files(folder) and not holds_gallery(folder):
+        reason = "holds files that no run of ours made"
+    if reason is not None:
+        raise UserError(f"{folder}: {reason}. Name another --output_dir.", STATE)
+    check_page(folder / PAGE)
+
+
+def holds_gallery(folder: Path) -> bool:
+    """Whether pictures of ours were drawn into `folder`, or begun to be."""
+    if (folder / LOCK).exists() or is_page(folder / PAGE):
+        return True
+    metadata = folder / METADATA_FILE
+    return (metadata.is_file() and is_metadata(metadata)) or bool(find_records(folder))
 
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:

@@ -17,7 +17,7 @@ from megaman.captions import (
     tag_frequencies,
     write_caption_set,
 )
-from megaman.files import write_text
+from megaman.files import check_page, write_text
 from megaman.pages import render_dataset
 from megaman.pictures import duplicates, one_line
 from megaman.stream import Stream
@@ -171,8 +171,9 @@ class Report:
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else path.name
 
     def write(self, output: Path) -> Path:
-        """Writes dataset.html and returns it."""
+        """Writes dataset.html and returns it. UserError (exit 7) if another's page of that name is there."""
         page = output / "dataset.html"
+        check_page(page)
         html = render_dataset(self, MAX_TOKENS)
         write_text(page, html.encode("utf-8", "backslashreplace").decode())  # names may be any bytes
         return page
@@ -181,15 +182,14 @@ class Report:
         """Writes every caption that was made from a name, to be edited and copied; what is there, stays. What
         to tell of it, a line each.
         """
-        made = [(Path(row.name), row.caption.text) for row in self.derived]
-        new = [pair for pair in made if not (folder / pair[0].with_suffix(".txt")).exists()]
+        made, kept = write_caption_set(folder, [(Path(row.name), row.caption.text) for row in self.derived])
         lines = []
-        if write_caption_set(folder, new):
+        if made:
             lines.append(
                 f"captions made from names lie in {folder}: edit them and copy them to your pictures"
             )
-        if old := len(made) - len(new):
-            lines.append(f"{_count(old, 'caption')} of an earlier dry run left as found in {folder}")
+        if kept:
+            lines.append(f"{_count(len(kept), 'caption')} of an earlier dry run left as found in {folder}")
         return lines
 
 

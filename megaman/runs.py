@@ -1,7 +1,6 @@
 """An output folder and the run in it: what it records, who may write there, where it goes on."""
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from megaman import checkpoints, files
 from megaman.card import ONCE
 from megaman.checkpoints import Progress
-from megaman.errors import RESOURCES, STATE, UserError, say
+from megaman.errors import RESOURCES, STATE, UserError, say, shell_quoted
+from megaman.files import RECORD
 from megaman.stopping import StopRequest, after_this_step
 
-RECORD = "training_config.json"  # also the mark that an output folder is ours
 CHECKPOINTS = "checkpoints"
 FREE = frozenset(ONCE).union(
     ("pretrained_model_name", "data_dir", "output_dir", "cache_dir"),  # what they hold is compared itself
@@ -78,7 +77,7 @@ def checkpoints_beside(adapter: Path) -> list[Path]:
 
 def resume_command(output: Path) -> str:
     """What goes on with a stopped run."""
-    record = shlex.quote(str(output / RECORD))
+    record = shell_quoted(str(output / RECORD))
     return f"python megaman_lora.py --config {record} --resume_from_checkpoint latest"
 
 
@@ -110,10 +109,11 @@ def _begin(output: Path, settings: Mapping[str, Any], progress: Progress | None)
     goes_on = progress is not None and progress.path.resolve().parent == folder.resolve()
     lock, aside = files.claim(output, fresh=not goes_on)
     if aside is not None:
-        say(f"output: {output} held an earlier run; it is kept as {output.with_name(aside.name)}")
+        shown = aside if files.is_link(output) else output.with_name(aside.name)
+        say(f"output: {output} held an earlier run; it is kept as {shown}")
     later = checkpoints.set_aside_later(folder, progress.step) if goes_on else None
     if later is not None:
-        say(f"output: checkpoints beyond step {progress.step} are kept in {output / later.name}")
+        say(f"output: checkpoints beyond step {progress.step} are kept in {later}")
     kept = {key: value for key, value in settings.items() if key not in ONCE}
     files.write_text(output / RECORD, json.dumps(kept, indent=2) + "\n")
     return lock

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaman import errors
+from megaman import errors, files
 from megaman.errors import UserError
 from megaman.lazy import Lazy
 
@@ -68,10 +68,9 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
         )
     if name == base_models.EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name  # a hub id; a path is never taken from an adapter that somebody else may have made
-    for folder in lora_path.resolve().parents[:3]:
-        path = trained_on(folder / "training_config.json")  # local, so it may hold a path
-        if path is not None and Path(path).expanduser().resolve().name == name:
-            return path
+    path = recorded(lora_path, "pretrained_model_name")
+    if path is not None and Path(path).expanduser().resolve().name == name:
+        return path
     raise UserError(
         f"{lora_path}: was trained on the local base model {name!r}, which is not where it was; name it "
         "with --base_model",
@@ -79,10 +78,12 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
     )
 
 
-def trained_on(record: Path) -> str | None:
-    """The base model that a run's training_config.json names, if it is still where it was."""
-    try:
-        path = json.loads(record.read_text(encoding="utf-8"))["pretrained_model_name"]
-        return path if Path(path).expanduser().exists() else None
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or not one of ours
-        return None
+def recorded(lora_path: Path, setting: str) -> str | None:
+    """The path that the record of the adapter's run names for a setting, if it is still there; None for an
+    adapter that lies in no run of ours.
+    """
+    for folder in lora_path.resolve().parents[:3]:
+        if files.holds_run(folder):
+            path = json.loads((folder / files.RECORD).read_text(encoding="utf-8"))[setting]
+            return path if isinstance(path, str) and Path(path).expanduser().exists() else None
+    return None

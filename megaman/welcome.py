@@ -1,5 +1,6 @@
 """The first start: a folder for the user's pictures, and what to do next."""
 
+import os
 from pathlib import Path
 
 from megaman.errors import say
@@ -12,7 +13,7 @@ GUIDE = Path(__file__).parent / "templates" / "megaman_images.md"
 def welcome(folder: Path) -> None:
     """Makes the folder with its guide, if they are not there, and says in two lines what to do."""
     guide = folder / "README.md"
-    if not guide.exists():
+    if not os.path.lexists(guide):
         write_text(guide, GUIDE.read_text(encoding="utf-8"))
     say(
         f"{folder} is ready: put 15-100 pictures there, each with a caption in a .txt file of the same "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megaman.base import BaseModel
-from megaman.cache import Store, View, default_folder, encode, key_of
+from megaman.cache import ENTRIES, MARK, Store, View, default_folder, encode, key_of
 
 
 def made(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def test_a_damaged_entry_is_made_anew_whatever_the_damage(tmp_path: Path, kind: 
         return {name: tensor.tolist() for name, tensor in store.tensors(key_of("x"), made).items()}
 
     right = ask(Store(tmp_path))
-    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != MARK]
     whole = file.read_bytes()
     damages = [b"", whole[: len(whole) // 2], whole[:-1], b"\0" * len(whole)]
     for _ in range(60):
@@ -68,6 +68,48 @@ def test_the_least_recently_used_entries_go_first(tmp_path: Path) -> None:
     assert store.prune(limit_bytes=3 * size) == 3
     for i in (0, 4, 5):
         Store(tmp_path).tensors(key_of(i), must_not_be_made)
+
+
+def test_nothing_of_the_users_is_deleted_in_a_folder_that_he_named(tmp_path: Path) -> None:
+    digest = key_of("the user's")
+    theirs = [
+        tmp_path / "XL" / "base.safetensors",
+        tmp_path / "SD" / "notes.txt",
+        tmp_path / "ab" / f"{digest}.safetensors",
+        tmp_path / ENTRIES / "ab" / "base.safetensors",
+        tmp_path / ENTRIES / "XL" / f"{digest}.ckpt",
+        tmp_path / ENTRIES / "notes.txt",
+    ]
+    store = Store(tmp_path)
+    store.tensors(key_of("x"), made)
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    (tmp_path / ENTRIES / "SD").mkdir()
+    (tmp_path / ENTRIES / "SD" / f"{digest}.json").symlink_to(theirs[0])
+    leftover = tmp_path / ENTRIES / digest[:2] / f".{digest}.json.1a2b.partial"
+    leftover.parent.mkdir(parents=True, exist_ok=True)
+    leftover.write_text("of a killed process")
+    assert store.prune(limit_bytes=0) == 2
+    assert [path.read_text() for path in theirs] == ["mine"] * len(theirs)
+    assert not leftover.exists()
+
+
+def test_a_folder_of_the_users_under_our_folders_name_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = key_of("x")
+    theirs = tmp_path / ENTRIES / digest[:2] / f"{digest}.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    store = Store(tmp_path)
+    store.tensors(digest, made)
+    store.facts(key_of("y"), lambda: [1])
+    assert store.prune(limit_bytes=0) == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+    assert theirs.read_text() == "mine"
+    told = f"cache: {tmp_path} can't be written to (its {ENTRIES} holds files that are not ours)"
+    assert capsys.readouterr().err == f"{told}; nothing new is kept\n"
 
 
 def test_a_folder_that_cannot_be_written_costs_time_and_nothing_else(tmp_path: Path) -> None:

@@ -405,13 +405,23 @@ def test_a_written_caption_set_is_read_back_beside_the_pictures(tmp_path: Path) 
     ]
     texts = ["one", "same", "same", "洛克人, 藍色", "three", "four", "this", "that"]
     pairs = [(Path(name), text) for name, text in zip(names, texts, strict=True)]
-    files = write_caption_set(tmp_path / "set", pairs)
+    files, kept = write_caption_set(tmp_path / "set", pairs)
+    assert kept == []
     assert sorted(file.name for file in files) == sorted(
         ["a.txt", "a.txt", "洛克人.txt", "b.1.txt", "b.2.txt", "c.txt", "c.png.txt"]
     )
     assert (tmp_path / "set" / "10_x" / "a.txt").read_bytes() == b"same\n"
     captions = read_captions([tmp_path / "set" / name for name in names], tmp_path / "set", TRIGGER)
     assert [caption.text for caption in captions] == texts
+
+
+def test_an_edited_caption_is_never_written_over(tmp_path: Path) -> None:
+    pairs = [(Path("a.png"), "this"), (Path("a.jpg"), "that")]
+    first, second = write_caption_set(tmp_path, pairs)[0]
+    second.write_text("edited")
+    first.unlink()
+    assert write_caption_set(tmp_path, pairs) == ([first], [second])
+    assert (first.read_text(), second.read_text()) == ("this\n", "edited")
 
 
 @pytest.mark.parametrize("picture", ["../a.png", "sub/../../a.png", "/a.png", "link/a.png"])

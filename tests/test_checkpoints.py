@@ -109,7 +109,7 @@ def test_one_folder_is_for_one_process(tmp_path: Path) -> None:
         claim(tmp_path / "out", fresh=True)
     assert error.value.exit_code == 7
     with pytest.raises(UserError, match="in use"):
-        check_output(tmp_path / "out", "training_config.json", tmp_path / "pictures")
+        check_output(tmp_path / "out", tmp_path / "pictures")
     lock.close()
     claim(tmp_path / "out", fresh=True)[0].close()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing in it was worth moving aside

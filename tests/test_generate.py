@@ -581,8 +581,9 @@ def test_no_gallery_is_put_into_a_folder_that_never_held_one(tmp_path: Path) -> 
         "holiday.png": b"\x89PNG",
         "index.html": b"mine",
     }
-    (tmp_path / "metadata.jsonl").write_text("")  # one of ours, whose pictures are gone
-    assert "No pictures yet." in gallery_only(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metadata.jsonl").write_text("")  # one of ours, whose pictures are gone
+    assert "No pictures yet." in gallery_only(tmp_path / "empty")
 
 
 def test_the_gallery_alone_needs_no_torch(tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""Only what is ours by its content is deleted, renamed or overwritten; links stay where they were laid."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+from PIL import Image
+
+import generate_megaman
+import megaman_lora
+from megaman import errors, files
+from megaman.errors import UserError, shell_quoted
+from megaman.files import OutputLock, check_output, claim, is_link
+from megaman_lora import TrainConfig
+
+OURS = json.dumps({"pretrained_model_name": "a", "data_dir": "b", "lora_rank": 1, "lora_alpha": 1})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lay(folder: Path, texts: Mapping[str, str]) -> dict[str, bytes]:
+    """Writes the files and returns them as `contents` does."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return contents(folder)
+
+
+# ---------------------------------------------------------------- training's folder
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"training_config.json": '{"model": "somebody else\'s"}', "model.bin": "x"},
+        {"training_config.json": "[1]"},
+        {"training_config.json": "no JSON"},
+        {"dataset.html": "<h1>my page</h1>"},
+        {"notes.txt": "mine"},
+        {".lock": "poetry's"},
+    ],
+)
+def test_a_run_begins_beside_no_file_that_is_not_ours(tmp_path: Path, texts: Mapping[str, str]) -> None:
+    before = lay(tmp_path / "out", texts)
+    with pytest.raises(UserError) as caught:
+        check_output(tmp_path / "out", tmp_path / "pictures")
+    assert caught.value.exit_code == errors.STATE
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_dry_run_overwrites_no_page_of_another(train_flags: list[str], tmp_path: Path) -> None:
+    before = lay(tmp_path / "out", {"dataset.html": "<h1>my page</h1>"})
+    with pytest.raises(UserError, match="is no page of ours"):
+        megaman_lora.show_dataset(megaman_lora.read_config([*train_flags, "--dry_run"])[0])
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_link_is_followed_and_what_it_leads_to_stays(train: Callable[..., Path], tmp_path: Path) -> None:
+    target, link = tmp_path / "big disk" / "runs", tmp_path / "out"
+    link.symlink_to(target, target_is_directory=True)  # leads nowhere yet
+    for _ in range(3):
+        weights = train("--max_train_steps=1", "--validation_steps=1")
+        (target / "notes.txt").write_text("mine")
+    assert link.is_symlink()
+    assert link.resolve() == target.resolve()
+    assert (weights / "megaman_lora.safetensors").is_file()
+    kept = [target.with_name(f"runs.00{number}") for number in (1, 2)]
+    for earlier in kept:
+        assert (earlier / "lora_weights" / "megaman_lora.safetensors").is_file()
+        assert files.holds_run(earlier)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["runs", "runs.001", "runs.002"]
+    assert (target / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    lock = OutputLock(tmp_path / "link").sign()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        claim(tmp_path / "target", fresh=True)
+    lock.close()
+
+
+def test_a_link_is_told_from_a_folder_below_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert is_link(tmp_path / "link")
+    assert is_link(tmp_path / "real" / ".." / "link")
+    assert not is_link(tmp_path / "link" / "below")
+    monkeypatch.chdir(tmp_path / "link")
+    assert not is_link(Path("below"))
+    assert not is_link(Path("/"))
+
+
+# ---------------------------------------------------------------- the gallery's folder
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"index.html": "<h1>my site</h1>", "style.css": "mine"},
+        {"metadata.jsonl": '{"file_name": "a.png", "text": "mega man"}\n', "a.png": "x"},
+        {"metadata.jsonl": "no JSON at all\n"},
+        {"index.html": "<h1>my site</h1>"},
+        {"megaman_01.txt": "mega man", "megaman_01.png": "x"},
+        {"training_config.json": OURS, "metrics.jsonl": ""},
+        {".lock": "poetry's"},
+    ],
+)
+@pytest.mark.parametrize("further", [[], ["--gallery_only"]], ids=["drawing", "gallery_only"])
+def test_pictures_go_beside_no_file_that_is_not_ours(
+    adapter_folder: Path, tmp_path: Path, texts: Mapping[str, str], further: list[str]
+) -> None:
+    before = lay(tmp_path / "site", texts)
+    drawing = [] if further else [f"--lora_path={adapter_folder}"]
+    cfg = generate_megaman.read_config([f"--output_dir={tmp_path / 'site'}", *drawing, *further])
+    with pytest.raises(UserError) as caught:
+        generate_megaman.generate(cfg)
+    assert caught.value.exit_code == errors.STATE
+    assert contents(tmp_path / "site") == before
+
+
+def test_a_page_put_into_a_gallery_of_ours_is_not_overwritten(tmp_path: Path) -> None:
+    lay(tmp_path, {".lock": "1", "index.html": "<h1>my page</h1>"})
+    with pytest.raises(UserError, match="is no page of ours"):
+        generate_megaman.generate(
+            generate_megaman.read_config([f"--output_dir={tmp_path}", "--gallery_only"])
+        )
+    assert (tmp_path / "index.html").read_text() == "<h1>my page</h1>"
+
+
+def test_nothing_is_drawn_among_the_pictures_that_were_trained_on(adapter_folder: Path) -> None:
+    pictures = adapter_folder.parents[1] / "pictures"
+    for folder in (pictures, pictures / "drawn"):
+        flags = [f"--lora_path={adapter_folder}", f"--output_dir={folder}"]
+        with pytest.raises(UserError) as caught:
+            generate_megaman.generate(generate_megaman.read_config(flags))
+        assert caught.value.exit_code == (errors.STATE if folder == pictures else errors.USAGE)
+    assert not (pictures / "drawn").exists()
+
+
+# ---------------------------------------------------------------- paths in flags and in commands
+def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "c.json").write_text(json.dumps({"cache_dir": "~/cache", "output_dir": "~/not this"}))
+    names = ("data_dir", "output_dir", "logging_dir", "pretrained_model_name", "resume_from_checkpoint")
+    cfg, _ = megaman_lora.read_config(["--config=~/c.json", *(f"--{name}=~/my {name}" for name in names)])
+    assert {name: getattr(cfg, name) for name in names} == {name: f"{tmp_path}/my {name}" for name in names}
+    assert cfg.cache_dir == f"{tmp_path}/cache"
+    names = ("lora_path", "base_model", "prompts_file", "output_dir")
+    drawing = generate_megaman.read_config([f"--{name}=~/my {name}" for name in names])
+    assert {getattr(drawing, name) for name in names} == {f"{tmp_path}/my {name}" for name in names}
+
+
+def test_every_flag_that_names_a_path_is_marked_as_one() -> None:
+    for config in (TrainConfig, generate_megaman.GenerateConfig):
+        marked = {each.name for each in config.__dataclass_fields__.values() if each.metadata.get("path")}
+        ends = ("_dir", "_path", "_file", "_model", "_name", "_from_checkpoint", "init_lora", "config")
+        assert marked == {name for name in config.__dataclass_fields__ if name.endswith(ends)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asks a POSIX shell")
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "two words", "it's", 'a "b"', "ü 猫", "$HOME`id`", "new\nline", "\x1b[31m", "-dash", "~x"],
+)
+def test_a_told_path_pastes_into_a_shell_as_it_stands(name: str) -> None:
+    shell = shutil.which("bash") or "sh"
+    told = f"printf %s {shell_quoted(name)}"
+    assert told.isprintable()
+    answer = subprocess.run([shell, "-c", told], capture_output=True, check=True).stdout
+    assert answer.decode() in (name, f"./{name}")
+
+
+def test_the_next_command_and_the_one_that_goes_on_work_in_an_odd_folder(
+    train_flags: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "my 'odd' \"ü\" $x"
+    flags = [flag for flag in train_flags if not flag.startswith("--output_dir")]
+    ended = run_script("megaman_lora.py", *flags, f"--output_dir={output}", "--max_train_steps=1")
+    assert ended.returncode == 0, ended.stderr
+    told = next(line for line in ended.stderr.splitlines() if line.startswith("next: "))
+    words = shlex.split(told.removeprefix("next: python "))
+    assert words == ["generate_megaman.py", "--lora_path", str(output / "lora_weights")]
+
+
+def test_pictures_of_another_format_are_left_alone_when_checkpoints_are_pruned(tmp_path: Path) -> None:
+    from megaman.checkpoints import _prune, _remove
+
+    Image.new("RGB", (2, 2)).save(tmp_path / "picture.png")
+    for number in (1, 2, 3):
+        lay(tmp_path / f"step-{number:06}", {"state.safetensors": "mine", "manifest.json": "{}"})
+    lay(tmp_path / ".step-000009.partial", {"state.safetensors": "ours", "notes.txt": "mine"})
+    _prune(tmp_path, 1, None)
+    _remove(tmp_path / ".step-000009.partial")
+    assert len(list(tmp_path.glob("step-*/state.safetensors"))) == 3
+    assert contents(tmp_path / ".step-000009.partial") == {"notes.txt": b"mine"}
