@@ -1,185 +1,54 @@
 """Draws with a trained LoRA and writes an HTML gallery.
 
-    python generate_megaman.py                                          # what megaman_lora.py has just
-    trained
+    python generate_megaman.py                                          # the adapter trained last
     python generate_megaman.py --prompts "mega man, running" --num_images_per_prompt 4
 
 A picture is decided by its job alone (prompt, seed, size, settings, adapter, base), so a repeated or
 interrupted run keeps what is finished.
 """
 
-from __future__ import annotations
+import sys
+
+from megaman import errors, files, pages, records, stopping
+from megaman.config.generate import BUILT_IN_PROMPTS, NEGATIVE, TRIGGER, GenerateConfig, read_config
+from megaman.errors import UserError, quiet_libraries, say
+
+if "torch" not in sys.modules:  # a program that has loaded it hears what it wants to hear
+    quiet_libraries()
+if __name__ == "__main__":  # what needs no torch is answered before it loads, which takes seconds
+    stopping.end_quietly()
+    with errors.reported():
+        CONFIG = read_config(sys.argv[1:])
+        pages.answer_gallery_only(CONFIG)
 
 import hashlib
 import itertools
 import json
-import math
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from megaman import errors, files
-from megaman.errors import UserError, say
-from megaman.flags import parse_flags
-from megaman.lazy import Lazy
-from megaman.prompts import LARGEST_SEED, LARGEST_SIDE, Prompt, check_text, read_prompts_file
+import torch
+from PIL.Image import Image
+from tqdm import tqdm
+
+from megaman import base as base_models
+from megaman import devices, memory, merge
+from megaman.adapters import Adapter
+from megaman.base import BaseModel
+from megaman.merge import MergedAdapter
+from megaman.prompts import Prompt, read_prompts_file
 from megaman.records import ImageRecord, Job
 from megaman.sources import Source, base_of, recorded, sources_of
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from megaman.adapters import Adapter
-    from megaman.base import BaseModel
-    from megaman.merge import MergedAdapter
-torch, adapters, base_models = Lazy("torch"), Lazy("megaman.adapters"), Lazy("megaman.base")
-devices, memory = Lazy("megaman.devices"), Lazy("megaman.memory")
-merge, pages, records = Lazy("megaman.merge"), Lazy("megaman.pages"), Lazy("megaman.records")
-
-# ---------------------------------------------------------------- configuration
-
-TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
-NEGATIVE = "blurry, low quality, distorted, deformed"
 NAMED = 5  # pictures that an error's line names
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
-BUILT_IN_PROMPTS = (
-    "mega man, standing, facing right, sky background",
-    "mega man, running, facing left, sand background",
-    "mega man, jumping, facing right, mint background",
-    "mega man, arms raised, rose background",
-    "mega man, crouching, facing left, violet background",
-    "mega man, running, black background, pixel art",
-    "mega man, standing, white background, pixel art",
-    "mega man, jumping, gray background, flat",
-    "mega man, blue robot, helmet, game character, high quality",
-    "mega man, futuristic armor, action pose, sci-fi, detailed",
-)
-
-
-def _flag(default: Any, text: str, *, path: bool = False) -> Any:
-    return field(default=default, metadata={"help": text, "path": path})
-
-
-@dataclass(frozen=True)
-class AdapterFlags:
-    """What to draw with."""
-
-    _argument_group_name = "adapter and base"
-    lora_path: str = _flag(
-        "./megaman_lora_output/lora_weights",
-        "adapter: a folder, a .safetensors file or a hub id",
-        path=True,
-    )
-    base_model: str | None = _flag(None, "base model; the one named in the adapter if not given", path=True)
-    lora_scale: list[float] = field(
-        default_factory=lambda: [1.0],
-        metadata={"help": "strength of the adapter; several draw a strip, 0 is the base alone"},
-    )
-    compare_base: bool = _flag(False, "also draw every picture with strength 0: base and LoRA side by side")
-    compare_checkpoints: bool = _flag(
-        False, "also draw every picture with each checkpoint of the adapter's run"
-    )
-
-
-@dataclass(frozen=True)
-class PromptFlags:
-    """What to draw."""
-
-    _argument_group_name = "prompts"
-    prompts: list[str] | None = _flag(None, "one prompt or more; ten of ours if none is given")
-    prompts_file: str | None = _flag(
-        None,
-        "a prompt a line; # comments; per line --n negative --w width --h height --d seed --s steps --l "
-        "guidance",
-        path=True,
-    )
-    negative_prompt: str | None = _flag(
-        None, f'what to keep away from; "{NEGATIVE}" if not given, nothing with the embedded base'
-    )
-    num_images_per_prompt: int = _flag(1, "pictures a prompt; their seeds count up from --seed")
-    seed: int = _flag(42, "seed of each prompt's first picture; 0 is a seed")
-
-
-@dataclass(frozen=True)
-class DrawingFlags:
-    """How to draw."""
-
-    _argument_group_name = "drawing"
-    num_inference_steps: int = _flag(25, "denoising steps")
-    guidance_scale: float | None = _flag(
-        None, "how strictly to follow the prompt; what the adapter was previewed with, 7.5, if not given"
-    )
-    height: int | None = _flag(None, "pixels; the training resolution if not given")
-    width: int | None = _flag(None, "pixels; the training resolution if not given")
-    scheduler: Literal["dpm++", "euler", "euler_a", "ddim", "unipc"] = _flag("dpm++", "sampler")
-    batch_size: int | None = _flag(None, "pictures at a time; fitted to device and size if not given")
-    device: str = _flag("auto", "cuda, mps, cpu or auto")
-    mixed_precision: Literal["auto", "fp16", "bf16", "no"] = _flag(
-        "auto", "precision of the model; auto is fp16 on an NVIDIA card, else float32"
-    )
-
-
-@dataclass(frozen=True)
-class OutputFlags:
-    """What is written."""
-
-    _argument_group_name = "output"
-    output_dir: str = _flag("./generated_megaman", "folder of the pictures and index.html", path=True)
-    no_metadata: bool = _flag(False, "write no settings into the PNGs")
-    gallery_only: bool = _flag(False, "draw nothing; make index.html anew of the pictures that are there")
-
-
-@dataclass(frozen=True)
-class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
-    """Every setting of a run."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_images_per_prompt", "num_inference_steps", "height", "width", "batch_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
-        _require(0 <= self.seed < LARGEST_SEED, f"--seed {self.seed}: must be between 0 and 2^63")
-        _require(
-            self.guidance_scale is None or 0 <= self.guidance_scale < math.inf,
-            f"--guidance_scale {self.guidance_scale}: must be 0 or more",
-        )
-        _require(
-            all(math.isfinite(scale) for scale in self.lora_scale),
-            f"--lora_scale {self.lora_scale}: must be finite numbers",
-        )
-        for name in ("compare_base", "compare_checkpoints"):
-            _require(
-                any(self.lora_scale) or not getattr(self, name),
-                f"--{name}: --lora_scale 0 draws the base alone; give a strength to compare",
-            )
-        for name in ("height", "width"):
-            value = getattr(self, name) or 1
-            _require(value <= LARGEST_SIDE, f"--{name} {value}: must be at most {LARGEST_SIDE}")
-        for prompt in self.prompts or ():
-            _require(bool(prompt.strip()), "--prompts: one of them is empty")
-            check_text(prompt, "--prompts", errors.USAGE)
-        check_text(self.negative_prompt or "", "--negative_prompt", errors.USAGE)
-
-
-def _require(holds: bool, complaint: str) -> None:
-    if not holds:
-        raise UserError(complaint, errors.USAGE)
-
-
-def read_config(argv: Sequence[str]) -> GenerateConfig:
-    """The configuration that a command line asks for."""
-    groups = (AdapterFlags, PromptFlags, DrawingFlags, OutputFlags)
-    values, chosen = parse_flags(groups, argv, description=__doc__.split("\n")[0])
-    beside = ", --".join(sorted(chosen - {"gallery_only", "output_dir"}))
-    _require(not (values["gallery_only"] and beside), f"--gallery_only draws nothing: leave --{beside} out")
-    return GenerateConfig(**values)
-
 
 # ---------------------------------------------------------------- prompts to jobs
 
@@ -350,7 +219,7 @@ def render(batch: Sequence[Job], base: BaseModel, merged: MergedAdapter) -> list
 def generate(cfg: GenerateConfig) -> Path:
     """Draws everything that is not drawn yet and returns the gallery's page."""
     if cfg.gallery_only:
-        return rebuild(Path(cfg.output_dir))
+        return pages.rebuild(Path(cfg.output_dir))
     lora_path = base_models.fetched_adapter(cfg.lora_path)
     sources = sources_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
     adapter = next(source.adapter for source in sources if source.is_chosen)
@@ -381,25 +250,10 @@ def generate(cfg: GenerateConfig) -> Path:
         return draw_missing(tasks, cfg, base, about)
 
 
-def rebuild(output: Path) -> Path:
-    """Makes the gallery anew of the pictures that are there. UserError (exit 7) if there never were any."""
-    if not records.holds_gallery(output):  # perhaps a folder of the user's
-        reason = "holds no pictures of ours to show; draw some first, or name their folder with --output_dir"
-        raise UserError(f"{output}: {reason}", errors.STATE)
-    records.check_folder(output)
-    with closing(files.OutputLock(output).sign()):
-        found = records.find_records(output)
-        show_all(output, found)
-    say(f"pictures: {len(found)}")
-    return output / records.PAGE
-
-
 def draw_missing(tasks: Sequence[Task], cfg: GenerateConfig, base: BaseModel, about: dict[str, Any]) -> Path:
     """Draws the tasks whose pictures are not in the output folder; the page grows with every batch. UserError
     (exit 5), when all others are drawn, that names those whose numbers overflowed.
     """
-    from tqdm import tqdm
-
     output = Path(cfg.output_dir)
     earlier = {record.job: record for record in records.read_records(output)}
     finished = {task.digest: earlier.pop(task.digest) for task in tasks if task.digest in earlier}
@@ -414,7 +268,7 @@ def draw_missing(tasks: Sequence[Task], cfg: GenerateConfig, base: BaseModel, ab
 
     def show() -> None:
         drawn = (finished[task.digest] for task in tasks if task.digest in finished)
-        show_all(output, [*drawn, *earlier.values()])
+        pages.show_all(output, [*drawn, *earlier.values()])
 
     bar = tqdm(total=len(missing), desc="drawing", unit="picture", dynamic_ncols=True, disable=None)
     with bar, ExitStack() as at_the_end:
@@ -462,12 +316,6 @@ def refuse_overflown(jobs: Sequence[Job]) -> None:
         raise UserError(f"{len(jobs)} not drawn: {named}{more}: {base_models.OVERFLOW}", errors.NUMBERS)
 
 
-def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
-    """metadata.jsonl and the gallery of it."""
-    records.write_records(output, drawn)
-    files.write_text(output / records.PAGE, pages.render_gallery(drawn))
-
-
 def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> ImageRecord:
     """The picture's line of metadata.jsonl."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -476,12 +324,11 @@ def record_of(job: Job, digest: str, about: dict[str, Any], seconds: float) -> I
     )
 
 
-def main() -> None:
-    """The command line."""
-    base_models.quiet_libraries()
-    page = generate(read_config(sys.argv[1:]))
-    say(f"done: open {page} in a browser")
+def main(cfg: GenerateConfig) -> None:
+    """The command: pictures and their gallery."""
+    say(f"done: open {generate(cfg)} in a browser")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    with errors.reported():
+        main(CONFIG)

@@ -8,283 +8,77 @@ It fixes the picture, the noise, the timestep and the dropped caption; the learn
 step. So a run that is stopped goes on to the very bits of one that was not.
 """
 
-from __future__ import annotations
+import sys
+
+from megaman import errors, files, stopping, welcome
+from megaman.config.train import DataFlags, TrainConfig, read_config, recorded
+from megaman.errors import UserError, quiet_libraries, say, shell_quoted
+
+if "torch" not in sys.modules:  # a program that has loaded it hears what it wants to hear
+    quiet_libraries()
+if __name__ == "__main__":  # what needs no torch is answered before it loads, which takes seconds
+    stopping.end_quietly()
+    with errors.reported():
+        CONFIG, CHOSEN = read_config(sys.argv[1:])
+        welcome.answer_first_start(CONFIG, CHOSEN)
 
 import math
 import random
-import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from megaman import errors, files, stopping
-from megaman.errors import UserError, say, shell_quoted
-from megaman.flags import parse_flags
-from megaman.lazy import Lazy, lazily
+import accelerate
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import CLIPTokenizer
+
+from megaman import (
+    adapters,
+    buckets,
+    cache,
+    captions,
+    card,
+    checkpoints,
+    devices,
+    fast,
+    forms,
+    memory,
+    optimizers,
+    pictures,
+    previews,
+    report,
+    runs,
+    survey,
+    validation,
+    watch,
+)
+from megaman import average as averages
+from megaman import base as base_models
+from megaman.average import Average
+from megaman.base import BaseModel
+from megaman.cache import Encoded, Store
+from megaman.checkpoints import Progress
+from megaman.memory import Room
+from megaman.report import Report
 from megaman.stream import Place, Stream, generator_of, seed_dropout, shares_of
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from torch import Tensor
-    from torch.optim import Optimizer
-    from transformers import CLIPTokenizer
-
-    from megaman.average import Average
-    from megaman.base import BaseModel
-    from megaman.cache import Encoded, Store
-    from megaman.checkpoints import Progress
-    from megaman.memory import Room
-    from megaman.report import Report
-    from megaman.watch import Watch
-else:
-    torch, accelerate = Lazy("torch"), Lazy("accelerate")
-adapters, averages, base_models, buckets, cache, captions, card, checkpoints = lazily(
-    "adapters", "average", "base", "buckets", "cache", "captions", "card", "checkpoints"
-)
-devices, fast, forms, memory, optimizers, pictures, previews, report, runs, survey = lazily(
-    *("devices", "fast", "forms", "memory", "optimizers", "pictures", "previews", "report", "runs", "survey")
-)
-validation, watch, welcome = lazily("validation", "watch", "welcome")
+from megaman.watch import Watch
 
 # ---------------------------------------------------------------- configuration
 
-STARTER_IMAGES = "megaman/starter_images"
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "pretrained_model_name": "megaman/tiny_sd",
-        "data_dir": STARTER_IMAGES,
-        "resolution": 64,
-        "mixed_precision": "no",
-        "lora_rank": 16,
-        "lora_alpha": 32,
-        "lora_targets": "linear",
-        "learning_rate": 1.2e-3,
-        "caption_dropout": 0.1,
-        "preserve_weight": 10.0,
-        "train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "max_train_steps": 400,
-        "save_steps": 200,
-        "validation_steps": 200,
-        "validation_split": 0.0,
-        "validation_guidance_scale": 4.5,
-        "validation_prompt": [
-            "mega man, standing, facing right, sky background",
-            "mega man, running, facing left, sand background",
-            "mega man, arms raised, mint background",
-            "a red wizard with a staff, white background",
-        ],
-    },
-    "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
-    "quality": {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 5e-5, "max_train_steps": 2000},
-    "pro": {"lora_rank": 16, "lora_alpha": 64, "learning_rate": 2e-5, "max_train_steps": 3000},
-}
 
+def settle(cfg: TrainConfig, chosen: Collection[str] = ()) -> TrainConfig:
+    """The configuration with what --init_lora decides: rank, alpha, targets and DoRA are the adapter's.
 
-def _flag(default: Any, text: str, *, path: bool = False) -> Any:
-    """A field with its help text; a mutable default is copied. path: ~ is the user's home there."""
-    facts = {"help": text, "path": path}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=facts)
-    return field(default=default, metadata=facts)
-
-
-@dataclass(frozen=True)
-class DataFlags:
-    """Model and data."""
-
-    _argument_group_name = "model and data"
-    pretrained_model_name: str = _flag(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "base model: hub id, diffusers folder or .safetensors file",
-        path=True,
-    )
-    data_dir: str = _flag("./megaman_images", "folder of pictures and .txt captions", path=True)
-    output_dir: str = _flag("./megaman_lora_output", "where everything goes", path=True)
-    resolution: int = _flag(512, "side of the training square in pixels")
-    crop: Literal["bucket", "center", "random"] = _flag(
-        "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
-    )
-    flip: bool = _flag(False, "also show pictures mirrored; not for a character whose sides differ")
-    trigger: str = _flag(
-        "mega man", "word that calls the character; begins every caption made from a file name"
-    )
-    caption_dropout: float = _flag(0.05, "share of examples that train with the empty caption")
-    shuffle_tags: bool = _flag(False, "vary the order of a caption's comma-separated tags")
-    keep_tags: int = _flag(1, "tags at the front that --shuffle_tags leaves in place")
-    cache_dir: str | None = _flag(
-        None,
-        "where latents and text embeddings are kept between runs; the user's cache folder if not given",
-        path=True,
-    )
-    strict: bool = _flag(False, "a file that must be skipped is an error")
-
-
-@dataclass(frozen=True)
-class AdapterFlags:
-    """The LoRA."""
-
-    _argument_group_name = "adapter"
-    lora_rank: int = _flag(
-        8, "rank of the update: 4-16; higher learns more detail, and more of your pictures' accidents"
-    )
-    lora_alpha: float = _flag(32, "strength: the update is scaled by alpha / rank")
-    lora_targets: Literal["attention", "attention+ff", "linear", "conv"] = _flag(
-        "attention", "what it changes: attention; its feed-forward too; all linear; the resnets too"
-    )
-    lora_dropout: float = _flag(0.0, "share of the update's inputs that each example trains without")
-    use_dora: bool = _flag(False, "DoRA: also learn the length of each row of the weights; slower")
-    use_rslora: bool = _flag(False, "rsLoRA: scale the update by alpha / sqrt(rank)")
-    init_lora: str | None = _flag(
-        None,
-        "adapter file or folder of any tool to go on from; rank, alpha, targets and DoRA are its own",
-        path=True,
-    )
-
-
-@dataclass(frozen=True)
-class OptimisationFlags:
-    """How it learns."""
-
-    _argument_group_name = "optimisation"
-    learning_rate: float = _flag(1e-4, "peak learning rate")
-    lr_scheduler: Literal["cosine", "constant", "linear", "polynomial", "cosine_with_restarts"] = _flag(
-        "cosine", "course of the rate after the warm-up"
-    )
-    lr_warmup_steps: int | None = _flag(None, "steps of linear warm-up; 5 %% of the run if not given")
-    train_batch_size: int = _flag(1, "pictures at a time, on each device")
-    gradient_accumulation_steps: int = _flag(4, "batches a step")
-    max_train_steps: int = _flag(1500, "optimizer steps in all")
-    num_train_epochs: int | None = _flag(None, "passes over the pictures, instead of --max_train_steps")
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = _flag(
-        "adamw", "adamw8bit and prodigy need a package of their own"
-    )
-    weight_decay: float = _flag(0.01, "how fast the adapter shrinks where nothing holds it")
-    max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
-    snr_gamma: float = _flag(5.0, "min-SNR loss weighting; 0 = off")
-    noise_offset: float = _flag(0.0, "strength of noise alike over a whole picture: darker darks; 0 = off")
-    ema_decay: float = _flag(0.0, "also keep a moving average of the LoRA and write that; 0 = off")
-    preserve_weight: float = _flag(
-        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 10"
-    )
-    preserve_class: list[str] = _flag(
-        ["robot"], "what the character is one of: the words to keep as they are"
-    )
-    seed: int = _flag(42, "decides every random choice; 0 is a seed")
-
-
-@dataclass(frozen=True)
-class PrecisionFlags:
-    """Precision and memory."""
-
-    _argument_group_name = "precision and memory"
-    mixed_precision: Literal["fp16", "bf16", "no"] = _flag(
-        "fp16", "precision of the frozen base; the LoRA is always float32"
-    )
-    gradient_checkpointing: bool = _flag(False, "recompute activations: less memory, about a third slower")
-    attention: Literal["auto", "sdpa", "xformers"] = _flag(
-        "auto", "attention kernels: auto and sdpa are torch's own, xformers needs an NVIDIA card"
-    )
-    compile: bool = _flag(
-        False, "compile the UNet's blocks: a wait at first; equal to rounding, also after a resume"
-    )
-
-
-@dataclass(frozen=True)
-class RunFlags:
-    """The run."""
-
-    _argument_group_name = "run"
-    save_steps: int = _flag(250, "steps between checkpoints")
-    checkpoints_total_limit: int = _flag(
-        3, "checkpoints that keep their optimizer state; the small adapters all stay"
-    )
-    resume_from_checkpoint: str | None = _flag(
-        None, "go on from OUTPUT's newest whole checkpoint (latest), or a folder step-…", path=True
-    )
-    validation_steps: int = _flag(100, "steps between sample pictures; step 0 shows the base")
-    validation_prompt: list[str] = _flag(
-        ["mega man, blue robot, helmet, game character, high quality"], "prompts of the sample pictures"
-    )
-    validation_split: float = _flag(
-        0.1, "share of the pictures that is kept out, to measure the loss on; 0 = off; of fewer than 15 none"
-    )
-    validation_guidance_scale: float = _flag(7.5, "guidance of the sample pictures; generation takes it over")
-    report_to: Literal["tensorboard", "none"] = _flag("tensorboard", "where to log besides metrics.jsonl")
-    logging_dir: str | None = _flag(None, "TensorBoard's folder; OUTPUT/logs if not given", path=True)
-    dry_run: bool = _flag(False, "show what would be trained on, as dataset.html too, and stop")
-    preset: Literal["demo", "starter", "quality", "pro"] | None = field(
-        default=None, metadata={"help": "a whole configuration; flags override it"}
-    )
-    config: str | None = _flag(
-        None, "settings (.json, .toml, .yaml), such as an earlier run's training_config.json", path=True
-    )
-
-
-LIMITS = (
-    (
-        "resolution lora_rank train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs "
-        "save_steps validation_steps checkpoints_total_limit",
-        1,
-        "at least 1",
-    ),
-    ("lora_alpha learning_rate max_grad_norm", 5e-324, "above 0"),  # the smallest number that is
-    (
-        "weight_decay snr_gamma noise_offset ema_decay preserve_weight seed validation_guidance_scale "
-        "keep_tags caption_dropout lr_warmup_steps validation_split",
-        0,
-        "0 or more",
-    ),
-)
-
-
-@dataclass(frozen=True)
-class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, DataFlags):
-    """Every setting of a run. Resolved once, never changed."""
-
-    def __post_init__(self) -> None:
-        for names, lowest, wanted in LIMITS:
-            for name in names.split():
-                value = getattr(self, name)
-                _require(value is None or lowest <= value < math.inf, name, value, wanted)
-        _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
-        _require(self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "between 0 and 1")
-        _require(self.validation_split <= 0.5, "validation_split", self.validation_split, "between 0 and 0.5")
-        _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "0 or more and below 1")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
-        _require(bool(self.trigger.strip()), "trigger", self.trigger, "a word or more")
-        together = self.shuffle_tags or self.keep_tags == 1
-        _require(together, "keep_tags", self.keep_tags, "given with --shuffle_tags")
-        together = self.preserve_weight > 0 or self.preserve_class == OptimisationFlags().preserve_class
-        words = " ".join(self.preserve_class)
-        _require(together, "preserve_class", words, "given together with --preserve_weight above 0")
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"--{name} {value}: must be {wanted}", errors.USAGE)
-
-
-def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
-    """The configuration that the command line asks for, and the names of the settings that the user chose."""
-    groups = (DataFlags, AdapterFlags, OptimisationFlags, PrecisionFlags, RunFlags)
-    values, chosen = parse_flags(
-        groups,
-        argv,
-        description=__doc__.split("\n")[0],
-        presets=PRESETS,
-        either_or=frozenset({"max_train_steps", "num_train_epochs"}),
-    )
-    if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
-        values["data_dir"] = str(Path(__file__).parent / STARTER_IMAGES)  # wherever the command is run from
-    if values["init_lora"] is not None:
-        values |= forms.fitted(values, chosen)
-    return TrainConfig(**values), chosen
+    chosen: the user's own settings. UserError (exit 2) if one of them is another than the adapter's.
+    """
+    return cfg if cfg.init_lora is None else replace(cfg, **forms.fitted(cfg, chosen))
 
 
 def plan(cfg: TrainConfig, steps_an_epoch: int, progress: Progress | None = None) -> TrainConfig:
@@ -415,8 +209,8 @@ def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.P
     B = 0, so that training starts at the base itself; A ~ N(0, 1/rank), the same numbers on every device.
     With --init_lora both are the file's.
     """
-    start = forms.start_of(asdict(cfg))
-    settings = forms.lora_config(asdict(cfg), unet, start)
+    start = forms.start_of(cfg)
+    settings = forms.lora_config(cfg, unet, start)
     unet.add_adapter(settings, adapter_name=adapters.ADAPTER_NAME)
     for number, module in enumerate(adapters.lora_modules(unet).values()):
         down = module.lora_A[adapters.ADAPTER_NAME].weight
@@ -648,7 +442,7 @@ class Run:
     @property
     def description(self) -> dict[str, Any]:
         """What the adapter's files tell."""
-        return card.description(asdict(self.cfg), self.base, self.told)
+        return card.description(self.cfg, self.base, self.told)
 
     @cached_property
     def average(self) -> Average:
@@ -685,14 +479,14 @@ def set_up(cfg: TrainConfig) -> Run:
         say(line)
     origins = {"the pictures": dataset.fingerprint, "pictures a step": stream.step_size}
     if progress is not None:
-        runs.check_resume(progress, asdict(cfg), origins)
+        runs.check_resume(progress, cfg, origins)
     files.check_output(Path(cfg.output_dir), Path(cfg.data_dir))
 
     base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
     buckets.check_sizes(dataset.buckets, cfg.resolution, base.cell_px, base.name)
     origins["the base model's weights"] = base.digest
     if progress is not None:
-        runs.check_resume(progress, asdict(cfg), origins)
+        runs.check_resume(progress, cfg, origins)
     with accelerator.main_process_first():
         classes = cfg.preserve_class if cfg.preserve_weight else []
         encoded = cache.encode_dataset(dataset, base, open_store(cfg), classes)
@@ -831,7 +625,7 @@ def train(cfg: TrainConfig) -> Path:
     run = set_up(cfg)
     cfg, accelerator, total = run.cfg, run.accelerator, run.cfg.max_train_steps
     writes = accelerator.is_main_process
-    with runs.ready(run.output, asdict(cfg), run.progress, writes=writes) as stop, closing(run.watch):
+    with runs.ready(run.output, recorded(cfg), run.progress, writes=writes) as stop, closing(run.watch):
         if run.start == 0:
             if writes:
                 run.told.write(run.output)
@@ -882,12 +676,9 @@ def show_dataset(cfg: TrainConfig) -> None:
         say(line)
 
 
-def main() -> None:
-    """The command line."""
-    base_models.quiet_libraries()
-    cfg, chosen = read_config(sys.argv[1:])
-    if welcome.is_first_start(Path(cfg.data_dir), cfg.preset, chosen):
-        return welcome.welcome(Path(cfg.data_dir))
+def main(cfg: TrainConfig, chosen: Collection[str]) -> None:
+    """The command: a dry run or a training, and what to do next."""
+    cfg = settle(cfg, chosen)
     if cfg.dry_run:
         return show_dataset(cfg)
     weights = train(cfg)
@@ -897,4 +688,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    with errors.reported():
+        main(CONFIG, CHOSEN)

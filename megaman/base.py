@@ -3,29 +3,46 @@
 import contextlib
 import hashlib
 import json
-import logging
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from megaman.config.train import EMBEDDED
 from megaman.errors import MODEL, NUMBERS, UserError, say
 from megaman.faults import PICKLE_SUFFIXES, check_folder_or_file, explanation
 
-if TYPE_CHECKING:  # the real imports take seconds, so the functions do them when they are called
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from PIL.Image import Image
-    from torch import Tensor
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-EMBEDDED = "megaman/tiny_sd"
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny_sd"
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
 }  # deleted from the hub in September 2024
+
+SAMPLERS = {
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "ddim": DDIMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
 
 @dataclass
@@ -33,11 +50,11 @@ class BaseModel:
     """A Stable Diffusion's parts. Sizes are asked from the parts' configs, never assumed."""
 
     name: str  # a hub id, or the name of a folder or file without its path
-    unet: "UNet2DConditionModel"
-    vae: "AutoencoderKL"  # always float32: half precision overflows in some VAEs
-    text_encoder: "CLIPTextModel | None"
-    tokenizer: "CLIPTokenizer"
-    scheduler: "DDPMScheduler"
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL  # always float32: half precision overflows in some VAEs
+    text_encoder: CLIPTextModel | None
+    tokenizer: CLIPTokenizer
+    scheduler: DDPMScheduler
 
     @property
     def stride(self) -> int:
@@ -62,13 +79,11 @@ class BaseModel:
         """The side in pixels that the UNet was trained for."""
         return self.unet.config.sample_size * self.stride
 
-    def embed(self, texts: Sequence[str]) -> "Tensor":
+    def embed(self, texts: Sequence[str]) -> Tensor:
         """The text encoder's hidden states, (N,77,D), in the UNet's precision.
 
         Longer texts are cut at the tokenizer's length.
         """
-        import torch
-
         if self.text_encoder is None:
             raise RuntimeError("the text encoder was freed")
         ids = self.tokenizer(
@@ -88,30 +103,7 @@ class BaseModel:
         self.text_encoder = None
         self.vae.to("cpu")
         if self.unet.device.type == "cuda":
-            import torch
-
             torch.cuda.empty_cache()
-
-
-def quiet_libraries() -> None:
-    """Silences what the user can do nothing about. Called first in main, before a library is imported."""
-    for library in ("TRANSFORMERS", "HF_HUB"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # its errors are raised too, and told by us
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard looks for TensorFlow
-    for name in (
-        "xformers",
-        "torch.distributed",
-        "torch.distributed.elastic.multiprocessing.redirects",
-        "accelerate",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module=r"(torch|diffusers|transformers|peft|accelerate|xformers)\b.*"
-    )
 
 
 def canonical_name(name: str) -> str:
@@ -143,12 +135,10 @@ def cell_of(name: str) -> int:
     return 2 ** sum(halvings)
 
 
-def tokenizer_of(name: str) -> "CLIPTokenizer":
+def tokenizer_of(name: str) -> CLIPTokenizer:
     """A base's tokenizer before it is loaded; the embedded base's, cut from the same table, where it is not
     at hand.
     """
-    from transformers import CLIPTokenizer
-
     for file in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
         with contextlib.suppress(OSError, ValueError):
             return CLIPTokenizer.from_pretrained(_at_hand(name, file).parent)
@@ -162,22 +152,17 @@ def _at_hand(name: str, file: str) -> Path:
     if is_local(name):
         found = Path(name).expanduser() / file
     else:
-        from huggingface_hub import try_to_load_from_cache
-
         found = try_to_load_from_cache(MOVED.get(name, name), file)
     if not isinstance(found, str | Path) or not Path(found).is_file():
         raise FileNotFoundError(file)
     return Path(found)
 
 
-def load_base(name: str, *, device: "torch.device", dtype: "torch.dtype") -> BaseModel:
+def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> BaseModel:
     """The frozen base from the embedded folder, a diffusers folder, a single .safetensors file or the hub.
 
     UserError (exit 4) if it can't.
     """
-    import torch
-    from diffusers import DDPMScheduler
-
     pipeline = _load_pipeline(name, dtype)
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     _check_kind(name, pipeline)
@@ -189,7 +174,7 @@ def load_base(name: str, *, device: "torch.device", dtype: "torch.dtype") -> Bas
     return BaseModel(canonical_name(name), unet, vae, text_encoder, pipeline.tokenizer, scheduler)
 
 
-def _check_kind(name: str, pipeline: "StableDiffusionPipeline") -> None:
+def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
     """UserError (exit 4) unless the parts fit each other as Stable Diffusion 1.x's do."""
     unet, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
     reason = None
@@ -203,12 +188,7 @@ def _check_kind(name: str, pipeline: "StableDiffusionPipeline") -> None:
         raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", MODEL)
 
 
-def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline":
-    import torch
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
+def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     diffusers_logging.disable_progress_bar()  # of loading only: the bars of a download stay
     transformers_logging.disable_progress_bar()
     if name in MOVED:
@@ -230,19 +210,9 @@ def _load_pipeline(name: str, dtype: "torch.dtype") -> "StableDiffusionPipeline"
         raise UserError(explanation(name, source, error), MODEL) from error
 
 
-def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> "StableDiffusionPipeline":
+def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> StableDiffusionPipeline:
     """A pipeline of the base's own parts that draws with the sampler dpm++, euler, euler_a, ddim or unipc."""
-    import diffusers
-    from diffusers import StableDiffusionPipeline
-
-    names = {
-        "dpm++": "DPMSolverMultistepScheduler",
-        "euler": "EulerDiscreteScheduler",
-        "euler_a": "EulerAncestralDiscreteScheduler",
-        "ddim": "DDIMScheduler",
-        "unipc": "UniPCMultistepScheduler",
-    }
-    sampler = getattr(diffusers, names[scheduler]).from_config(base.scheduler.config)
+    sampler = SAMPLERS[scheduler].from_config(base.scheduler.config)
     pipeline = StableDiffusionPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
@@ -263,7 +233,7 @@ OVERFLOW = (
 )
 
 
-def draw(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image]":
+def draw(base: BaseModel, pipeline: StableDiffusionPipeline, **settings: Any) -> list[Image.Image]:
     """The pictures of one batch, as `attempt` makes them. UserError (exit 5) on non-finite numbers."""
     pictures = attempt(base, pipeline, **settings)
     if None in pictures:
@@ -271,13 +241,10 @@ def draw(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) 
     return pictures
 
 
-def attempt(base: BaseModel, pipeline: "StableDiffusionPipeline", **settings: Any) -> "list[Image | None]":
+def attempt(base: BaseModel, pipeline: StableDiffusionPipeline, **settings: Any) -> list[Image.Image | None]:
     """The pictures of one batch, RGB; None where numbers overflowed, which leaves the others as they are.
     settings: the pipeline's own. Latents are decoded one at a time, which halves the peak memory.
     """
-    import torch
-    from PIL import Image
-
     latents = pipeline(output_type="latent", **settings).images
     pictures: list[Image.Image | None] = []
     with torch.no_grad():
@@ -300,8 +267,6 @@ def fetched_adapter(name: str) -> Path:
     path = Path(name).expanduser()
     if is_local(name) or name.count("/") != 1:
         return path
-    from huggingface_hub import snapshot_download
-
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
     except Exception as error:  # the hub, its HTTP library and what a proxy answers raise what they like

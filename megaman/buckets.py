@@ -8,15 +8,14 @@ sticks out is cut off.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from megaman.errors import USAGE, UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Crop = Literal["bucket", "center", "random"]
 CENTRE = (0.5, 0.5)
@@ -78,10 +77,8 @@ def fit_of(size: tuple[int, int], bucket: Bucket, at: tuple[float, float] = CENT
 
 def fitted(
     image: Image.Image, bucket: Bucket, at: tuple[float, float] = CENTRE, *, mirrored: bool = False
-) -> "Tensor":
+) -> Tensor:
     """The window of an RGB picture at the bucket's size, (3,height,width) float32 in [-1, 1]."""
-    import torch
-
     fit = fit_of(image.size, bucket, at)
     box = (fit.left, fit.top, fit.right, fit.bottom)
     small = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)

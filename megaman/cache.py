@@ -14,17 +14,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from megaman import files
+from megaman.base import BaseModel
 from megaman.captions import renamed
 from megaman.errors import NUMBERS, UserError, say
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from megaman.base import BaseModel
 
 ENTRIES = "encodings"  # the part of the cache folder that is ours alone; it carries the mark
 MARK = "CACHEDIR.TAG"  # backup programs leave such folders out (bford.info/cachedir)
@@ -81,18 +80,17 @@ class Store:
 
         return self._remembered(f"{key}.json", make, read, write)
 
-    def tensors(self, key: str, make: Callable[[], "dict[str, Tensor]"]) -> "dict[str, Tensor]":
+    def tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns, made only if it is not there yet. On the CPU."""
-        from safetensors import safe_open
 
-        def read(path: Path) -> "dict[str, Tensor]":
+        def read(path: Path) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 if (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors):
                     raise ValueError("damaged")
             return tensors
 
-        def write(path: Path, tensors: "dict[str, Tensor]") -> None:
+        def write(path: Path, tensors: dict[str, Tensor]) -> None:
             files.save_tensors(tensors, path, {CHECKSUM: _checksum(tensors)})
 
         return self._remembered(f"{key}.safetensors", make, read, write)
@@ -169,7 +167,7 @@ class Store:
         return deleted
 
 
-def _checksum(tensors: "Mapping[str, Tensor]") -> str:
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     parts = [
         part for name in sorted(tensors) for part in (name, tensors[name].contiguous().numpy().tobytes())
     ]
@@ -184,7 +182,7 @@ class View:
     """One way in which a picture is seen: where its pixels come from, and what decides them."""
 
     key: str
-    pixels: "Callable[[], Tensor]"  # (3,H,W) in [-1, 1]
+    pixels: Callable[[], Tensor]  # (3,H,W) in [-1, 1]
     label: str  # for an error's line
 
 
@@ -197,9 +195,9 @@ class Encoded:
     views, of its caption's variants, and of its captions that name something else instead of the character.
     """
 
-    means: "list[Tensor]"
-    stds: "list[Tensor]"
-    text: "Tensor"
+    means: list[Tensor]
+    stds: list[Tensor]
+    text: Tensor
     view_rows: list[list[int]]
     text_rows: list[list[int]]
     class_rows: list[list[int]]
@@ -207,7 +205,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.view_rows)
 
-    def shape_of(self, index: int) -> "torch.Size":
+    def shape_of(self, index: int) -> torch.Size:
         """The latents' shape (C,h,w) of one of the N: the same for all its views."""
         return self.means[self.view_rows[index][0]].shape
 
@@ -215,7 +213,7 @@ class Encoded:
 def encode(
     views: Sequence[Sequence[View]],
     captions: Sequence[Sequence[str]],
-    base: "BaseModel",
+    base: BaseModel,
     store: Store,
     class_captions: Sequence[Sequence[str]] = (),
 ) -> Encoded:
@@ -224,15 +222,13 @@ def encode(
     For each of N pictures: its views, its caption's variants, its class captions.
     UserError (exit 5) on a non-finite latent.
     """
-    import torch
-
     device, scaling = base.unet.device, base.vae.config.scaling_factor
     vae, reader = _weights_digest(base.vae), _weights_digest(base.text_encoder)
 
-    def seen(view: View) -> "dict[str, Tensor]":
+    def seen(view: View) -> dict[str, Tensor]:
         return store.tensors(key_of("latents", vae, view.key), lambda: _posterior(view, base))
 
-    def read(caption: str) -> "dict[str, Tensor]":
+    def read(caption: str) -> dict[str, Tensor]:
         ids = base.tokenizer(caption).input_ids
         return store.tensors(
             key_of("text", reader, ids), lambda: {"states": base.embed([caption])[0].float().cpu()}
@@ -250,7 +246,7 @@ def encode(
     )
 
 
-def encode_dataset(dataset: Any, base: "BaseModel", store: Store, classes: Sequence[str]) -> Encoded:
+def encode_dataset(dataset: Any, base: BaseModel, store: Store, classes: Sequence[str]) -> Encoded:
     """The training script's MegaManDataset in the base's terms, from the store where it was encoded before;
     also each caption with every class in the trigger's place.
     """
@@ -264,9 +260,7 @@ def encode_dataset(dataset: Any, base: "BaseModel", store: Store, classes: Seque
     return encoded
 
 
-def _posterior(view: View, base: "BaseModel") -> "dict[str, Tensor]":
-    import torch
-
+def _posterior(view: View, base: BaseModel) -> dict[str, Tensor]:
     with torch.no_grad():
         latent = base.vae.encode(view.pixels()[None].to(base.vae.device, torch.float32)).latent_dist
     made = {"mean": latent.mean[0].cpu(), "std": latent.std[0].cpu()}
@@ -277,10 +271,8 @@ def _posterior(view: View, base: "BaseModel") -> "dict[str, Tensor]":
     return made
 
 
-def _weights_digest(module: "torch.nn.Module") -> str:
+def _weights_digest(module: torch.nn.Module) -> str:
     """Of every bit that decides what the module computes: its weights, their precision, its architecture."""
-    import torch
-
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
     fixed = {name: value for name, value in config.items() if name[0] != "_" and "version" not in name}
     total = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megaman.errors import DATA, USAGE, UserError
+from megaman.errors import DATA, USAGE, UserError, control_in, one_line
 from megaman.files import write_text
-from megaman.pictures import one_line
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something else under a caption's name
 MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
-CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but the characters that end a line
 
 # ---------------------------------------------------------------- the words of names
 POSES = {
@@ -207,7 +205,7 @@ def _text_of(sidecar: Path) -> str:
         at = error.start + len(mark)
         reason = f"not {encoding.upper()} at byte {at} (0x{data[at]:02x})"
         raise UserError(f"{sidecar}: {reason}; save it as UTF-8", DATA) from error
-    if control := CONTROLS.search(text):
+    if control := control_in(text):
         at = len(mark) + len(text[: control.start()].encode(encoding))
         kind = f"control character U+{ord(control[0]):04X}" if control[0] != "\0" else "NUL"
         reason = f"holds {kind} at byte {at}" + (", as UTF-16 without a mark does" if kind == "NUL" else "")

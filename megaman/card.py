@@ -15,8 +15,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from megaman.base import EMBEDDED, BaseModel
+from megaman.base import BaseModel
 from megaman.captions import tag_frequencies
+from megaman.config.train import EMBEDDED, TrainConfig, published
 from megaman.files import replacing, sha256_of, write_text
 from megaman.layers import Adapter
 from megaman.layouts import first_layer
@@ -27,8 +28,6 @@ TAGS = 200  # the commonest are told
 THUMBNAIL_PX = 256
 SD1_TEXT_WIDTH = 768  # Stable Diffusion 1.x; other tools know no relative of the embedded base
 PICTURE = {"card": "README.md", "sidecar": f"{NAME}.json", "preview": f"{NAME}.preview.png"}
-PATHS = ("data_dir", "output_dir", "logging_dir", "cache_dir")
-ONCE = ("preset", "config", "resume_from_checkpoint", "dry_run")  # of one command, not of the run
 HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x" + "0" * 64}
 LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the oldest web UIs hashed
 
@@ -36,28 +35,20 @@ LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the old
 # ---------------------------------------------------------------- facts of a run
 
 
-def description(settings: Mapping[str, Any], base: BaseModel, told: Report) -> dict[str, Any]:
+def description(cfg: TrainConfig, base: BaseModel, told: Report) -> dict[str, Any]:
     """What an adapter's files tell about their making; no path and no name of the user."""
     return {
         "base": base.name,
-        "resolution": settings["resolution"],
-        "trigger": settings["trigger"],
-        "guidance_scale": settings["validation_guidance_scale"],
-        "steps": settings["max_train_steps"],
+        "resolution": cfg.resolution,
+        "trigger": cfg.trigger,
+        "guidance_scale": cfg.validation_guidance_scale,
+        "steps": cfg.max_train_steps,
         "text_width": base.unet.config.cross_attention_dim,
         "prediction_type": base.scheduler.config.prediction_type,
-        "config": public_settings(settings) | {"pretrained_model_name": base.name},
+        "config": published(cfg) | {"pretrained_model_name": base.name},
         "dataset": dataset_facts(told),
-        "hashes": model_hashes(Path(settings["pretrained_model_name"]).expanduser()),
+        "hashes": model_hashes(Path(cfg.pretrained_model_name).expanduser()),
     }
-
-
-def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as a file may carry it: of a path, its last part at most."""
-    shown = {key: value for key, value in settings.items() if key not in PATHS + ONCE}
-    if shown.get("init_lora"):
-        shown["init_lora"] = Path(shown["init_lora"]).name
-    return shown
 
 
 def dataset_facts(report: Report) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """What a user can do wrong, and how both scripts end."""
 
 import errno
+import logging
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from megaman.stopping import Stopped, at_once
@@ -29,6 +32,11 @@ _STEERING = re.compile(
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+_BREAKS_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but the characters that end a line
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL and half characters: no file, no tokenizer takes them
+
+
 class UserError(Exception):
     """Something the user can mend.
 
@@ -40,6 +48,51 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+# ---------------------------------------------------------------- characters that must not be there
+def one_line(text: str) -> str:
+    """The text without what breaks a line or steers a terminal: names of files are anyone's."""
+    return _BREAKS_A_LINE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def control_in(text: str) -> re.Match[str] | None:
+    """The first control character, the ends of lines aside."""
+    return _CONTROLS.search(text)
+
+
+def is_text(text: str) -> bool:
+    """Whether the text can be written to a file and named on a command line."""
+    return _NO_TEXT.search(text) is None
+
+
+def check_text(text: str, where: str, exit_code: int) -> None:
+    """UserError on a control character: no model reads it, and it breaks the files that hold the prompt."""
+    if control := control_in(text):
+        reason = f"holds a control character (U+{ord(control[0]):04X}); type it as plain text"
+        raise UserError(f"{where}: {reason}", exit_code)
+
+
+# ---------------------------------------------------------------- how both scripts begin and end
+def quiet_libraries() -> None:
+    """Silences what the user can do nothing about. Called first in main, before a library is imported."""
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # its errors are raised too, and told by us
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard looks for TensorFlow
+    for name in (
+        "xformers",
+        "torch.distributed",
+        "torch.distributed.elastic.multiprocessing.redirects",
+        "accelerate",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|diffusers|transformers|peft|accelerate|xformers)\b.*"
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or its accelerator has no memory left."""
     words = str(error).lower()
@@ -48,11 +101,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Runs main and leaves with its exit code; only a bug of ours shows a traceback."""
+@contextmanager
+def reported() -> Iterator[None]:
+    """Ends the program with one line and its exit code where the block fails by a mistake of the user's, for
+    want of disk or memory, or by a signal. Only a bug of ours shows a traceback.
+    """
     try:
         with at_once():
-            main()
+            yield
     except UserError as error:
         leave(str(error), error.exit_code)
     except Stopped as stop:
@@ -71,7 +127,6 @@ def run(main: Callable[[], None]) -> NoReturn:
             "--batch_size or --train_batch_size, or half precision (--mixed_precision fp16)",
             RESOURCES,
         )
-    sys.exit(OK)
 
 
 def leave(message: str, exit_code: int) -> NoReturn:

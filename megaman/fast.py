@@ -1,14 +1,12 @@
 """Faster ways through the UNet, taken only when asked for: other attention kernels, compiled blocks."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from megaman.errors import USAGE, UserError
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 Attention = Literal["auto", "sdpa", "xformers"]
 RECOMPILATIONS = 256  # one a shape, in training, preview and validation; torch gives up after 8
@@ -44,7 +42,7 @@ def _compile_a_line(device: torch.device) -> None:
     torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64, device=device))
 
 
-def speed_up(unet: "UNet2DConditionModel", attention: Attention, compiled: bool) -> None:
+def speed_up(unet: UNet2DConditionModel, attention: Attention, compiled: bool) -> None:
     """Puts into force what `check` has tried. auto and sdpa: torch's own kernels, which diffusers takes by
     itself. Compiled are the transformer blocks.
     """

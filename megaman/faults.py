@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from megaman.errors import MODEL, UserError
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -85,7 +88,7 @@ def _refuse_code(source: Path) -> None:
             )
 
 
-def explanation(name: str, source: "Path | str", error: Exception) -> str:
+def explanation(name: str, source: Path | str, error: Exception) -> str:
     """One sentence for what diffusers or the hub raised: gated, missing, offline, half there or damaged."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -126,9 +129,6 @@ def explanation(name: str, source: "Path | str", error: Exception) -> str:
 
 def _lacking_parts(name: str) -> list[str]:
     """The parts without weights of a model that the hub's cache holds; none if it holds nothing of it."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
         index = try_to_load_from_cache(name, "model_index.json")
     except HFValidationError:

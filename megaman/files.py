@@ -10,12 +10,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from megaman.errors import RESOURCES, STATE, USAGE, UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
+
+class TensorOnCpu(Protocol):
+    """What is written of a tensor: torch's own has it, and this module needs no torch."""
+
+    def numpy(self) -> np.ndarray:
+        """The numbers, not copied."""
 
 
 @contextmanager
@@ -72,7 +80,7 @@ def sha256_of(path: Path) -> str:
 
 
 def save_tensors(
-    tensors: Mapping[str, "Tensor"],
+    tensors: Mapping[str, TensorOnCpu],
     path: Path,
     metadata: Mapping[str, str],
     finish: Callable[[Path], None] = lambda partial: None,
@@ -81,12 +89,9 @@ def save_tensors(
 
     finish: called with the temporary file; if it raises, there is no file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     with replacing(path) as partial:
         try:
-            save_file(dict(tensors), partial, dict(metadata))
+            save_file({name: tensor.numpy() for name, tensor in tensors.items()}, partial, dict(metadata))
         except SafetensorError as error:  # its words for a failed write; the numbers were checked before
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         partial.write_bytes(_with_sorted_metadata(partial.read_bytes()))

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from megaman.config.train import FACTS, TrainConfig
 from megaman.errors import MODEL, USAGE, UserError, say
 from megaman.layers import ADAPTER_NAME, LoraLayer, lora_modules, underscored
 from megaman.reading import read_adapter
@@ -53,17 +54,17 @@ def _all_within(names: Iterable[str], targets: Collection[str]) -> bool:
     return all(f"_{name}".endswith(ends) for name in names)
 
 
-def fitted(settings: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
+def fitted(cfg: TrainConfig, chosen: Collection[str]) -> dict[str, Any]:
     """The settings that --init_lora decides: rank, alpha, targets and DoRA are the file's.
 
     UserError (exit 2) that names both, if the user chose another; (exit 4) if the file can't be continued.
     """
-    start = read_start(settings["init_lora"])
-    decided = start.settings(settings["use_rslora"])
-    for name in decided.keys() & set(chosen):
-        wanted, found = settings[name], decided[name]
+    start = read_start(cfg.init_lora)
+    decided = start.settings(cfg.use_rslora)
+    for name, found in decided.items():
+        wanted = getattr(cfg, name)
         is_same = math.isclose(wanted, found, rel_tol=1e-5) if name == "lora_alpha" else wanted == found
-        if not is_same:
+        if name in chosen and not is_same:
             shown = f"{found:g}" if isinstance(found, float) else found
             raise UserError(
                 f"--{name} {wanted}: --init_lora {start.path} is of {name} {shown}; leave the flag out", USAGE
@@ -71,12 +72,12 @@ def fitted(settings: Mapping[str, Any], chosen: Collection[str]) -> dict[str, An
     return decided
 
 
-def start_of(settings: Mapping[str, Any]) -> Start | None:
+def start_of(cfg: TrainConfig) -> Start | None:
     """The adapter that --init_lora names, if the settings are those of its form (as `fitted` makes them)."""
-    if settings["init_lora"] is None:
+    if cfg.init_lora is None:
         return None
-    fitted(settings, settings.keys())
-    return read_start(settings["init_lora"])
+    fitted(cfg, FACTS)
+    return read_start(cfg.init_lora)
 
 
 def read_start(path: str) -> Start:
@@ -110,31 +111,31 @@ def _at_scale(layer: LoraLayer, scale: float) -> LoraLayer:
 # ---------------------------------------------------------------- in the model
 
 
-def lora_config(settings: Mapping[str, Any], unet: nn.Module, start: Start | None) -> LoraConfig:
+def lora_config(cfg: TrainConfig, unet: nn.Module, start: Start | None) -> LoraConfig:
     """PEFT's configuration for the form that the settings ask for. UserError (exit 2) if PEFT can't train it
     on this base, (exit 4) if the adapter to go on from was made for another.
     """
-    has_convolutions = settings["lora_targets"] in ("linear", "conv")  # proj_in and proj_out are 1x1 ones
+    has_convolutions = cfg.lora_targets in ("linear", "conv")  # proj_in and proj_out are 1x1 ones
     is_half = next(unet.parameters()).dtype != torch.float32
-    if settings["use_dora"] and settings["lora_dropout"] and has_convolutions and is_half:
+    if cfg.use_dora and cfg.lora_dropout and has_convolutions and is_half:
         raise UserError(
-            f"--use_dora with --lora_dropout and --lora_targets {settings['lora_targets']}: PEFT can't train "
+            f"--use_dora with --lora_dropout and --lora_targets {cfg.lora_targets}: PEFT can't train "
             "convolutions so in half precision. Leave the dropout out, take attention+ff, or "
             "--mixed_precision no",
             USAGE,
         )
-    if settings["use_dora"]:
+    if cfg.use_dora:
         say(
             "note: a DoRA is exact in PEFT, diffusers, LyCORIS and generate_megaman.py, and close in ComfyUI "
             "and Forge; A1111, InvokeAI and kohya's networks.lora can't apply it"
         )
     return LoraConfig(
-        r=settings["lora_rank"],
-        lora_alpha=settings["lora_alpha"],
-        target_modules=list(TARGETS[settings["lora_targets"]]) if start is None else _homes(start, unet),
-        lora_dropout=settings["lora_dropout"],
-        use_dora=settings["use_dora"],
-        use_rslora=settings["use_rslora"],
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        target_modules=list(TARGETS[cfg.lora_targets]) if start is None else _homes(start, unet),
+        lora_dropout=cfg.lora_dropout,
+        use_dora=cfg.use_dora,
+        use_rslora=cfg.use_rslora,
     )
 
 

@@ -2,16 +2,13 @@
 
 import math
 import re
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from megaman.errors import MODEL, UserError
 from megaman.layers import Adapter, LoraLayer, underscored
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 
 class MergedAdapter:
@@ -20,9 +17,7 @@ class MergedAdapter:
     The untouched weights are kept, so strength 0 is the base to the bit.
     """
 
-    def __init__(
-        self, adapter: Adapter, unet: "UNet2DConditionModel", text_encoder: nn.Module | None
-    ) -> None:
+    def __init__(self, adapter: Adapter, unet: UNet2DConditionModel, text_encoder: nn.Module | None) -> None:
         """Raises UserError (exit 4) unless every layer finds its module with the right shape and one acts."""
         if not any(map(_acts, adapter.layers.values())):
             raise UserError(
@@ -67,7 +62,7 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _fitting_weight(
-    module: nn.Module | None, component: str, name: str, layer: LoraLayer, unet: "UNet2DConditionModel"
+    module: nn.Module | None, component: str, name: str, layer: LoraLayer, unet: UNet2DConditionModel
 ) -> Tensor:
     """A copy of the module's weight, if the layer fits it."""
     if module is None:

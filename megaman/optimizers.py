@@ -1,11 +1,13 @@
 """What turns gradients into steps: torch's AdamW, or what the user asked for, imported only then."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers.optimization import Adafactor
 
 from megaman.errors import USAGE, UserError, say
 
@@ -19,8 +21,6 @@ def optimizer_of(name: Name, parameters: Sequence[Tensor], rate: float, weight_d
     if name == "adamw":
         return torch.optim.AdamW(parameters, **own)
     if name == "adafactor":
-        from transformers.optimization import Adafactor
-
         return Adafactor(parameters, **own, relative_step=False, scale_parameter=False, warmup_init=False)
     if name == "prodigy":
         if rate < TIMID:
@@ -33,8 +33,6 @@ def optimizer_of(name: Name, parameters: Sequence[Tensor], rate: float, weight_d
 
 
 def _imported(package: str, name: Name) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(package)
     except Exception as error:  # also a package that is there but can't load its kernels

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
-from megaman.errors import DATA, UserError
+from megaman.errors import DATA, UserError, one_line
 
 SUFFIX_FORMATS = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP",
@@ -28,11 +28,6 @@ PICTURE_SUFFIXES = frozenset(SUFFIX_FORMATS) | OTHER_SUFFIXES
 PILLOW_FORMATS = tuple(sorted(set(SUFFIX_FORMATS.values())))  # whatever the suffix; no other decoder runs
 MAX_PICTURE_PX = 64_000_000  # a larger one is a decompression bomb or a scan that needs shrinking first
 MAX_FILE_BYTES = 1 << 29  # as many pixels of 16-bit RGBA, not compressed; some decoders read the whole file
-
-
-def one_line(text: str) -> str:
-    """Without what breaks a line or steers a terminal: names of files are anyone's."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 @dataclass(frozen=True)

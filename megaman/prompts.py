@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megaman.captions import CONTROLS
-from megaman.errors import DATA, UserError
+from megaman.config.generate import LARGEST_SIDE
+from megaman.config.parser import LARGEST_SEED
+from megaman.errors import DATA, UserError, check_text
 
-LARGEST_SEED = 2**63  # torch takes no more
-LARGEST_SIDE = 8192  # pixels; the attention of a larger picture fits no machine
 SHOWN = 40  # characters of a bad value that an error's line repeats
 Prompt = tuple[str, dict[str, Any]]  # and the settings of its own
 LINE_OPTIONS = {
@@ -21,13 +20,6 @@ LINE_OPTIONS = {
 }
 RANGES = {"seed": (0, LARGEST_SEED - 1), "guidance_scale": (0, 1e6), "width": (1, LARGEST_SIDE)}
 RANGES |= {"height": (1, LARGEST_SIDE), "num_inference_steps": (1, 10_000)}
-
-
-def check_text(text: str, where: str, exit_code: int) -> None:
-    """UserError on a control character: no model reads it, and it breaks the files that hold the prompt."""
-    if control := CONTROLS.search(text):
-        reason = f"holds a control character (U+{ord(control[0]):04X}); type it as plain text"
-        raise UserError(f"{where}: {reason}", exit_code)
 
 
 def read_prompts_file(path: Path) -> list[Prompt]:

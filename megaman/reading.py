@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaman.errors import MODEL, UserError
+from megaman.errors import MODEL, UserError, is_text
 from megaman.layers import Adapter, Component, Key, LoraLayer, check_finite
 
 KOHYA_FILE = "megaman_lora.safetensors"
@@ -53,7 +53,7 @@ def read_file(file: Path, peft_config: Path) -> Adapter:
 
 
 def _is_text(text: str) -> bool:
-    return len(text) < 10_000 and not re.search("[\0\ud800-\udfff]", text)  # as training takes it
+    return len(text) < 10_000 and is_text(text)  # as training takes it
 
 
 _KNOWN = {  # what generation takes over, and what it may be

@@ -17,9 +17,10 @@ from megaman.captions import (
     tag_frequencies,
     write_caption_set,
 )
+from megaman.errors import one_line
 from megaman.files import check_page, write_text
 from megaman.pages import render_dataset
-from megaman.pictures import duplicates, one_line
+from megaman.pictures import duplicates
 from megaman.stream import Stream
 from megaman.survey import Fact, Skipped
 

@@ -3,25 +3,20 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megaman import checkpoints, files
-from megaman.card import ONCE
 from megaman.checkpoints import Progress
+from megaman.config.train import TrainConfig, decisive
 from megaman.errors import RESOURCES, STATE, UserError, say, shell_quoted
 from megaman.files import RECORD
 from megaman.stopping import StopRequest, after_this_step
 
 CHECKPOINTS = "checkpoints"
-FREE = frozenset(ONCE).union(
-    ("pretrained_model_name", "data_dir", "output_dir", "cache_dir"),  # what they hold is compared itself
-    ("strict", "save_steps", "checkpoints_total_limit", "validation_steps", "validation_prompt"),
-    ("validation_guidance_scale", "report_to", "logging_dir", "gradient_checkpointing"),
-    ("max_train_steps", "num_train_epochs"),
-)  # settings that a resumed run may change
 
 
 def progress_of(wanted: str | None, output: Path) -> Progress | None:
@@ -37,24 +32,16 @@ def progress_of(wanted: str | None, output: Path) -> Progress | None:
     return progress
 
 
-def check_resume(progress: Progress, settings: Mapping[str, Any], origins: Mapping[str, Any]) -> None:
+def check_resume(progress: Progress, cfg: TrainConfig, origins: Mapping[str, Any]) -> None:
     """UserError (exit 7) unless the run goes on as it began. Its total may change.
 
     origins: fingerprints of what it is made from; those that are not known yet are left out.
     """
-    then = _decisive(progress.settings) | {key: progress.origins.get(key) for key in origins}
-    checkpoints.check_same(progress.path, then, _decisive(settings) | dict(origins))
-    total = settings["max_train_steps"]
-    if progress.step > total:
-        raise UserError(
-            f"{progress.path}: at step {progress.step}; --max_train_steps {total} is the total, give more.",
-            STATE,
-        )
-
-
-def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run's settings that decide its result."""
-    return {f"--{key}": value for key, value in settings.items() if key not in FREE}
+    then = decisive(progress.settings) | {key: progress.origins.get(key) for key in origins}
+    checkpoints.check_same(progress.path, then, decisive(asdict(cfg)) | dict(origins))
+    if progress.step > cfg.max_train_steps:
+        total = f"--max_train_steps {cfg.max_train_steps} is the total, give more."
+        raise UserError(f"{progress.path}: at step {progress.step}; {total}", STATE)
 
 
 def checkpoints_beside(adapter: Path) -> list[Path]:
@@ -87,8 +74,9 @@ def ready(
 ) -> Iterator[StopRequest]:
     """The output folder is this run's, and a signal waits for the end of a step.
 
-    An earlier run in the folder is moved aside, unless it is this one that goes on. writes: only the first of
-    several processes does. Where memory or disk give out, the command that goes on is told.
+    settings: to be recorded. An earlier run in the folder is moved aside, unless it is this one that goes on.
+    writes: only the first of several processes does. Where memory or disk give out, the command that goes on
+    is told.
     """
     lock = _begin(output, settings, progress) if writes else None
     try:
@@ -114,6 +102,5 @@ def _begin(output: Path, settings: Mapping[str, Any], progress: Progress | None)
     later = checkpoints.set_aside_later(folder, progress.step) if goes_on else None
     if later is not None:
         say(f"output: checkpoints beyond step {progress.step} are kept in {later}")
-    kept = {key: value for key, value in settings.items() if key not in ONCE}
-    files.write_text(output / RECORD, json.dumps(kept, indent=2) + "\n")
+    files.write_text(output / RECORD, json.dumps(settings, indent=2) + "\n")
     return lock

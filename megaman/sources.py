@@ -1,20 +1,14 @@
 """The adapters to draw with: those that a comparison asks for, their names, the base that they want."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megaman import errors, files
+from megaman import adapters, errors, files, runs
+from megaman import base as base_models
+from megaman.adapters import Adapter
 from megaman.errors import UserError
-from megaman.lazy import Lazy
-
-if TYPE_CHECKING:
-    from megaman.adapters import Adapter
-adapters, base_models, runs = Lazy("megaman.adapters"), Lazy("megaman.base"), Lazy("megaman.runs")
 
 
 @dataclass(frozen=True)

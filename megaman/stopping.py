@@ -34,6 +34,19 @@ class StopRequest:
         raise Stopped(self.number or signal.SIGTERM, message)
 
 
+def end_quietly() -> None:
+    """From here on a signal ends the program with its code and no traceback: while the libraries are loading,
+    and wherever nobody else answers it.
+    """
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(BY_SIGNAL + number)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
+
+
 @contextmanager
 def at_once() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does: by an exception, so that what is half written is removed."""

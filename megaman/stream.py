@@ -1,20 +1,13 @@
 """Which example stands where: a pure function of (seed, position). No generator's state is ever kept."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from megaman.lazy import Lazy
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = Lazy("torch")
+import torch
 
 
 def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:

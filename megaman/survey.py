@@ -8,8 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from megaman.cache import Store, key_of
+from megaman.errors import one_line
 from megaman.files import sha256_of
-from megaman.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, fingerprint, one_line, open_picture
+from megaman.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, fingerprint, open_picture
 
 RECIPE = 2  # raised whenever decoding changes: older facts and latents are then no longer found
 THUMBNAIL_PX = 128

@@ -5,8 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from megaman.errors import say
-from megaman.pictures import one_line
+from megaman.errors import one_line, say
 
 FEWEST = 15  # pictures; of fewer every one is needed
 TIMESTEPS = (200, 400, 600, 800)  # of 1000, where the loss is measured: kohya's own

@@ -1,9 +1,12 @@
 """The first start: a folder for the user's pictures, and what to do next."""
 
 import os
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
-from megaman.errors import say
+from megaman.config.train import TrainConfig
+from megaman.errors import OK, say
 from megaman.files import write_text
 from megaman.pictures import find_pictures
 
@@ -22,7 +25,14 @@ def welcome(folder: Path) -> None:
     say("To see it work first, without a GPU or a network: python megaman_lora.py --preset demo")
 
 
-def is_first_start(folder: Path, preset: str | None, chosen: set[str]) -> bool:
+def answer_first_start(cfg: TrainConfig, chosen: Collection[str]) -> None:
+    """Welcomes the user and ends the program, where there is nothing to train on yet."""
+    if is_first_start(Path(cfg.data_dir), cfg.preset, chosen):
+        welcome(Path(cfg.data_dir))
+        sys.exit(OK)
+
+
+def is_first_start(folder: Path, preset: str | None, chosen: Collection[str]) -> bool:
     """Whether no data folder was named, and the default one is missing or empty."""
     named = "data_dir" in chosen or preset == "demo"
     return not named and not (folder.is_dir() and find_pictures(folder))

@@ -21,7 +21,7 @@ os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = tempfile.mkdtemp(pre
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # test_gpu.py gives them back to its own processes
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit equality is promised on a CPU
 
-from megaman.base import quiet_libraries  # noqa: E402
+from megaman.errors import quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
@@ -154,7 +154,7 @@ def train(train_flags: list[str]) -> Callable[..., Path]:
     """Trains in this process, with further flags, and returns lora_weights/."""
 
     def run(*flags: str) -> Path:
-        return megaman_lora.train(megaman_lora.read_config([*train_flags, *flags])[0])
+        return megaman_lora.train(megaman_lora.settle(*megaman_lora.read_config([*train_flags, *flags])))
 
     return run
 

@@ -18,7 +18,8 @@ from test_interop import trained
 import megaman_lora
 from megaman.adapters import Adapter, LoraLayer, adapter_of, write_adapter, write_kohya
 from megaman.base import BaseModel
-from megaman.card import model_hashes, public_settings
+from megaman.card import model_hashes
+from megaman.config.train import FACTS, TrainConfig, published
 
 
 def metadata_of(file: Path) -> dict[str, str]:
@@ -121,8 +122,11 @@ def test_nothing_names_a_path_or_the_user(run: Path) -> None:
         assert not [word for word in private if word.encode() in content], file
         if len(getpass.getuser()) > 4:
             assert getpass.getuser().encode() not in content
-    shown = public_settings({"init_lora": "/somewhere/mine/hero.safetensors", "cache_dir": "/a", "seed": 0})
-    assert shown == {"init_lora": "hero.safetensors", "seed": 0}
+    paths = {name: f"/somewhere/mine/{name}" for name, facts in FACTS.items() if facts.is_path}
+    shown = published(TrainConfig(**paths, seed=0, dry_run=True))
+    assert "/somewhere" not in json.dumps(shown)
+    assert {name for name in paths if name in shown} == {"init_lora", "pretrained_model_name"}
+    assert (shown["init_lora"], shown["seed"], "dry_run" in shown) == ("init_lora", 0, False)
 
 
 def test_the_last_sample_is_preview_and_thumbnail(run: Path) -> None:

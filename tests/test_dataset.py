@@ -10,15 +10,14 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from conftest import bound_by_modes, run_script
 from PIL import Image
 from test_pictures import KINDS, png_of
 
-import generate_megaman
 import megaman_lora
-from megaman import errors
 from megaman.buckets import Bucket
 from megaman.cache import Store
 from megaman.errors import UserError
@@ -256,7 +255,7 @@ def tree_of(folder: Path) -> str:
 def exit_code_of(main: Callable[[], None], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as left:
-        errors.run(main)
+        commands.run(main)
     return left.value.code
 
 
@@ -288,9 +287,9 @@ def exit_codes_of_every_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ["--resolution", "33"],
         ["--shuffle_tags", "--flip"],
     )
-    codes = [exit_code_of(megaman_lora.main, [*training, *flags], monkeypatch) for flags in ways]
-    codes.append(exit_code_of(megaman_lora.main, [*training, "--pretrained_model_name", "./no"], monkeypatch))
-    return [*codes, exit_code_of(generate_megaman.main, drawing, monkeypatch)]
+    codes = [exit_code_of(commands.training, [*training, *flags], monkeypatch) for flags in ways]
+    codes.append(exit_code_of(commands.training, [*training, "--pretrained_model_name", "./no"], monkeypatch))
+    return [*codes, exit_code_of(commands.drawing, drawing, monkeypatch)]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users and modes of POSIX")

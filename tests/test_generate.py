@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import numpy as np
 import pytest
 from conftest import run_script
@@ -17,7 +18,7 @@ from PIL import Image
 
 import generate_megaman
 from generate_megaman import GenerateConfig, batches, file_name, read_prompts_file, settled
-from megaman.adapters import Adapter
+from megaman.adapters import Adapter, read_adapter
 from megaman.errors import UserError
 from megaman.records import Job
 
@@ -311,7 +312,7 @@ def test_a_long_prompt_is_said_to_be_cut(
         (["--lora_path", "WEIGHTS", "--width", "33"], 2, "must be multiples of 4"),
         (["--lora_path", "WEIGHTS", "--prompts_file", "nowhere.txt"], 3, "can't be read"),
         (["--num_images_per_prompt", "0"], 2, "must be at least 1"),
-        (["--seed", "99999999999999999999"], 2, "must be between 0 and 2^63"),
+        (["--seed", "99999999999999999999"], 2, "must be 0 or more and below 2^63"),
         (
             ["--lora_path", "WEIGHTS", "--num_inference_steps", "1001", "--scheduler", "ddim"],
             2,
@@ -350,7 +351,7 @@ def test_a_checkpoint_draws_like_any_adapter(generate: Callable[..., Path], adap
 
 def test_a_local_base_that_was_moved_is_asked_for(adapter_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter_folder, tmp_path / "run" / "lora_weights")
-    adapter = generate_megaman.adapters.read_adapter(tmp_path / "run" / "lora_weights")
+    adapter = read_adapter(tmp_path / "run" / "lora_weights")
     with pytest.raises(UserError, match="name it with --base_model"):
         generate_megaman.base_of(adapter, tmp_path / "run" / "lora_weights", None)
 
@@ -589,8 +590,9 @@ def test_no_gallery_is_put_into_a_folder_that_never_held_one(tmp_path: Path) -> 
 def test_the_gallery_alone_needs_no_torch(tmp_path: Path) -> None:
     picture(tmp_path)
     code = (
-        "import sys, generate_megaman; sys.argv[1:] = ['--gallery_only', '--output_dir', sys.argv[1]]\n"
-        "generate_megaman.main(); print(sorted({'torch', 'diffusers', 'peft'} & sys.modules.keys()))"
+        "import sys, runpy; sys.argv = ['x', '--gallery_only', '--output_dir', sys.argv[1]]\n"
+        "try: runpy.run_path('generate_megaman.py', run_name='__main__')\n"
+        "finally: print(sorted({'torch', 'diffusers', 'peft'} & sys.modules.keys()))"
     )
     result = run_script("-c", code, str(tmp_path))
     assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
@@ -682,7 +684,7 @@ def test_a_signal_ends_the_run_with_one_line_and_keeps_what_is_drawn(
     said = []
     monkeypatch.setattr(errors, "say", said.append)
     with pytest.raises(SystemExit) as left:
-        errors.run(lambda: generate(prompts=["a", "b", "c", "d"], batch_size=1))
+        commands.run(lambda: generate(prompts=["a", "b", "c", "d"], batch_size=1))
     assert left.value.code == code
     assert said == ["stopped; finished files are kept"]
     assert [record["prompt"] for record in records(tmp_path / "gen")] == ["a", "b"]

@@ -7,6 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 from bench import hostile, hostile_adapters, hostile_models
 from conftest import run_script
@@ -172,11 +173,11 @@ def test_no_secret_is_in_what_is_shared_and_no_socket_is_needed(
         "--save_steps=1",
         "--mixed_precision=no",
     ]
-    code, said = hostile_models.command(megaman_lora.main, *flags, f"--cache_dir={home / 'cache'}")
+    code, said = hostile_models.command(commands.training, *flags, f"--cache_dir={home / 'cache'}")
     assert code == 0, said
     flags = ["--lora_path", str(home / "out" / "lora_weights"), "--output_dir", str(home / "drawn")]
     flags += ["--prompts", "a", "b", "--num_inference_steps", "1", "--lora_scale", "0", "1"]
-    code, said = hostile_models.command(generate_megaman.main, *flags)
+    code, said = hostile_models.command(commands.drawing, *flags)
     assert code == 0, said
 
     local = ("training_config.json", "logs", "checkpoints", "metrics.jsonl", ".lock")  # may hold paths

@@ -15,6 +15,7 @@ from PIL import Image
 import generate_megaman
 import megaman_lora
 from megaman import errors, files
+from megaman.config.parser import facts_of
 from megaman.errors import UserError, shell_quoted
 from megaman.files import OutputLock, check_output, claim, is_link
 from megaman_lora import TrainConfig
@@ -162,7 +163,7 @@ def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(
 
 def test_every_flag_that_names_a_path_is_marked_as_one() -> None:
     for config in (TrainConfig, generate_megaman.GenerateConfig):
-        marked = {each.name for each in config.__dataclass_fields__.values() if each.metadata.get("path")}
+        marked = {name for name, facts in facts_of(config).items() if facts.is_path}
         ends = ("_dir", "_path", "_file", "_model", "_name", "_from_checkpoint", "init_lora", "config")
         assert marked == {name for name in config.__dataclass_fields__ if name.endswith(ends)}
 

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_interop import trained
 
 import generate_megaman
-from megaman import errors
 from megaman.adapters import adapter_of, kohya_tensors, peft_tensors, read_adapter, write_adapter
 from megaman.base import BaseModel
 from megaman.errors import UserError
@@ -85,7 +85,7 @@ def test_a_damaged_or_foreign_adapter_is_exit_4_and_one_line(
     ]
     monkeypatch.setattr(sys, "argv", ["generate_megaman.py", *map(str, flags)])
     with pytest.raises(SystemExit) as left:
-        errors.run(generate_megaman.main)
+        commands.run(commands.drawing)
     told = capsys.readouterr().err
     assert left.value.code == 4, told
     assert complaint in told

@@ -334,7 +334,7 @@ def test_a_second_signal_stops_at_once() -> None:
 def test_before_the_first_step_a_signal_stops_at_once_with_its_code() -> None:
     code = (
         "import os, signal; from megaman import errors\n"
-        "errors.run(lambda: os.kill(os.getpid(), signal.SIG{}))\n"
+        "with errors.reported(): os.kill(os.getpid(), signal.SIG{})\n"
     )
     for name, exit_code in (("INT", 130), ("TERM", 143)):
         result = run_script("-c", code.format(name))

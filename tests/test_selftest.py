@@ -73,7 +73,7 @@ def moved(key: Key) -> Key:
             lambda t: {k: v * 0 + 4 if "alpha" in k else v for k, v in t.items()},
         ),
         ("kohya_tensors", "megaman_lora", lambda t: {k: v for k, v in t.items() if "dora_scale" not in k}),
-        ("kohya_tensors", "megaman_lora", lambda t: {k: v.bfloat16() for k, v in t.items()}),
+        ("kohya_tensors", "megaman_lora", lambda t: {k: v.bfloat16().half() for k, v in t.items()}),
         ("peft_tensors", "adapter_model", lambda t: {k: v.half().float() for k, v in t.items()}),
         ("diffusers_tensors", "pytorch_lora_weights", lambda t: {k: v for k, v in t.items() if "attn1" in k}),
     ],

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -14,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import megaman_lora
-from megaman import errors
 from megaman.base import load_base
 from megaman.devices import new_accelerator, pick_device, pick_dtype
 from megaman.errors import UserError
@@ -269,7 +269,7 @@ def test_a_mistake_is_one_line_with_its_code_and_leaves_nothing(
     flags = [places.get(flag, flag) for flag in flags]
     monkeypatch.setattr(sys, "argv", ["megaman_lora.py", *train_flags, *flags])
     with pytest.raises(SystemExit) as left:
-        errors.run(megaman_lora.main)
+        commands.run(commands.training)
     told = capsys.readouterr().err
     assert left.value.code == code, told
     assert complaint in told
@@ -358,7 +358,7 @@ def test_a_disk_that_fills_up_is_exit_6_and_leaves_no_half_file(tmp_path: Path) 
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, "
         "(20000, 20000))\n"
         f"path = Path({str(tmp_path)!r}) / 'a.safetensors'\n"
-        "errors.run(lambda: files.save_tensors({'a': torch.zeros(10000)}, path, {}))\n"
+        "with errors.reported(): files.save_tensors({'a': torch.zeros(10000)}, path, {})\n"
     )
     result = run_script("-c", code)
     assert result.returncode == 6, result.stderr
@@ -368,7 +368,7 @@ def test_a_disk_that_fills_up_is_exit_6_and_leaves_no_half_file(tmp_path: Path) 
 
 
 def test_memory_that_runs_out_is_exit_6() -> None:
-    code = "import torch; from megaman import errors; errors.run(lambda: torch.empty(2**50))"
+    code = "import torch; from megaman import errors\nwith errors.reported(): torch.empty(2**50)"
     result = run_script("-c", code)
     assert (result.returncode, result.stderr.count("\n")) == (6, 1), result.stderr
 

@@ -34,11 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked child must not inherit a pool of threads
 
+import commands  # noqa: E402
 import torch  # noqa: E402
 from conftest import save_tiny_base  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import generate_megaman  # noqa: E402
 import megaman_lora  # noqa: E402
 from megaman import checkpoints, errors, files  # noqa: E402
 from megaman.adapters import read_adapter  # noqa: E402
@@ -73,7 +73,7 @@ def in_child(main: Callable[[], None], argv: list[str], prepare: Prepare, kill_a
         code = 99
         try:
             prepare()
-            errors.run(main)
+            commands.run(main)
         except SystemExit as left:
             code = left.code or 0
         except BaseException:
@@ -131,7 +131,7 @@ class Bench:
 
     def train(self, prepare: Prepare = nothing, *more: str, **fault: Any) -> Ended:
         """One training command."""
-        return in_child(megaman_lora.main, self.flags(*more), prepare, **fault)
+        return in_child(commands.training, self.flags(*more), prepare, **fault)
 
     def draw(self, prepare: Prepare = nothing, **fault: Any) -> Ended:
         """One generation command, on the unbroken run's adapter."""
@@ -140,7 +140,7 @@ class Bench:
             f"--base_model={self.base}", f"--output_dir={self.work / 'drawn'}", "--num_inference_steps=2",
             "--prompts", "mega man", "a boss", "a robot", "--batch_size=1",
         ]  # fmt: skip
-        return in_child(generate_megaman.main, argv, prepare, **fault)
+        return in_child(commands.drawing, argv, prepare, **fault)
 
     def clear(self) -> None:
         """No output."""

@@ -23,7 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from megaman.base import load_base, quiet_libraries  # noqa: E402
+from megaman.base import load_base  # noqa: E402
+from megaman.config.train import PRESETS, DataFlags, read_config  # noqa: E402
+from megaman.errors import quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
@@ -50,13 +52,10 @@ from megaman.tiny_sd.figures import (  # noqa: E402
 )
 from megaman.tiny_sd.figures import draw as draw_figure  # noqa: E402
 from megaman_lora import (  # noqa: E402
-    PRESETS,
-    DataFlags,
     MegaManDataset,
     denoising_losses,
     fixed_draw,
     inject_lora,
-    read_config,
     train,
 )
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 import generate_megaman
 import megaman_lora
-from megaman.captions import CONTROLS, Caption
-from megaman.errors import DATA, USAGE, UserError, say
+from megaman.captions import Caption
+from megaman.errors import DATA, USAGE, UserError, control_in, say
 from megaman.pages import render_dataset, render_gallery
 from megaman.prompts import read_prompts_file
 from megaman.records import ImageRecord, infotext, read_records, save_picture, write_records
@@ -106,7 +106,7 @@ def prompts_study(count: int, seed: int, folder: Path) -> dict[str, int]:
     records, accepted = _records_of(texts, counts), []
     for i, record in enumerate(records):
         counts["bad_names"] += not re.fullmatch(r"[a-z0-9-]{1,80}\.png", record.file)
-        if i % 5 == 0 and not CONTROLS.search(record.prompt + record.negative_prompt):
+        if i % 5 == 0 and not control_in(record.prompt + record.negative_prompt):
             save_picture(Image.new("RGB", (8, 8)), record, output, described=True)
             accepted.append(record)
             counts["changed_texts"] += not _survives_in_png(record, output / record.file)
@@ -138,9 +138,9 @@ def _records_of(texts: Sequence[str], counts: Counter[str]) -> list[ImageRecord]
     for text in texts:
         try:
             generate_megaman.GenerateConfig(prompts=[text], **settings)
-            counts["wrong_refusals"] += bool(CONTROLS.search(text)) or not text.strip()
+            counts["wrong_refusals"] += bool(control_in(text)) or not text.strip()
         except UserError as error:
-            refused = (CONTROLS.search(text) or not text.strip()) and "\n" not in str(error)
+            refused = (control_in(text) or not text.strip()) and "\n" not in str(error)
             counts["wrong_refusals"] += not refused or error.exit_code != USAGE
     prompts = [(text, {"negative_prompt": texts[-i]}) for i, text in enumerate(texts)]
     jobs = generate_megaman.make_jobs(generate_megaman.GenerateConfig(**settings), prompts)
@@ -234,7 +234,7 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
         name = f"{i} " + re.sub(r"[/\0]", "-", text)[:40]
         picture = data / f"{name}.png"
         picture.hardlink_to(first)
-        if i % 3 and not CONTROLS.search(text):
+        if i % 3 and not control_in(text):
             (data / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
             said = re.sub(
                 r"\[trigger\]", "mega man", " ".join(text.replace("\ufeff", "").split()), flags=re.I
@@ -252,7 +252,7 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
         for line in told.lines():
             say(line)
     shown = terminal.getvalue().removesuffix("\n").split("\n")
-    counts["unprintable_lines"] += len(shown) != len(told.lines()) or any(map(CONTROLS.search, shown))
+    counts["unprintable_lines"] += len(shown) != len(told.lines()) or any(map(control_in, shown))
     told.write(output)
     offered = output / "captions" / data.name
     told.offer_captions(offered)

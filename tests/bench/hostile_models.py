@@ -15,14 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import commands
 import torch
 from bench.hostile_adapters import RANK, small_adapter
 from PIL import Image
 from safetensors.torch import save, save_file
 
-import generate_megaman
-import megaman_lora
-from megaman import errors
 from megaman.adapters import kohya_tensors
 from megaman.base import BaseModel
 from megaman.errors import MODEL
@@ -35,7 +33,7 @@ def command(main: Callable[[], None], *flags: str) -> tuple[int, list[str]]:
     terminal = io.StringIO()
     with contextlib.redirect_stderr(terminal), mock.patch.object(sys, "argv", ["command", *flags]):
         try:
-            errors.run(main)
+            commands.run(main)
         except SystemExit as left:
             return int(left.code or 0), terminal.getvalue().removesuffix("\n").split("\n")
 
@@ -52,7 +50,7 @@ def draw_with(lora: Path, base: Path | str, folder: Path) -> tuple[int, list[str
         "--device",
         "cpu",
     )
-    return command(generate_megaman.main, "--lora_path", str(lora), "--base_model", str(base), *flags)
+    return command(commands.drawing, "--lora_path", str(lora), "--base_model", str(base), *flags)
 
 
 def train_on(base: Path, folder: Path) -> tuple[int, list[str]]:
@@ -65,7 +63,7 @@ def train_on(base: Path, folder: Path) -> tuple[int, list[str]]:
         f"--cache_dir={folder / 'cache'}",
     ]
     flags += ["--resolution=32", "--max_train_steps=1", "--report_to=none", "--mixed_precision=no"]
-    return command(megaman_lora.main, f"--pretrained_model_name={base}", *flags)
+    return command(commands.training, f"--pretrained_model_name={base}", *flags)
 
 
 def _refusal(code: int, lines: list[str]) -> bool:

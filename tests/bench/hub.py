@@ -97,10 +97,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": home}
         os.environ.pop("HF_HUB_OFFLINE", None)
-        from megaman import base
+        from megaman import errors
 
-        base.quiet_libraries()
+        errors.quiet_libraries()
         import torch
+
+        from megaman import base
 
         for owner in HALF:
             half_downloaded(Path(home, "hub"), base.EMBEDDED_FOLDER, owner)

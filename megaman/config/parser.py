@@ -3,21 +3,96 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megaman.errors import USAGE, UserError, leave
+from megaman.errors import USAGE, UserError, is_text, leave
 
+FACTS = "facts"  # of a field's metadata
+LARGEST_SEED = 2**63  # torch takes no more
 TRUE, FALSE = ("true", "yes", "y", "1", "on"), ("false", "no", "n", "0", "off")
 
 
+Publish = Literal["whole", "name", "never"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a flag beside its name, type and default."""
+
+    help: str
+    least: float = -math.inf  # the numbers that it takes
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    is_path: bool = False  # ~ is the user's home
+    published: Publish | None = None  # in the adapter's files; a path never, unless it says otherwise
+    is_free: bool = False  # a resumed run may change it
+    is_of_one_command: bool = False  # no setting of the run
+
+    def __post_init__(self) -> None:
+        usual: Publish = "never" if self.is_path else "whole"
+        object.__setattr__(self, "published", self.published or usual)
+
+    @property
+    def wanted(self) -> str:
+        """The numbers that it takes, in words."""
+        ends = (self.least, self.most, self.above, self.below)
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"between {self.least:g} and {self.most:g}"
+        words = ("0 or more" if self.least == 0 else "at least {}", "at most {}", "above {}", "below {}")
+        told = [word.format(_short(end)) for word, end in zip(words, ends, strict=True) if math.isfinite(end)]
+        return " and ".join(told) or "a finite number"
+
+    def takes(self, number: float) -> bool:
+        """Whether the number is in range; NaN and infinity never are."""
+        is_inside = self.least <= number <= self.most and self.above < number < self.below
+        return is_inside and math.isfinite(number)
+
+
+def _short(number: float) -> str:
+    """2^63 for 9223372036854775808."""
+    power = int(number).bit_length() - 1
+    return f"2^{power}" if number > 2**20 and number == 2**power else f"{number:g}"
+
+
+def flag(default: Any, help: str, **facts: Any) -> Any:
+    """A field of a dataclass of settings. facts: those of Facts. A mutable default is copied."""
+    metadata = {FACTS: Facts(help, **facts)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def facts_of(settings: type) -> dict[str, Facts]:
+    """The facts of every flag of a dataclass, by name."""
+    return {each.name: each.metadata[FACTS] for each in fields(settings)}
+
+
+def require(holds: bool, complaint: str) -> None:
+    """UserError (exit 2) with the complaint unless it holds."""
+    if not holds:
+        raise UserError(complaint, USAGE)
+
+
+def check_numbers(settings: Any) -> None:
+    """UserError (exit 2) unless every number of the settings is one that its flag takes."""
+    for name, facts in facts_of(type(settings)).items():
+        value = getattr(settings, name)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int | float) and not isinstance(each, bool):
+                require(facts.takes(each), f"--{name} {each}: must be {facts.wanted}")
+
+
+# ---------------------------------------------------------------- the command line
 @dataclass(frozen=True)
 class Flag:
     """A flag of the command line and a key of configuration files: one field of a dataclass."""
@@ -27,8 +102,7 @@ class Flag:
     choices: tuple[str, ...] | None
     takes_several: bool
     default: Any
-    help: str
-    is_path: bool
+    facts: Facts
 
     @classmethod
     def of(cls, field: Field[Any], hint: Any) -> "Flag":
@@ -40,9 +114,7 @@ class Flag:
             kind, several = get_args(kind)[0], True
         choices = get_args(kind) if get_origin(kind) is Literal else None
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        facts = field.metadata
-        kind = str if choices else kind
-        return cls(field.name, kind, choices, several, default, facts["help"], facts.get("path", False))
+        return cls(field.name, str if choices else kind, choices, several, default, field.metadata[FACTS])
 
     def read(self, text: str) -> Any:
         """The value that a word of a command line or a file means. ArgumentTypeError if it means none."""
@@ -53,7 +125,9 @@ class Flag:
         except ValueError as error:
             reason = f"invalid {self.kind.__name__} value: {text!r}"
             raise argparse.ArgumentTypeError(reason) from error
-        return os.path.expanduser(value) if self.is_path else value  # shells leave a ~ behind = and in quotes
+        return (
+            os.path.expanduser(value) if self.facts.is_path else value
+        )  # shells leave a ~ behind = and in quotes
 
 
 def _yes_or_no(text: str) -> bool:
@@ -89,7 +163,7 @@ def _spellings(name: str) -> list[str]:
 
 def _settings(flag: Flag) -> dict[str, Any]:
     default = str(flag.default).replace("%", "%%")
-    settings: dict[str, Any] = {"help": f"{flag.help} (default: {default})", "type": flag.read}
+    settings: dict[str, Any] = {"help": f"{flag.facts.help} (default: {default})", "type": flag.read}
     if flag.choices:
         settings["choices"] = flag.choices
     if flag.takes_several:
@@ -100,7 +174,7 @@ def _settings(flag: Flag) -> dict[str, Any]:
 
 
 def parse_flags(
-    groups: Sequence[type],
+    groups: Sequence[type[Any]],
     argv: Sequence[str],
     *,
     description: str,
@@ -113,7 +187,7 @@ def parse_flags(
     thing, one source may give one, and it silences those of the sources below. A mistake is one line and
     exit code 2.
     """
-    flags = {group._argument_group_name: _flags_of(group) for group in groups}
+    flags = {group.title: _flags_of(group) for group in groups}
     known = {flag.name: flag for group in flags.values() for flag in group}
     given = vars(_OneLineParser(flags, description).parse_args(argv))
     preset = (presets or {}).get(given.get("preset", ""), {})
@@ -139,7 +213,7 @@ def _refuse_unwritable(values: Mapping[str, Any]) -> None:
     """Half characters (a terminal in another encoding) and NUL would fail later, in a tokenizer or a path."""
     for key, value in values.items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and ("\0" in text or any("\ud800" <= char <= "\udfff" for char in text)):
+            if isinstance(text, str) and not is_text(text):
                 raise UserError(f"--{key}: holds a character that is no text; type it as UTF-8", USAGE)
 
 

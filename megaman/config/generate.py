@@ -1,0 +1,122 @@
+"""The settings of a drawing run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megaman.config.parser import LARGEST_SEED, check_numbers, flag, parse_flags, require
+from megaman.errors import USAGE, check_text
+
+DESCRIPTION = "Draws with a trained LoRA and writes an HTML gallery."
+
+TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
+NEGATIVE = "blurry, low quality, distorted, deformed"
+LARGEST_SIDE = 8192  # pixels; the attention of a larger picture fits no machine
+BUILT_IN_PROMPTS = (
+    "mega man, standing, facing right, sky background",
+    "mega man, running, facing left, sand background",
+    "mega man, jumping, facing right, mint background",
+    "mega man, arms raised, rose background",
+    "mega man, crouching, facing left, violet background",
+    "mega man, running, black background, pixel art",
+    "mega man, standing, white background, pixel art",
+    "mega man, jumping, gray background, flat",
+    "mega man, blue robot, helmet, game character, high quality",
+    "mega man, futuristic armor, action pose, sci-fi, detailed",
+)
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """What to draw with."""
+
+    title: ClassVar[str] = "adapter and base"
+    lora_path: str = flag(
+        "./megaman_lora_output/lora_weights",
+        "adapter: a folder, a .safetensors file or a hub id",
+        is_path=True,
+    )
+    base_model: str | None = flag(None, "base model; the one named in the adapter if not given", is_path=True)
+    lora_scale: list[float] = flag(
+        [1.0], "strength of the adapter; several draw a strip, 0 is the base alone"
+    )
+    compare_base: bool = flag(False, "also draw every picture with strength 0: base and LoRA side by side")
+    compare_checkpoints: bool = flag(
+        False, "also draw every picture with each checkpoint of the adapter's run"
+    )
+
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """What to draw."""
+
+    title: ClassVar[str] = "prompts"
+    prompts: list[str] | None = flag(None, "one prompt or more; ten of ours if none is given")
+    prompts_file: str | None = flag(
+        None,
+        "a prompt a line; # comments; per line --n negative --w width --h height --d seed --s steps --l "
+        "guidance",
+        is_path=True,
+    )
+    negative_prompt: str | None = flag(
+        None, f'what to keep away from; "{NEGATIVE}" if not given, nothing with the embedded base'
+    )
+    num_images_per_prompt: int = flag(1, "pictures a prompt; their seeds count up from --seed", least=1)
+    seed: int = flag(42, "seed of each prompt's first picture; 0 is a seed", least=0, below=LARGEST_SEED)
+
+
+@dataclass(frozen=True)
+class DrawingFlags:
+    """How to draw."""
+
+    title: ClassVar[str] = "drawing"
+    num_inference_steps: int = flag(25, "denoising steps", least=1)
+    guidance_scale: float | None = flag(
+        None,
+        "how strictly to follow the prompt; what the adapter was previewed with, 7.5, if not given",
+        least=0,
+    )
+    height: int | None = flag(
+        None, "pixels; the training resolution if not given", least=1, most=LARGEST_SIDE
+    )
+    width: int | None = flag(None, "pixels; the training resolution if not given", least=1, most=LARGEST_SIDE)
+    scheduler: Literal["dpm++", "euler", "euler_a", "ddim", "unipc"] = flag("dpm++", "sampler")
+    batch_size: int | None = flag(None, "pictures at a time; fitted to device and size if not given", least=1)
+    device: str = flag("auto", "cuda, mps, cpu or auto")
+    mixed_precision: Literal["auto", "fp16", "bf16", "no"] = flag(
+        "auto", "precision of the model; auto is fp16 on an NVIDIA card, else float32"
+    )
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """What is written."""
+
+    title: ClassVar[str] = "output"
+    output_dir: str = flag("./generated_megaman", "folder of the pictures and index.html", is_path=True)
+    no_metadata: bool = flag(False, "write no settings into the PNGs")
+    gallery_only: bool = flag(False, "draw nothing; make index.html anew of the pictures that are there")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
+    """Every setting of a run."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("compare_base", "compare_checkpoints"):
+            alone = f"--{name}: --lora_scale 0 draws the base alone; give a strength to compare"
+            require(any(self.lora_scale) or not getattr(self, name), alone)
+        for prompt in self.prompts or ():
+            require(bool(prompt.strip()), "--prompts: one of them is empty")
+            check_text(prompt, "--prompts", USAGE)
+        check_text(self.negative_prompt or "", "--negative_prompt", USAGE)
+
+
+def read_config(argv: Sequence[str]) -> GenerateConfig:
+    """The configuration that a command line asks for."""
+    groups = (AdapterFlags, PromptFlags, DrawingFlags, OutputFlags)
+    values, chosen = parse_flags(groups, argv, description=DESCRIPTION)
+    beside = ", --".join(sorted(chosen - {"gallery_only", "output_dir"}))
+    require(not (values["gallery_only"] and beside), f"--gallery_only draws nothing: leave --{beside} out")
+    return GenerateConfig(**values)

@@ -1,0 +1,269 @@
+"""The settings of a training run, their presets, and what may be done with each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from megaman.config.parser import LARGEST_SEED, check_numbers, facts_of, flag, parse_flags, require
+
+DESCRIPTION = (
+    "Teaches Stable Diffusion a character from 15-100 pictures: trains a LoRA and writes it for every tool."
+)
+
+EMBEDDED = "megaman/tiny_sd"  # the base that ships with the code
+STARTER_IMAGES = "megaman/starter_images"
+PROJECT = Path(__file__).parents[2]
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "pretrained_model_name": EMBEDDED,
+        "data_dir": STARTER_IMAGES,
+        "resolution": 64,
+        "mixed_precision": "no",
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "lora_targets": "linear",
+        "learning_rate": 1.2e-3,
+        "caption_dropout": 0.1,
+        "preserve_weight": 10.0,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 400,
+        "save_steps": 200,
+        "validation_steps": 200,
+        "validation_split": 0.0,
+        "validation_guidance_scale": 4.5,
+        "validation_prompt": [
+            "mega man, standing, facing right, sky background",
+            "mega man, running, facing left, sand background",
+            "mega man, arms raised, mint background",
+            "a red wizard with a staff, white background",
+        ],
+    },
+    "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
+    "quality": {"lora_rank": 8, "lora_alpha": 32, "learning_rate": 5e-5, "max_train_steps": 2000},
+    "pro": {"lora_rank": 16, "lora_alpha": 64, "learning_rate": 2e-5, "max_train_steps": 3000},
+}
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Model and data."""
+
+    title: ClassVar[str] = "model and data"
+    pretrained_model_name: str = flag(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "base model: hub id, diffusers folder or .safetensors file",
+        is_path=True,
+        published="name",
+        is_free=True,
+    )
+    data_dir: str = flag(
+        "./megaman_images", "folder of pictures and .txt captions", is_path=True, is_free=True
+    )
+    output_dir: str = flag("./megaman_lora_output", "where everything goes", is_path=True, is_free=True)
+    resolution: int = flag(512, "side of the training square in pixels", least=1)
+    crop: Literal["bucket", "center", "random"] = flag(
+        "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
+    )
+    flip: bool = flag(False, "also show pictures mirrored; not for a character whose sides differ")
+    trigger: str = flag(
+        "mega man", "word that calls the character; begins every caption made from a file name"
+    )
+    caption_dropout: float = flag(
+        0.05, "share of examples that train with the empty caption", least=0, most=1
+    )
+    shuffle_tags: bool = flag(False, "vary the order of a caption's comma-separated tags")
+    keep_tags: int = flag(1, "tags at the front that --shuffle_tags leaves in place", least=0)
+    cache_dir: str | None = flag(
+        None,
+        "where latents and text embeddings are kept between runs; the user's cache folder if not given",
+        is_path=True,
+        is_free=True,
+    )
+    strict: bool = flag(False, "a file that must be skipped is an error", is_free=True)
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """The LoRA."""
+
+    title: ClassVar[str] = "adapter"
+    lora_rank: int = flag(
+        8,
+        "rank of the update: 4-16; higher learns more detail, and more of your pictures' accidents",
+        least=1,
+    )
+    lora_alpha: float = flag(32, "strength: the update is scaled by alpha / rank", above=0)
+    lora_targets: Literal["attention", "attention+ff", "linear", "conv"] = flag(
+        "attention", "what it changes: attention; its feed-forward too; all linear; the resnets too"
+    )
+    lora_dropout: float = flag(
+        0.0, "share of the update's inputs that each example trains without", least=0, below=1
+    )
+    use_dora: bool = flag(False, "DoRA: also learn the length of each row of the weights; slower")
+    use_rslora: bool = flag(False, "rsLoRA: scale the update by alpha / sqrt(rank)")
+    init_lora: str | None = flag(
+        None,
+        "adapter file or folder of any tool to go on from; rank, alpha, targets and DoRA are its own",
+        is_path=True,
+        published="name",
+    )
+
+
+@dataclass(frozen=True)
+class OptimisationFlags:
+    """How it learns."""
+
+    title: ClassVar[str] = "optimisation"
+    learning_rate: float = flag(1e-4, "peak learning rate", above=0)
+    lr_scheduler: Literal["cosine", "constant", "linear", "polynomial", "cosine_with_restarts"] = flag(
+        "cosine", "course of the rate after the warm-up"
+    )
+    lr_warmup_steps: int | None = flag(None, "steps of linear warm-up; 5 %% of the run if not given", least=0)
+    train_batch_size: int = flag(1, "pictures at a time, on each device", least=1)
+    gradient_accumulation_steps: int = flag(4, "batches a step", least=1)
+    max_train_steps: int = flag(1500, "optimizer steps in all", least=1, is_free=True)
+    num_train_epochs: int | None = flag(
+        None, "passes over the pictures, instead of --max_train_steps", least=1, is_free=True
+    )
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = flag(
+        "adamw", "adamw8bit and prodigy need a package of their own"
+    )
+    weight_decay: float = flag(0.01, "how fast the adapter shrinks where nothing holds it", least=0)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
+    snr_gamma: float = flag(5.0, "min-SNR loss weighting; 0 = off", least=0)
+    noise_offset: float = flag(
+        0.0, "strength of noise alike over a whole picture: darker darks; 0 = off", least=0
+    )
+    ema_decay: float = flag(
+        0.0, "also keep a moving average of the LoRA and write that; 0 = off", least=0, below=1
+    )
+    preserve_weight: float = flag(
+        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 10", least=0
+    )
+    preserve_class: list[str] = flag(["robot"], "what the character is one of: the words to keep as they are")
+    seed: int = flag(42, "decides every random choice; 0 is a seed", least=0, below=LARGEST_SEED)
+
+
+@dataclass(frozen=True)
+class PrecisionFlags:
+    """Precision and memory."""
+
+    title: ClassVar[str] = "precision and memory"
+    mixed_precision: Literal["fp16", "bf16", "no"] = flag(
+        "fp16", "precision of the frozen base; the LoRA is always float32"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations: less memory, about a third slower", is_free=True
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = flag(
+        "auto", "attention kernels: auto and sdpa are torch's own, xformers needs an NVIDIA card"
+    )
+    compile: bool = flag(
+        False, "compile the UNet's blocks: a wait at first; equal to rounding, also after a resume"
+    )
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The run."""
+
+    title: ClassVar[str] = "run"
+    save_steps: int = flag(250, "steps between checkpoints", least=1, is_free=True)
+    checkpoints_total_limit: int = flag(
+        3, "checkpoints that keep their optimizer state; the small adapters all stay", least=1, is_free=True
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "go on from OUTPUT's newest whole checkpoint (latest), or a folder step-…",
+        is_path=True,
+        is_of_one_command=True,
+    )
+    validation_steps: int = flag(
+        100, "steps between sample pictures; step 0 shows the base", least=1, is_free=True
+    )
+    validation_prompt: list[str] = flag(
+        ["mega man, blue robot, helmet, game character, high quality"],
+        "prompts of the sample pictures",
+        is_free=True,
+    )
+    validation_split: float = flag(
+        0.1,
+        "share of the pictures that is kept out, to measure the loss on; 0 = off; of fewer than 15 none",
+        least=0,
+        most=0.5,
+    )
+    validation_guidance_scale: float = flag(
+        7.5, "guidance of the sample pictures; generation takes it over", least=0, is_free=True
+    )
+    report_to: Literal["tensorboard", "none"] = flag(
+        "tensorboard", "where to log besides metrics.jsonl", is_free=True
+    )
+    logging_dir: str | None = flag(
+        None, "TensorBoard's folder; OUTPUT/logs if not given", is_path=True, is_free=True
+    )
+    dry_run: bool = flag(
+        False, "show what would be trained on, as dataset.html too, and stop", is_of_one_command=True
+    )
+    preset: Literal["demo", "starter", "quality", "pro"] | None = flag(
+        None, "a whole configuration; flags override it", is_of_one_command=True
+    )
+    config: str | None = flag(
+        None,
+        "settings (.json, .toml, .yaml), such as an earlier run's training_config.json",
+        is_path=True,
+        is_of_one_command=True,
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, DataFlags):
+    """Every setting of a run. Resolved once, never changed."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        require(bool(self.trigger.strip()), f"--trigger {self.trigger}: must be a word or more")
+        varies = self.shuffle_tags or self.keep_tags == 1
+        require(varies, f"--keep_tags {self.keep_tags}: must be given with --shuffle_tags")
+        preserves = self.preserve_weight > 0 or self.preserve_class == OptimisationFlags().preserve_class
+        words = " ".join(self.preserve_class)
+        together = "must be given together with --preserve_weight above 0"
+        require(preserves, f"--preserve_class {words}: {together}")
+
+
+FACTS = facts_of(TrainConfig)
+
+
+def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
+    """The configuration that the command line asks for, and the names of the settings that the user chose."""
+    values, chosen = parse_flags(
+        (DataFlags, AdapterFlags, OptimisationFlags, PrecisionFlags, RunFlags),
+        argv,
+        description=DESCRIPTION,
+        presets=PRESETS,
+        either_or=frozenset({"max_train_steps", "num_train_epochs"}),
+    )
+    if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
+        values["data_dir"] = str(PROJECT / STARTER_IMAGES)  # wherever the command is run from
+    return TrainConfig(**values), chosen
+
+
+def recorded(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings of the run, for training_config.json: all but those of one command."""
+    return {name: value for name, value in asdict(cfg).items() if not FACTS[name].is_of_one_command}
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that decide a run's result, under their flags' names: a resume must not change them."""
+    free = {name for name, facts in FACTS.items() if facts.is_free or facts.is_of_one_command}
+    return {f"--{name}": value for name, value in settings.items() if name not in free}
+
+
+def published(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings as a file that is shared may carry them: of a path, its last part at most."""
+    shown = {name: value for name, value in recorded(cfg).items() if FACTS[name].published != "never"}
+    for name, value in shown.items():
+        if FACTS[name].published == "name" and value:
+            shown[name] = Path(value).name
+    return shown

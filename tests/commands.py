@@ -1,0 +1,30 @@
+"""Both scripts' commands in this process, on sys.argv, as their first and last lines run them."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import generate_megaman
+import megaman_lora
+from megaman import errors, pages, welcome
+
+
+def training() -> None:
+    """megaman_lora.py."""
+    cfg, chosen = megaman_lora.read_config(sys.argv[1:])
+    welcome.answer_first_start(cfg, chosen)
+    megaman_lora.main(cfg, chosen)
+
+
+def drawing() -> None:
+    """generate_megaman.py."""
+    cfg = generate_megaman.read_config(sys.argv[1:])
+    pages.answer_gallery_only(cfg)
+    generate_megaman.main(cfg)
+
+
+def run(command: Callable[[], object]) -> NoReturn:
+    """Runs the command and leaves with its exit code."""
+    with errors.reported():
+        command()
+    sys.exit(0)
