@@ -9,9 +9,13 @@ interrupted run keeps what is finished.
 
 import sys
 
-from megaman import errors, files, pages, records, stopping
+from megaman.common import console as errors
+from megaman.common import files
+from megaman.common import html as pages
+from megaman.common import signals as stopping
+from megaman.common.console import UserError, quiet_libraries, say
 from megaman.config.generate import BUILT_IN_PROMPTS, NEGATIVE, TRIGGER, GenerateConfig, read_config
-from megaman.errors import UserError, quiet_libraries, say
+from megaman.generation import records
 
 if "torch" not in sys.modules:  # a program that has loaded it hears what it wants to hear
     quiet_libraries()
@@ -38,14 +42,16 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from megaman import base as base_models
-from megaman import devices, memory, merge
-from megaman.adapters import Adapter
-from megaman.base import BaseModel
-from megaman.merge import MergedAdapter
-from megaman.prompts import Prompt, read_prompts_file
-from megaman.records import ImageRecord, Job
-from megaman.sources import Source, base_of, recorded, sources_of
+from megaman.generation.candidates import Source, base_of, recorded, sources_of
+from megaman.generation.prompts import Prompt, read_prompts_file
+from megaman.generation.records import ImageRecord, Job
+from megaman.lora import merge
+from megaman.lora.merge import MergedAdapter
+from megaman.lora.save import Adapter
+from megaman.model import compute as devices
+from megaman.model import memory
+from megaman.model import stable_diffusion as base_models
+from megaman.model.stable_diffusion import BaseModel
 
 NAMED = 5  # pictures that an error's line names
 GUIDANCE = 7.5  # where neither the user nor the adapter says another

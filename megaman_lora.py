@@ -10,9 +10,12 @@ step. So a run that is stopped goes on to the very bits of one that was not.
 
 import sys
 
-from megaman import errors, files, stopping, welcome
+from megaman.common import console as errors
+from megaman.common import files
+from megaman.common import signals as stopping
+from megaman.common.console import UserError, quiet_libraries, say, shell_quoted
 from megaman.config.train import DataFlags, TrainConfig, read_config, recorded
-from megaman.errors import UserError, quiet_libraries, say, shell_quoted
+from megaman.data import welcome
 
 if "torch" not in sys.modules:  # a program that has loaded it hears what it wants to hear
     quiet_libraries()
@@ -39,36 +42,38 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import CLIPTokenizer
 
-from megaman import (
-    adapters,
-    buckets,
-    cache,
-    captions,
-    card,
+from megaman.common import cache
+from megaman.common.cache import Encoded, Store
+from megaman.data import buckets, captions, pictures, report
+from megaman.data import scan as survey
+from megaman.data.report import Report
+from megaman.lora import injection as forms
+from megaman.lora import metadata as card
+from megaman.lora import save as adapters
+from megaman.model import compute as devices
+from megaman.model import fast, memory
+from megaman.model import stable_diffusion as base_models
+from megaman.model.memory import Room
+from megaman.model.stable_diffusion import BaseModel
+from megaman.training import average as averages
+from megaman.training import (
     checkpoints,
-    devices,
-    fast,
-    forms,
-    memory,
-    optimizers,
-    pictures,
     previews,
-    report,
-    runs,
-    survey,
     validation,
-    watch,
 )
-from megaman import average as averages
-from megaman import base as base_models
-from megaman.average import Average
-from megaman.base import BaseModel
-from megaman.cache import Encoded, Store
-from megaman.checkpoints import Progress
-from megaman.memory import Room
-from megaman.report import Report
-from megaman.stream import Place, Stream, generator_of, seed_dropout, shares_of
-from megaman.watch import Watch
+from megaman.training import (
+    optim as optimizers,
+)
+from megaman.training import (
+    resume as runs,
+)
+from megaman.training import (
+    tracker as watch,
+)
+from megaman.training.average import Average
+from megaman.training.checkpoints import Progress
+from megaman.training.sampler import Place, Stream, generator_of, seed_dropout, shares_of
+from megaman.training.tracker import Watch
 
 # ---------------------------------------------------------------- configuration
 

@@ -6,7 +6,9 @@ from typing import NoReturn
 
 import generate_megaman
 import megaman_lora
-from megaman import errors, pages, welcome
+from megaman.common import console as errors
+from megaman.common import html as pages
+from megaman.data import welcome
 
 
 def training() -> None:

@@ -21,7 +21,7 @@ os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = tempfile.mkdtemp(pre
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # test_gpu.py gives them back to its own processes
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit equality is promised on a CPU
 
-from megaman.errors import quiet_libraries  # noqa: E402
+from megaman.common.console import quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
@@ -36,7 +36,7 @@ from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 import megaman_lora  # noqa: E402
-from megaman.base import EMBEDDED_FOLDER, BaseModel, load_base  # noqa: E402
+from megaman.model.stable_diffusion import EMBEDDED_FOLDER, BaseModel, load_base  # noqa: E402
 
 
 def save_tiny_base(folder: Path) -> Path:

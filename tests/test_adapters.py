@@ -9,7 +9,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from megaman.adapters import (
+from megaman.common.console import UserError
+from megaman.lora.merge import MergedAdapter
+from megaman.lora.save import (
     Adapter,
     LoraLayer,
     adapter_of,
@@ -18,9 +20,7 @@ from megaman.adapters import (
     read_adapter,
     write_adapter,
 )
-from megaman.base import BaseModel, load_base
-from megaman.errors import UserError
-from megaman.merge import MergedAdapter
+from megaman.model.stable_diffusion import BaseModel, load_base
 from megaman_lora import TrainConfig, inject_lora
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megaman.average import Average
-from megaman.errors import UserError
+from megaman.common.console import UserError
+from megaman.training.average import Average
 
 
 def test_it_is_the_weighted_mean_of_what_the_parameter_was() -> None:

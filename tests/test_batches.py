@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megaman.base import BaseModel
-from megaman.buckets import bucket_for, buckets_of
-from megaman.cache import Encoded, Store, View, encode
-from megaman.stream import Place, Stream, generator_of, shares_of
+from megaman.common.cache import Encoded, Store, View, encode
+from megaman.data.buckets import bucket_for, buckets_of
+from megaman.model.stable_diffusion import BaseModel
+from megaman.training.sampler import Place, Stream, generator_of, shares_of
 from megaman_lora import TrainConfig, draw_inputs, stream_of
 
 

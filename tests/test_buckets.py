@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megaman.buckets import Bucket, bucket_for, buckets_of, fit_of, fitted
+from megaman.data.buckets import Bucket, bucket_for, buckets_of, fit_of, fitted
 
 
 @pytest.mark.parametrize(("resolution", "cell"), [(512, 64), (768, 64), (256, 64), (64, 16), (32, 4)])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaman.base import BaseModel
-from megaman.cache import ENTRIES, MARK, Store, View, default_folder, encode, key_of
+from megaman.common.cache import ENTRIES, MARK, Store, View, default_folder, encode, key_of
+from megaman.model.stable_diffusion import BaseModel
 
 
 def made(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_what_another_user_keeps_there_is_read_though_it_cannot_be_touched(
 ) -> None:
     Store(tmp_path).tensors(key_of("x"), made)
     Store(tmp_path).facts(key_of("y"), lambda: [1])
-    monkeypatch.setattr("megaman.cache.os.utime", refused)
+    monkeypatch.setattr("megaman.common.cache.os.utime", refused)
     monkeypatch.setattr(Path, "unlink", refused)  # Windows refuses it while another process reads
     store = Store(tmp_path)
     store.tensors(key_of("x"), must_not_be_made)
@@ -142,7 +142,7 @@ def test_a_cache_that_cannot_be_kept_is_said_once_and_still_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Store(tmp_path).facts(key_of("x"), lambda: [1])
-    monkeypatch.setattr("megaman.files.os.fsync", refused)
+    monkeypatch.setattr("megaman.common.files.os.fsync", refused)
     store = Store(tmp_path)
     assert [store.facts(key_of(i), lambda i=i: [i]) for i in range(3)] == [[0], [1], [2]]
     assert store.facts(key_of("x"), must_not_be_made) == [1]
@@ -204,5 +204,5 @@ def test_the_cache_lies_where_the_platform_keeps_caches(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
     for platform, last in (("linux", "megaman_lora"), ("win32", "Cache"), ("darwin", "megaman_lora")):
-        monkeypatch.setattr("megaman.cache.sys.platform", platform)
+        monkeypatch.setattr("megaman.common.cache.sys.platform", platform)
         assert default_folder().name == last

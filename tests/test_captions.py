@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import bound_by_modes
 
-from megaman.captions import (
+from megaman.common.console import UserError
+from megaman.data.captions import (
     VOCABULARY,
     Caption,
     caption_from_name,
@@ -21,7 +22,6 @@ from megaman.captions import (
     variants,
     write_caption_set,
 )
-from megaman.errors import UserError
 
 TRIGGER = "mega man"
 HOME = Path("/pictures")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from test_interop import trained
 
 import megaman_lora
-from megaman.adapters import Adapter, LoraLayer, adapter_of, write_adapter, write_kohya
-from megaman.base import BaseModel
-from megaman.card import model_hashes
 from megaman.config.train import FACTS, TrainConfig, published
+from megaman.lora.metadata import model_hashes
+from megaman.lora.save import Adapter, LoraLayer, adapter_of, write_adapter, write_kohya
+from megaman.model.stable_diffusion import BaseModel
 
 
 def metadata_of(file: Path) -> dict[str, str]:

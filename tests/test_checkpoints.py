@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaman.adapters import read_adapter
-from megaman.checkpoints import (
+from megaman.common.console import UserError
+from megaman.common.files import check_output, check_writable, claim, moved_aside, replacing
+from megaman.lora.save import read_adapter
+from megaman.training.checkpoints import (
     MANIFEST,
     STATE,
     Progress,
@@ -19,8 +21,6 @@ from megaman.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from megaman.errors import UserError
-from megaman.files import check_output, check_writable, claim, moved_aside, replacing
 
 
 def test_a_checkpoint_holds_adapter_moments_and_sums_and_old_ones_lose_only_their_state(
@@ -55,7 +55,7 @@ def test_a_failing_save_leaves_the_older_checkpoint_and_no_half_one(
     save_checkpoint(tmp_path, some_progress(1), adapter, keep=3)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "megaman.checkpoints.sha256_of", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
+            "megaman.training.checkpoints.sha256_of", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
         )
         with pytest.raises(OSError, match="No space"):
             save_checkpoint(tmp_path, some_progress(2), adapter, keep=3)

@@ -18,10 +18,10 @@ from PIL import Image
 from test_pictures import KINDS, png_of
 
 import megaman_lora
-from megaman.buckets import Bucket
-from megaman.cache import Store
-from megaman.errors import UserError
-from megaman.report import report_of
+from megaman.common.cache import Store
+from megaman.common.console import UserError
+from megaman.data.buckets import Bucket
+from megaman.data.report import report_of
 from megaman_lora import DataFlags, MegaManDataset, stream_of
 
 

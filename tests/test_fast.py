@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaman import fast
-from megaman.base import BaseModel
-from megaman.errors import UserError
+from megaman.common.console import UserError
+from megaman.model import fast
+from megaman.model.stable_diffusion import BaseModel
 
 CPU = torch.device("cpu")
 

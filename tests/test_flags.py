@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import run_script
 
+from megaman.common.console import UserError
 from megaman.config.train import PRESETS, TrainConfig, read_config
-from megaman.errors import UserError
 from megaman_lora import plan
 
 

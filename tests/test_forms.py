@@ -17,7 +17,9 @@ from test_adapters import tensors_of, unet_output
 from test_interop import error, trained
 
 import megaman_lora
-from megaman.adapters import (
+from megaman.common.console import UserError
+from megaman.lora.merge import MergedAdapter
+from megaman.lora.save import (
     Adapter,
     LoraLayer,
     adapter_of,
@@ -26,9 +28,7 @@ from megaman.adapters import (
     read_adapter,
     write_adapter,
 )
-from megaman.base import BaseModel, load_base
-from megaman.errors import UserError
-from megaman.merge import MergedAdapter
+from megaman.model.stable_diffusion import BaseModel, load_base
 from megaman_lora import TrainConfig, inject_lora, read_config, settle
 
 
@@ -60,7 +60,7 @@ def test_training_twice_with_dropout_gives_the_same_bytes(train: Callable[..., P
 
 def test_dropouts_masks_are_functions_of_the_position(tiny_base: BaseModel) -> None:
     """So a resumed run draws the masks of an unbroken one, and recomputed activations theirs."""
-    from megaman.stream import seed_dropout
+    from megaman.training.sampler import seed_dropout
 
     inject_lora(tiny_base.unet, TrainConfig(lora_dropout=0.5))
     for module in lora_modules(tiny_base.unet).values():

@@ -18,9 +18,9 @@ from PIL import Image
 
 import generate_megaman
 from generate_megaman import GenerateConfig, batches, file_name, read_prompts_file, settled
-from megaman.adapters import Adapter, read_adapter
-from megaman.errors import UserError
-from megaman.records import Job
+from megaman.common.console import UserError
+from megaman.generation.records import Job
+from megaman.lora.save import Adapter, read_adapter
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_every_setting_changes_the_picture(generate: Callable[..., Path], settin
 def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_base: object) -> None:
     import torch
 
-    from megaman.base import draw, pipeline_of
+    from megaman.model.stable_diffusion import draw, pipeline_of
 
     folder = generate(prompts=["a"], lora_scale=[1.0, 0.0])
     (record,) = [record for record in records(folder) if record["lora_scale"] == 0]
@@ -430,7 +430,7 @@ def test_checkpoints_and_strengths_make_a_grid_with_one_base(
 
 @pytest.mark.parametrize("place", ["checkpoints/step-000003", "checkpoints/step-000005/adapter.safetensors"])
 def test_the_checkpoints_of_a_checkpoint_s_own_run_are_drawn(run_folder: Path, place: str) -> None:
-    from megaman.sources import sources_of
+    from megaman.generation.candidates import sources_of
 
     found = sources_of(str(run_folder / place), run_folder / place, with_checkpoints=True)
     chosen = Path(place).parts[1]
@@ -440,7 +440,7 @@ def test_the_checkpoints_of_a_checkpoint_s_own_run_are_drawn(run_folder: Path, p
 
 
 def test_a_hub_s_adapter_is_named_by_its_id_and_a_file_by_no_path() -> None:
-    from megaman.sources import adapter_name
+    from megaman.generation.candidates import adapter_name
 
     assert adapter_name("owner/model-1.5") == "owner/model-1.5"
     assert adapter_name("/home/somebody/out/lora_weights") == "megaman_lora"
@@ -486,7 +486,7 @@ def test_flags_that_contradict_one_another_are_refused(arguments: list[str], com
 
 def picture(folder: Path, name: str = "a-1.png", **changes: object) -> dict:
     """Saves a picture with its record in the PNG, and no metadata.jsonl."""
-    from megaman.records import ImageRecord, save_picture
+    from megaman.generation.records import ImageRecord, save_picture
 
     facts = {
         "prompt": name,
@@ -629,7 +629,7 @@ def test_a_prompt_that_overflows_is_named_and_does_not_stop_the_others(
 
 
 def test_an_overflow_spoils_no_neighbour(tiny_base: object) -> None:
-    from megaman.base import attempt, pipeline_of
+    from megaman.model.stable_diffusion import attempt, pipeline_of
 
     noise = [generate_megaman.torch.Generator().manual_seed(i) for i in range(3)]
     base, text = tiny_base, tiny_base.embed(["a", "b", "c"])
@@ -678,7 +678,7 @@ def test_no_memory_for_one_picture_ends_the_run_and_keeps_the_others(
 def test_a_signal_ends_the_run_with_one_line_and_keeps_what_is_drawn(
     generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, code: int
 ) -> None:
-    from megaman import errors
+    from megaman.common import console as errors
 
     failing(monkeypatch, lambda batch: batch[0].prompt == "c" and os.kill(os.getpid(), number))
     said = []
@@ -699,7 +699,7 @@ def test_a_signal_ends_the_run_with_one_line_and_keeps_what_is_drawn(
 
 
 def test_a_folder_in_use_is_left_alone(generate: Callable[..., Path], tmp_path: Path) -> None:
-    from megaman.files import OutputLock
+    from megaman.common.files import OutputLock
 
     lock = OutputLock(tmp_path / "gen").sign()
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}") as error:

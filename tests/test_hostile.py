@@ -15,7 +15,7 @@ from PIL import Image
 
 import generate_megaman
 import megaman_lora
-from megaman.base import BaseModel
+from megaman.model.stable_diffusion import BaseModel
 
 
 def harmless(counts: dict[str, float], *figures: str) -> bool:
@@ -43,7 +43,7 @@ def test_any_prompts_file_is_read_or_refused_in_a_line(tmp_path: Path) -> None:
 
 
 def test_a_disarmed_prompt_means_the_same_to_the_text_encoder(tiny_base: BaseModel) -> None:
-    from megaman.records import _plain
+    from megaman.generation.records import _plain
 
     for text in ("a, Negative prompt: b", "Steps: 1, Sampler: x", "(Negative prompt:1.2)"):
         assert _plain(text) != text
@@ -89,8 +89,8 @@ def test_no_program_in_a_weight_s_place_is_run(
 
 
 def test_an_adapter_never_names_a_path_as_its_base(tmp_path: Path) -> None:
-    from megaman.adapters import Adapter
-    from megaman.errors import UserError
+    from megaman.common.console import UserError
+    from megaman.lora.save import Adapter
 
     for name in (
         "../base",

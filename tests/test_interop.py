@@ -15,7 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapters import unet_output
 
-from megaman.adapters import (
+from megaman.lora.injection import TARGETS
+from megaman.lora.merge import MergedAdapter
+from megaman.lora.save import (
     adapter_of,
     kohya_tensors,
     lora_modules,
@@ -23,9 +25,7 @@ from megaman.adapters import (
     write_adapter,
     write_kohya,
 )
-from megaman.base import BaseModel
-from megaman.forms import TARGETS
-from megaman.merge import MergedAdapter
+from megaman.model.stable_diffusion import BaseModel
 from megaman_lora import TrainConfig, inject_lora
 
 FORMS = [

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FAULTS_OF_FORTY_ROUNDS = """
 import resource, sys, torch
-from megaman.memory import keep_freed_memory
+from megaman.model.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def faults():

@@ -9,11 +9,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from megaman.adapters import ADAPTER_NAME, lora_modules
-from megaman.base import BaseModel
-from megaman.cache import Store, View, encode
-from megaman.errors import UserError
-from megaman.stream import Place, generator_of
+from megaman.common.cache import Store, View, encode
+from megaman.common.console import UserError
+from megaman.lora.save import ADAPTER_NAME, lora_modules
+from megaman.model.stable_diffusion import BaseModel
+from megaman.training.sampler import Place, generator_of
 from megaman_lora import (
     Draw,
     TrainConfig,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaman.errors import UserError
-from megaman.optimizers import optimizer_of
+from megaman.common.console import UserError
+from megaman.training.optim import optimizer_of
 
 PACKAGES = {"adafactor": "transformers", "prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
 FLAGS = ("--lora_targets", "linear", "--lora_rank", "8")

@@ -14,10 +14,11 @@ from PIL import Image
 
 import generate_megaman
 import megaman_lora
-from megaman import errors, files
+from megaman.common import console as errors
+from megaman.common import files
+from megaman.common.console import UserError, shell_quoted
+from megaman.common.files import OutputLock, check_output, claim, is_link
 from megaman.config.parser import facts_of
-from megaman.errors import UserError, shell_quoted
-from megaman.files import OutputLock, check_output, claim, is_link
 from megaman_lora import TrainConfig
 
 OURS = json.dumps({"pretrained_model_name": "a", "data_dir": "b", "lora_rank": 1, "lora_alpha": 1})
@@ -194,7 +195,7 @@ def test_the_next_command_and_the_one_that_goes_on_work_in_an_odd_folder(
 
 
 def test_pictures_of_another_format_are_left_alone_when_checkpoints_are_pruned(tmp_path: Path) -> None:
-    from megaman.checkpoints import _prune, _remove
+    from megaman.training.checkpoints import _prune, _remove
 
     Image.new("RGB", (2, 2)).save(tmp_path / "picture.png")
     for number in (1, 2, 3):

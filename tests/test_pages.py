@@ -17,9 +17,9 @@ from browser import NoBrowser, browser
 from PIL import Image
 
 import generate_megaman
-from megaman.gallery import command, newest
-from megaman.pages import TEMPLATES, render_gallery, render_samples
-from megaman.records import ImageRecord
+from megaman.common.html import TEMPLATES, render_gallery, render_samples
+from megaman.generation.gallery import command, newest
+from megaman.generation.records import ImageRecord
 
 HOSTILE = (
     "<script>alert(1)</script>",

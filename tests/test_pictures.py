@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
 
-from megaman.errors import DATA, UserError
-from megaman.pictures import (
+from megaman.common.console import DATA, UserError
+from megaman.data.pictures import (
     MAX_FILE_BYTES,
     MAX_PICTURE_PX,
     Picture,

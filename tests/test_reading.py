@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_interop import trained
 
 import generate_megaman
-from megaman.adapters import adapter_of, kohya_tensors, peft_tensors, read_adapter, write_adapter
-from megaman.base import BaseModel
-from megaman.errors import UserError
+from megaman.common.console import UserError
+from megaman.lora.save import adapter_of, kohya_tensors, peft_tensors, read_adapter, write_adapter
+from megaman.model.stable_diffusion import BaseModel
 
 Tensors = dict[str, torch.Tensor]
 

@@ -16,9 +16,9 @@ from conftest import ROOT, run_script
 from PIL import Image
 
 import megaman_lora
-from megaman.errors import UserError
-from megaman.stopping import Stopped
-from megaman.watch import Watch
+from megaman.common.console import UserError
+from megaman.common.signals import Stopped
+from megaman.training.tracker import Watch
 
 TRICKY = [
     "--gradient_accumulation_steps",
@@ -255,7 +255,7 @@ def test_a_preview_without_memory_is_left_out_and_training_goes_on(
     def starved(*_: object, **__: object) -> list[object]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("megaman.previews.draw", starved)
+    monkeypatch.setattr("megaman.training.previews.draw", starved)
     assert train().is_dir()
     assert "no preview at step 4" in capsys.readouterr().err
 
@@ -322,7 +322,7 @@ def test_a_second_process_on_one_output_is_refused_and_sigterm_saves(
 
 def test_a_second_signal_stops_at_once() -> None:
     code = (
-        "import os, signal, time; from megaman.stopping import after_this_step\n"
+        "import os, signal, time; from megaman.common.signals import after_this_step\n"
         "with after_this_step() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); assert stop; print('noted', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
@@ -333,7 +333,7 @@ def test_a_second_signal_stops_at_once() -> None:
 
 def test_before_the_first_step_a_signal_stops_at_once_with_its_code() -> None:
     code = (
-        "import os, signal; from megaman import errors\n"
+        "import os, signal; from megaman.common import console as errors\n"
         "with errors.reported(): os.kill(os.getpid(), signal.SIG{})\n"
     )
     for name, exit_code in (("INT", 130), ("TERM", 143)):

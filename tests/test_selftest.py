@@ -9,11 +9,11 @@ import torch
 from test_interop import trained
 
 import megaman_lora
-from megaman import adapters
-from megaman.adapters import Adapter, LoraLayer, adapter_of, read_adapter, write_adapter
-from megaman.base import BaseModel
-from megaman.errors import UserError
-from megaman.layers import Key
+from megaman.common.console import UserError
+from megaman.lora import save as adapters
+from megaman.lora.adapter import Key
+from megaman.lora.save import Adapter, LoraLayer, adapter_of, read_adapter, write_adapter
+from megaman.model.stable_diffusion import BaseModel
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,8 +11,8 @@ from bench.classifier import pixels_of
 from conftest import ROOT
 from PIL import Image
 
-from megaman.base import EMBEDDED, EMBEDDED_FOLDER, draw, load_base, pipeline_of
-from megaman.files import sha256_of
+from megaman.common.files import sha256_of
+from megaman.model.stable_diffusion import EMBEDDED, EMBEDDED_FOLDER, draw, load_base, pipeline_of
 from megaman.tiny_sd import build, figures, sources
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,

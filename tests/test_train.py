@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import megaman_lora
-from megaman.base import load_base
-from megaman.devices import new_accelerator, pick_device, pick_dtype
-from megaman.errors import UserError
-from megaman.stream import Place
-from megaman.watch import Step, Watch
-from megaman.welcome import GUIDE
+from megaman.common.console import UserError
+from megaman.data.welcome import GUIDE
+from megaman.model.compute import new_accelerator, pick_device, pick_dtype
+from megaman.model.stable_diffusion import load_base
+from megaman.training.sampler import Place
+from megaman.training.tracker import Step, Watch
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -354,11 +354,11 @@ def test_a_base_of_another_kind_is_refused(tiny_folder: Path, tmp_path: Path) ->
 
 def test_a_disk_that_fills_up_is_exit_6_and_leaves_no_half_file(tmp_path: Path) -> None:
     code = (
-        "import resource, signal, torch; from pathlib import Path; from megaman import errors, files\n"
+        "import resource, signal, torch; from pathlib import Path\nfrom megaman.common import console, files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, "
         "(20000, 20000))\n"
         f"path = Path({str(tmp_path)!r}) / 'a.safetensors'\n"
-        "with errors.reported(): files.save_tensors({'a': torch.zeros(10000)}, path, {})\n"
+        "with console.reported(): files.save_tensors({'a': torch.zeros(10000)}, path, {})\n"
     )
     result = run_script("-c", code)
     assert result.returncode == 6, result.stderr
@@ -368,7 +368,7 @@ def test_a_disk_that_fills_up_is_exit_6_and_leaves_no_half_file(tmp_path: Path) 
 
 
 def test_memory_that_runs_out_is_exit_6() -> None:
-    code = "import torch; from megaman import errors\nwith errors.reported(): torch.empty(2**50)"
+    code = "import torch; from megaman.common import console\nwith console.reported(): torch.empty(2**50)"
     result = run_script("-c", code)
     assert (result.returncode, result.stderr.count("\n")) == (6, 1), result.stderr
 
@@ -411,7 +411,7 @@ def test_an_idle_nvidia_card_is_one_warning_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr("megaman.devices._has_nvidia_card", lambda: True)
+    monkeypatch.setattr("megaman.model.compute._has_nvidia_card", lambda: True)
     assert pick_device().type == "cpu"
     assert "built without CUDA" in capsys.readouterr().err
 

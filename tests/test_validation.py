@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import megaman_lora
-from megaman.checkpoints import STATE, latest_checkpoint
-from megaman.validation import Best, held_out
+from megaman.training.checkpoints import STATE, latest_checkpoint
+from megaman.training.validation import Best, held_out
 from megaman_lora import MegaManDataset, stream_of
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from megaman.common.console import USAGE, check_text
 from megaman.config.parser import LARGEST_SEED, check_numbers, flag, parse_flags, require
-from megaman.errors import USAGE, check_text
 
 DESCRIPTION = "Draws with a trained LoRA and writes an HTML gallery."
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from megaman.errors import USAGE, UserError, is_text, leave
+from megaman.common.console import USAGE, UserError, is_text, leave
 
 FACTS = "facts"  # of a field's metadata
 LARGEST_SEED = 2**63  # torch takes no more

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from megaman.memory import keep_freed_memory
+from megaman.model.memory import keep_freed_memory
 from megaman.tiny_sd import sources
 from megaman.tiny_sd.figures import BACKGROUNDS, FILLERS, HERO_WORDS, contact_sheet
 from megaman.tiny_sd.tokens import silent_ids, token_ids, write_tokenizer

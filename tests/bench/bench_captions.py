@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megaman.captions import VOCABULARY, caption_from_name, read_captions  # noqa: E402
-from megaman.errors import DATA, UserError  # noqa: E402
+from megaman.common.console import DATA, UserError  # noqa: E402
+from megaman.data.captions import VOCABULARY, caption_from_name, read_captions  # noqa: E402
 
 TEXTS = (
     "mega man, blue robot, helmet, game character, detailed armor",

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from megaman.errors import quiet_libraries  # noqa: E402
+from megaman.common.console import quiet_libraries  # noqa: E402
 
 quiet_libraries()
 

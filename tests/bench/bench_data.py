@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megaman.base import EMBEDDED_FOLDER  # noqa: E402
-from megaman.errors import quiet_libraries  # noqa: E402
+from megaman.common.console import quiet_libraries  # noqa: E402
+from megaman.model.stable_diffusion import EMBEDDED_FOLDER  # noqa: E402
 
 quiet_libraries()
 

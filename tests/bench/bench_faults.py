@@ -40,9 +40,11 @@ from conftest import save_tiny_base  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import megaman_lora  # noqa: E402
-from megaman import checkpoints, errors, files  # noqa: E402
-from megaman.adapters import read_adapter  # noqa: E402
-from megaman.base import load_base  # noqa: E402
+from megaman.common import console as errors  # noqa: E402
+from megaman.common import files  # noqa: E402
+from megaman.lora.save import read_adapter  # noqa: E402
+from megaman.model.stable_diffusion import load_base  # noqa: E402
+from megaman.training import checkpoints  # noqa: E402
 
 torch.set_num_threads(1)
 STEPS, SAVE = 21, 4
@@ -248,36 +250,36 @@ def tripwire(place: str, number: int, when: str) -> Prepare:
 
 
 PHASES = {
-    "scan": ("megaman.survey:survey", 1, "before"),
-    "cache": ("megaman.cache:_posterior", 3, "after"),
-    "encoded": ("megaman.cache:encode", 1, "after"),
-    "lock": ("megaman.files:claim", 1, "after"),
+    "scan": ("megaman.data.scan:survey", 1, "before"),
+    "cache": ("megaman.common.cache:_posterior", 3, "after"),
+    "encoded": ("megaman.common.cache:encode", 1, "after"),
+    "lock": ("megaman.common.files:claim", 1, "after"),
     "step": ("megaman_lora:accumulate", 5, "before"),
     "optimizer": ("torch.optim:AdamW.step", 5, "after"),
-    "adapter write": ("megaman.checkpoints:write_kohya", 2, "before"),
-    "state write": ("megaman.checkpoints:save_tensors", 2, "before"),
-    "state written": ("megaman.checkpoints:save_tensors", 2, "after"),
-    "sums": ("megaman.checkpoints:sha256_of", 3, "before"),
+    "adapter write": ("megaman.training.checkpoints:write_kohya", 2, "before"),
+    "state write": ("megaman.training.checkpoints:save_tensors", 2, "before"),
+    "state written": ("megaman.training.checkpoints:save_tensors", 2, "after"),
+    "sums": ("megaman.training.checkpoints:sha256_of", 3, "before"),
     "fsync": ("os:fsync", 9, "before"),
-    "folder fsync": ("megaman.checkpoints:_sync", 9, "before"),
+    "folder fsync": ("megaman.training.checkpoints:_sync", 9, "before"),
     "rename": ("pathlib:Path.rename", 2, "before"),
     "renamed": ("pathlib:Path.rename", 2, "after"),
-    "prune": ("megaman.checkpoints:_prune", 4, "before"),
-    "pruned": ("megaman.checkpoints:_prune", 4, "after"),
-    "sample": ("megaman.previews:_draw", 2, "before"),
+    "prune": ("megaman.training.checkpoints:_prune", 4, "before"),
+    "pruned": ("megaman.training.checkpoints:_prune", 4, "after"),
+    "sample": ("megaman.training.previews:_draw", 2, "before"),
     "sample picture": ("PIL.Image:Image.save", 2, "after"),
-    "sample page": ("megaman.watch:render_samples", 2, "after"),
-    "metrics": ("megaman.watch:Watch._show", 1, "before"),
-    "final export": ("megaman.adapters:write_adapter", 1, "before"),
-    "final file": ("megaman.adapters:save_tensors", 5, "after"),
-    "exported": ("megaman.adapters:write_adapter", 1, "after"),
+    "sample page": ("megaman.training.tracker:render_samples", 2, "after"),
+    "metrics": ("megaman.training.tracker:Watch._show", 1, "before"),
+    "final export": ("megaman.lora.save:write_adapter", 1, "before"),
+    "final file": ("megaman.lora.save:save_tensors", 5, "after"),
+    "exported": ("megaman.lora.save:write_adapter", 1, "after"),
 }
 DRAWING = {
     "picture": ("PIL.Image:Image.save", 2, "before"),
     "picture written": ("PIL.Image:Image.save", 2, "after"),
     "picture named": ("pathlib:Path.replace", 2, "after"),
-    "metadata": ("megaman.records:write_records", 2, "before"),
-    "gallery": ("megaman.pages:render_gallery", 2, "after"),
+    "metadata": ("megaman.generation.records:write_records", 2, "before"),
+    "gallery": ("megaman.common.html:render_gallery", 2, "after"),
 }
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megaman.base import EMBEDDED  # noqa: E402
-from megaman.errors import quiet_libraries  # noqa: E402
+from megaman.common.console import quiet_libraries  # noqa: E402
+from megaman.model.stable_diffusion import EMBEDDED  # noqa: E402
 
 quiet_libraries()
 
@@ -29,7 +29,7 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 
-from megaman.base import BaseModel, load_base  # noqa: E402
+from megaman.model.stable_diffusion import BaseModel, load_base  # noqa: E402
 from megaman_lora import Draw, TrainConfig, inject_lora, losses_of  # noqa: E402
 
 FORMS: dict[str, dict[str, object]] = {

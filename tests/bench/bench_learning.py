@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from megaman.base import load_base  # noqa: E402
+from megaman.common.console import quiet_libraries  # noqa: E402
 from megaman.config.train import PRESETS, DataFlags, read_config  # noqa: E402
-from megaman.errors import quiet_libraries  # noqa: E402
+from megaman.model.stable_diffusion import load_base  # noqa: E402
 
 quiet_libraries()
 
@@ -34,11 +34,11 @@ from bench.classifier import Classifier, judged, pixels_of, trained_classifier  
 from PIL.Image import Image  # noqa: E402
 from PIL.Image import open as open_picture  # noqa: E402
 
-from megaman.adapters import read_adapter  # noqa: E402
-from megaman.base import EMBEDDED, BaseModel, draw, pipeline_of  # noqa: E402
-from megaman.cache import Encoded, Store, encode  # noqa: E402
-from megaman.devices import pick_device  # noqa: E402
-from megaman.merge import MergedAdapter  # noqa: E402
+from megaman.common.cache import Encoded, Store, encode  # noqa: E402
+from megaman.lora.merge import MergedAdapter  # noqa: E402
+from megaman.lora.save import read_adapter  # noqa: E402
+from megaman.model.compute import pick_device  # noqa: E402
+from megaman.model.stable_diffusion import EMBEDDED, BaseModel, draw, pipeline_of  # noqa: E402
 from megaman.tiny_sd.figures import (  # noqa: E402
     BACKGROUNDS,
     COLOURS,

@@ -31,8 +31,8 @@ import PIL  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_pictures import KINDS, SAMPLES, linear_profile, mutated  # noqa: E402
 
-from megaman.errors import UserError  # noqa: E402
-from megaman.pictures import duplicates, find_pictures, fingerprint, open_picture  # noqa: E402
+from megaman.common.console import UserError  # noqa: E402
+from megaman.data.pictures import duplicates, find_pictures, fingerprint, open_picture  # noqa: E402
 
 SLOW_S = 5.0  # a small damaged file that takes longer counts as a hang
 WAYS = ("PNG", "JPEG", "WEBP", "BMP", "turned JPEG", "PNG with a profile", "transparent PNG")

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megaman.base import EMBEDDED_FOLDER  # noqa: E402
-from megaman.errors import quiet_libraries  # noqa: E402
+from megaman.common.console import quiet_libraries  # noqa: E402
+from megaman.model.stable_diffusion import EMBEDDED_FOLDER  # noqa: E402
 
 quiet_libraries()
 
@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from megaman.adapters import read_adapter  # noqa: E402
+from megaman.lora.save import read_adapter  # noqa: E402
 
 ATTENTION_MODULES = 128  # 16 transformer blocks x 2 attentions x 4 projections
 

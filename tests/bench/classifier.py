@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megaman.base import BaseModel, pipeline_of
-from megaman.base import draw as draw_images
+from megaman.model.stable_diffusion import BaseModel, pipeline_of
+from megaman.model.stable_diffusion import draw as draw_images
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,
     COLOURS,

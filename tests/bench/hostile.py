@@ -20,12 +20,12 @@ from PIL import Image
 
 import generate_megaman
 import megaman_lora
-from megaman.captions import Caption
-from megaman.errors import DATA, USAGE, UserError, control_in, say
-from megaman.pages import render_dataset, render_gallery
-from megaman.prompts import read_prompts_file
-from megaman.records import ImageRecord, infotext, read_records, save_picture, write_records
-from megaman.report import MAX_TOKENS, Report, report_of
+from megaman.common.console import DATA, USAGE, UserError, control_in, say
+from megaman.common.html import render_dataset, render_gallery
+from megaman.data.captions import Caption
+from megaman.data.report import MAX_TOKENS, Report, report_of
+from megaman.generation.prompts import read_prompts_file
+from megaman.generation.records import ImageRecord, infotext, read_records, save_picture, write_records
 
 LONG = 10_000  # characters
 ATOMS = (

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save
 
 import generate_megaman
-from megaman.adapters import Adapter, LoraLayer, kohya_tensors, peft_tensors, read_adapter
-from megaman.base import BaseModel
-from megaman.errors import MODEL, NUMBERS, UserError
-from megaman.merge import MergedAdapter
+from megaman.common.console import MODEL, NUMBERS, UserError
+from megaman.lora.merge import MergedAdapter
+from megaman.lora.save import Adapter, LoraLayer, kohya_tensors, peft_tensors, read_adapter
+from megaman.model.stable_diffusion import BaseModel
 
 SLOW_S = 1.0
 RANK = 2

@@ -21,9 +21,9 @@ from bench.hostile_adapters import RANK, small_adapter
 from PIL import Image
 from safetensors.torch import save, save_file
 
-from megaman.adapters import kohya_tensors
-from megaman.base import BaseModel
-from megaman.errors import MODEL
+from megaman.common.console import MODEL
+from megaman.lora.save import kohya_tensors
+from megaman.model.stable_diffusion import BaseModel
 
 # ---------------------------------------------------------------- the real commands
 

@@ -82,7 +82,7 @@ def half_downloaded(cache: Path, good: Path, owner: str) -> None:
 
 def told(ask: Callable[[str], object], owner: str) -> str:
     """What is said of `owner`/it."""
-    from megaman.errors import MODEL, UserError
+    from megaman.common.console import MODEL, UserError
 
     try:
         return f"it was had: {ask(f'{owner}/it')}"
@@ -97,12 +97,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": home}
         os.environ.pop("HF_HUB_OFFLINE", None)
-        from megaman import errors
+        from megaman.common import console as errors
 
         errors.quiet_libraries()
         import torch
 
-        from megaman import base
+        from megaman.model import stable_diffusion as base
 
         for owner in HALF:
             half_downloaded(Path(home, "hub"), base.EMBEDDED_FOLDER, owner)

@@ -1,0 +1,1 @@
+"""What every floor stands on: terminal, signals, files, cache, pages. Nothing of ours; never torch."""

@@ -1,0 +1,300 @@
+"""What has been worked out once: facts about pictures, latents, text embeddings.
+
+Everything is found by its content (the picture's bytes, the recipe, the model's weights), so nothing can be
+stale; a file that is torn or damaged is made anew; any number of processes may share the folder.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megaman.common import files
+from megaman.common.console import NUMBERS, UserError, say
+from megaman.data.captions import renamed
+from megaman.model.stable_diffusion import BaseModel
+
+ENTRIES = "encodings"  # the part of the cache folder that is ours alone; it carries the mark
+MARK = "CACHEDIR.TAG"  # backup programs leave such folders out (bford.info/cachedir)
+MARK_TEXT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n# Kept by megaman_lora.py, which also deletes here.\n"
+)
+ENTRY = re.compile(r"\.?[0-9a-f]{64}\.(json|safetensors)(\.\w+\.partial)?")  # the last: of a killed process
+LIMIT_BYTES = 4 * 2**30  # the least recently used entries go when the folder is larger
+CHECKSUM = "sha256"
+
+
+def default_folder() -> Path:
+    """`megaman_lora` in the user's cache folder, by the platform's convention."""
+    home = Path.home()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "megaman_lora" / "Cache"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "megaman_lora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "megaman_lora"
+
+
+def key_of(*parts: object) -> str:
+    """The key of what follows from these parts alone: numbers, texts, bytes, digests."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+class Store:
+    """The cache folder. Without one, nothing is remembered.
+
+    Only its folder ENTRIES is written to, once that bears our mark: the rest may be the user's.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.entries = None if folder is None else folder / ENTRIES
+        self.is_writable = True
+        self.hits = self.misses = 0
+
+    def facts(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns (JSON's types), made only if it is not there yet."""
+
+        def read(path: Path) -> Any:
+            entry = json.loads(path.read_bytes())
+            if entry[CHECKSUM] != key_of(json.dumps(entry["facts"])):
+                raise ValueError("damaged")
+            return entry["facts"]
+
+        def write(path: Path, facts: Any) -> None:
+            files.write_text(path, json.dumps({"facts": facts, CHECKSUM: key_of(json.dumps(facts))}))
+
+        return self._remembered(f"{key}.json", make, read, write)
+
+    def tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` returns, made only if it is not there yet. On the CPU."""
+
+        def read(path: Path) -> dict[str, Tensor]:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors):
+                    raise ValueError("damaged")
+            return tensors
+
+        def write(path: Path, tensors: dict[str, Tensor]) -> None:
+            files.save_tensors(tensors, path, {CHECKSUM: _checksum(tensors)})
+
+        return self._remembered(f"{key}.safetensors", make, read, write)
+
+    def _remembered(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        read: Callable[[Path], Any],
+        write: Callable[[Path, Any], None],
+    ) -> Any:
+        if self.entries is None:
+            return make()
+        path = self.entries / name[:2] / name
+        try:
+            found = read(path)
+        except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain
+            self.misses += 1
+        else:
+            with contextlib.suppress(OSError):  # another user's
+                os.utime(path)  # what is used stays longest
+            self.hits += 1
+            return found
+        made = make()
+        if self.is_writable:
+            self._keep(path, made, write)
+        return made
+
+    def _keep(self, path: Path, made: Any, write: Callable[[Path, Any], None]) -> None:
+        try:
+            if not self._is_ours():
+                files.write_text(self.entries / MARK, MARK_TEXT)
+            write(path, made)
+        except OSError as error:  # a full or read-only cache folder costs time, never the run
+            if path.exists():  # another process was quicker; Windows does not replace what is being read
+                return
+            self.is_writable = False
+            say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
+
+    def _is_ours(self) -> bool:
+        """Whether the entries' folder bears our mark. FileExistsError if it holds anything without."""
+        try:
+            if (self.entries / MARK).read_text(encoding="utf-8") == MARK_TEXT:
+                return True
+        except (OSError, ValueError):
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if any(not path.name.startswith(f".{MARK}.") for path in self.entries.iterdir()):
+                raise FileExistsError(errno.EEXIST, f"its {ENTRIES} holds files that are not ours")
+        return False
+
+    def prune(self, limit_bytes: int = LIMIT_BYTES) -> int:
+        """Deletes the least recently used entries beyond the limit where it may; returns how many."""
+        try:
+            if self.entries is None or not self._is_ours():
+                return 0
+        except OSError:  # the user's, or out of reach
+            return 0
+        entries = []
+        for path in self.entries.glob("??/*"):
+            try:
+                if path.is_symlink() or not path.is_file() or not ENTRY.fullmatch(path.name):
+                    continue
+                entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            except OSError:  # another process was quicker
+                continue
+        kept = deleted = 0
+        for _, size, path in sorted(entries, reverse=True):
+            kept += size
+            if kept > limit_bytes:
+                with contextlib.suppress(OSError):  # another user's, or read just now on Windows
+                    path.unlink()
+                    deleted += 1
+        return deleted
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    parts = [
+        part for name in sorted(tensors) for part in (name, tensors[name].contiguous().numpy().tobytes())
+    ]
+    return key_of(*parts)
+
+
+# ---------------------------------------------------------------- encoded data
+
+
+@dataclass(frozen=True)
+class View:
+    """One way in which a picture is seen: where its pixels come from, and what decides them."""
+
+    key: str
+    pixels: Callable[[], Tensor]  # (3,H,W) in [-1, 1]
+    label: str  # for an error's line
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What training needs of N pictures and their captions, all on the training device.
+
+    means, stds: the VAE's posterior of each view, (C,h,w) float32, already scaled; text (T,L,D): hidden
+    states, row 0 of the empty caption; view_rows, text_rows, class_rows: for each of the N, the rows of its
+    views, of its caption's variants, and of its captions that name something else instead of the character.
+    """
+
+    means: list[Tensor]
+    stds: list[Tensor]
+    text: Tensor
+    view_rows: list[list[int]]
+    text_rows: list[list[int]]
+    class_rows: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.view_rows)
+
+    def shape_of(self, index: int) -> torch.Size:
+        """The latents' shape (C,h,w) of one of the N: the same for all its views."""
+        return self.means[self.view_rows[index][0]].shape
+
+
+def encode(
+    views: Sequence[Sequence[View]],
+    captions: Sequence[Sequence[str]],
+    base: BaseModel,
+    store: Store,
+    class_captions: Sequence[Sequence[str]] = (),
+) -> Encoded:
+    """Runs the VAE and the text encoder over all that the store does not hold; equal things once.
+
+    For each of N pictures: its views, its caption's variants, its class captions.
+    UserError (exit 5) on a non-finite latent.
+    """
+    device, scaling = base.unet.device, base.vae.config.scaling_factor
+    vae, reader = _weights_digest(base.vae), _weights_digest(base.text_encoder)
+
+    def seen(view: View) -> dict[str, Tensor]:
+        return store.tensors(key_of("latents", vae, view.key), lambda: _posterior(view, base))
+
+    def read(caption: str) -> dict[str, Tensor]:
+        ids = base.tokenizer(caption).input_ids
+        return store.tensors(
+            key_of("text", reader, ids), lambda: {"states": base.embed([caption])[0].float().cpu()}
+        )
+
+    latents, view_rows = _each_once(views, lambda view: view.key, seen)
+    text, text_rows = _each_once([[""], *captions, *class_captions], str, read)
+    return Encoded(
+        [(entry["mean"] * scaling).to(device) for entry in latents],
+        [(entry["std"] * scaling).to(device) for entry in latents],
+        torch.stack([entry["states"] for entry in text]).to(device, base.unet.dtype),
+        view_rows,
+        text_rows[1 : 1 + len(captions)],
+        text_rows[1 + len(captions) :],
+    )
+
+
+def encode_dataset(dataset: Any, base: BaseModel, store: Store, classes: Sequence[str]) -> Encoded:
+    """The training script's MegaManDataset in the base's terms, from the store where it was encoded before;
+    also each caption with every class in the trigger's place.
+    """
+    views = [dataset.views(index) for index in range(len(dataset))]
+    texts = [dataset.texts(index) for index in range(len(dataset))]
+    plain = [caption.text for caption in dataset.captions]
+    named = [renamed(plain, dataset.settings.trigger, name) for name in classes]
+    encoded = encode(views, texts, base, store, list(zip(*named, strict=True)))
+    say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
+    store.prune()
+    return encoded
+
+
+def _posterior(view: View, base: BaseModel) -> dict[str, Tensor]:
+    with torch.no_grad():
+        latent = base.vae.encode(view.pixels()[None].to(base.vae.device, torch.float32)).latent_dist
+    made = {"mean": latent.mean[0].cpu(), "std": latent.std[0].cpu()}
+    if not all(tensor.isfinite().all() for tensor in made.values()):
+        raise UserError(
+            f"the VAE makes non-finite latents of {view.label}; remove it or use another base model", NUMBERS
+        )
+    return made
+
+
+def _weights_digest(module: torch.nn.Module) -> str:
+    """Of every bit that decides what the module computes: its weights, their precision, its architecture."""
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    fixed = {name: value for name, value in config.items() if name[0] != "_" and "version" not in name}
+    total = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(raw.numpy())
+    return total.hexdigest()
+
+
+def _each_once(
+    groups: Iterable[Iterable[Any]], key: Callable[[Any], str], encoder: Callable[[Any], Any]
+) -> tuple[list[Any], list[list[int]]]:
+    """The encodings of the distinct items, and for every item of every group the row of its own."""
+    rows: dict[str, int] = {}
+    encodings: list[Any] = []
+    order: list[list[int]] = []
+    for group in groups:
+        order.append([])
+        for item in group:
+            if key(item) not in rows:
+                rows[key(item)] = len(encodings)
+                encodings.append(encoder(item))
+            order[-1].append(rows[key(item)])
+    return encodings, order

@@ -1,0 +1,166 @@
+"""What a user can do wrong, and how both scripts end."""
+
+import errno
+import logging
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from megaman.common.signals import Stopped, at_once
+
+OK, BUG, USAGE, DATA, MODEL, NUMBERS, RESOURCES, STATE = range(8)  # exit codes
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PATHS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EBUSY,
+}
+_STEERING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)  # controls, writing directions
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+_BREAKS_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but the characters that end a line
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL and half characters: no file, no tokenizer takes them
+
+
+class UserError(Exception):
+    """Something the user can mend.
+
+    The message says what, where and what to do, in one line (or a line a problem).
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+# ---------------------------------------------------------------- characters that must not be there
+def one_line(text: str) -> str:
+    """The text without what breaks a line or steers a terminal: names of files are anyone's."""
+    return _BREAKS_A_LINE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def control_in(text: str) -> re.Match[str] | None:
+    """The first control character, the ends of lines aside."""
+    return _CONTROLS.search(text)
+
+
+def is_text(text: str) -> bool:
+    """Whether the text can be written to a file and named on a command line."""
+    return _NO_TEXT.search(text) is None
+
+
+def check_text(text: str, where: str, exit_code: int) -> None:
+    """UserError on a control character: no model reads it, and it breaks the files that hold the prompt."""
+    if control := control_in(text):
+        reason = f"holds a control character (U+{ord(control[0]):04X}); type it as plain text"
+        raise UserError(f"{where}: {reason}", exit_code)
+
+
+# ---------------------------------------------------------------- how both scripts begin and end
+def quiet_libraries() -> None:
+    """Silences what the user can do nothing about. Called first in main, before a library is imported."""
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # its errors are raised too, and told by us
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard looks for TensorFlow
+    for name in (
+        "xformers",
+        "torch.distributed",
+        "torch.distributed.elastic.multiprocessing.redirects",
+        "accelerate",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|diffusers|transformers|peft|accelerate|xformers)\b.*"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or its accelerator has no memory left."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in words for word in _MEMORY_WORDS)
+    )
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Ends the program with one line and its exit code where the block fails by a mistake of the user's, for
+    want of disk or memory, or by a signal. Only a bug of ours shows a traceback.
+    """
+    try:
+        with at_once():
+            yield
+    except UserError as error:
+        leave(str(error), error.exit_code)
+    except Stopped as stop:
+        say(str(stop))
+        sys.exit(stop.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK | _PATHS:
+            raise
+        remedy = "free some space" if error.errno in _DISK else "name a file or folder that can be used"
+        leave(f"{error.filename or 'disk'}: {error.strerror}; {remedy}", RESOURCES)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        leave(
+            "out of memory; take smaller pictures (--resolution, or --height and --width), a smaller "
+            "--batch_size or --train_batch_size, or half precision (--mixed_precision fp16)",
+            RESOURCES,
+        )
+
+
+def leave(message: str, exit_code: int) -> NoReturn:
+    """One line on stderr, then the exit code.
+
+    Of several processes only the first speaks, unless it may be the only one that is well: a full memory or
+    disk and a NaN are one process's own.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        say(f"error: {message}")
+    elif exit_code in (RESOURCES, NUMBERS):
+        print(_printable(f"error: process {rank}: {message}"), file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def say(message: str) -> None:
+    """One line for the user on stderr; of several processes, only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(_printable(message), file=sys.stderr, flush=True)
+
+
+def shell_quoted(word: str) -> str:
+    """The word as this machine's shells take it for one argument, whatever letters it holds."""
+    if word.startswith("-"):
+        word = os.path.join(".", word)  # a path, and no flag
+    if os.name == "nt":  # cmd and PowerShell; no name of a file holds their quote
+        return word if re.fullmatch(r"[\w.:\\/-]+", word, re.ASCII) else f'"{word}"'
+    if _STEERING.search(word) or "\n" in word or "\t" in word:
+        spelled = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
+        return f"$'{spelled}'"
+    return shlex.quote(word)
+
+
+def _printable(message: str) -> str:
+    """The message with its control characters spelled out: a file's name must not steer the terminal."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), message)

@@ -1,0 +1,1 @@
+"""Pictures and captions as people have them. Knows no model and no LoRA."""

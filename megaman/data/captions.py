@@ -1,0 +1,448 @@
+"""Captions as people write them, or as their files' names tell them. Knows sidecar files, encodings, kohya's
+repeats and the words of Mega Man's world.
+"""
+
+import os
+import random
+import re
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megaman.common.console import DATA, USAGE, UserError, control_in, one_line
+from megaman.common.files import write_text
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something else under a caption's name
+MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
+
+# ---------------------------------------------------------------- the words of names
+POSES = {
+    "attack": "attacking",
+    "charge": "charging",
+    "climb": "climbing",
+    "crouch": "crouching",
+    "damage": "hurt",
+    "dash": "dashing",
+    "duck": "crouching",
+    "fall": "falling",
+    "fly": "flying",
+    "idle": "standing",
+    "jump": "jumping",
+    "run": "running",
+    "shoot": "shooting",
+    "slide": "sliding",
+    "stand": "standing",
+    "teleport": "teleporting",
+    "victory": "victory pose",
+    "walk": "walking",
+    "win": "victory pose",
+}
+VIEWS = {
+    "back": "back view",
+    "close up": "close-up",
+    "closeup": "close-up",
+    "front": "front view",
+    "fullbody": "full body",
+    "portrait": "portrait",
+    "profile": "side view",
+    "rear": "back view",
+    "side": "side view",
+}
+FIGURES = {
+    "axl": "Axl",
+    "bass": "Bass",
+    "dr wily": "Dr. Wily",
+    "megaman": "mega man",
+    "miniboss": "mini boss",
+    "mm": "mega man",
+    "proto": "Proto Man",
+    "protoman": "Proto Man",
+    "robot master": "robot master",
+    "rockman": "mega man",
+    "roll": "Roll",
+    "rush": "Rush",
+    "sigma": "Sigma",
+    "wily": "Dr. Wily",
+    "zero": "Zero",
+    "ロックマン": "mega man",
+    "洛克人": "mega man",
+}
+MEDIA = {
+    "16bit": "16-bit",
+    "2d": "2D",
+    "3d": "3D",
+    "8bit": "8-bit",
+    "boxart": "box art",
+    "concept": "concept art",
+    "fanart": "fan art",
+    "pixel": "pixel art",
+    "pixelart": "pixel art",
+    "screen shot": "",
+}
+VOCABULARY = POSES | VIEWS | FIGURES | MEDIA
+TAGS = {tag.lower(): tag for tag in VOCABULARY.values() if tag} | VOCABULARY  # "running" is known as "run" is
+NOUNS = frozenset({"boss", "enemy", "render", "robot", "sketch", "sprite"})  # end a tag: "blue robot, ..."
+SERIES = {"exe": "EXE", "x": "X", "zx": "ZX"}  # stand behind the trigger: "mega man X"
+DIRECTIONS = frozenset({"down", "left", "right", "up"})  # follow an action: "running left"
+JOINTS = frozenset({"and", "of", "or"})  # tie words together; one that nothing precedes can't begin a tag
+LINKS = JOINTS | {"a", "an", "at", "by", "for", "from", "in", "on", "over", "the", "to", "under", "with"}
+NOISE = """
+    cimg dcim dji dsc dscf dscn gopr img imgp mvimg pxl wa
+    am app comfyui copy dall download edited fb gif hd hq image images jpeg jpg mp pasted photo photos picture
+    pictures pm png received resized screenshot screenshots thumb thumbnail tumblr unnamed untitled webp
+    上午 下午 副本 複本 拷贝 拷貝 图片 圖片 照片 微信图片 未命名 截图 截圖 屏幕截图 螢幕截圖 螢幕擷取畫面
+    スクリーンショット bildschirmfoto kopie whatsapp
+"""  # what cameras, systems and programs write into names, and no words of a picture
+DROPPED = frozenset(NOISE.split())
+BREAKS = ",;()[]{}+&"  # separate tags in names too
+
+UUIDS = re.compile(
+    r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|^screenshot_\d{8}-\d{6}.*", re.IGNORECASE
+)  # and Android's screenshots, which end in an app's name
+SIZES = re.compile(r"(?<!\S)(?:\d+x\d*|\d{3,} x \d{3,})(?!\S)", re.IGNORECASE)  # 1920x1080, 4x
+BITS = re.compile(r"(?<!\S)(8|16) ?bits?(?!\S)", re.IGNORECASE)
+IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+SEAMS = re.compile(
+    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    rf"|(?<=[{IDEOGRAPHS}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[{IDEOGRAPHS}])"
+)
+HASHES = re.compile(r"(?=.*\d)(?![a-f]{4,}\d{1,4}$)[0-9a-f]{8,}", re.IGNORECASE)  # but not "facade01"
+LETTER = r"[^\W\d_]"
+
+
+# ---------------------------------------------------------------- captions from files
+@dataclass(frozen=True)
+class Caption:
+    """A caption and where it came from: the user's own sidecar file, or the picture's name."""
+
+    text: str
+    source: Literal["file", "name"]
+    file: Path | None = field(default=None, compare=False)  # the sidecar; equal words are equal captions
+
+
+def read_captions(
+    pictures: Sequence[Path], folder: Path, trigger: str, errors: Sequence[str] = ()
+) -> list[Caption]:
+    """A caption a picture: its sidecar's text, else words from its name behind the trigger.
+
+    Sidecars, the first with any text counts: a.png.txt, a.txt, a.png.caption, a.caption. All unreadable files
+    are named in one error, behind the folder's other errors.
+    """
+    sidecars = _sidecars_of(pictures)
+    captions: list[Caption] = []
+    problems = list(errors)
+    for picture in pictures:
+        try:
+            own = _own_caption(sidecars[picture], trigger)
+            captions.append(own or Caption(caption_from_name(picture, folder, trigger), "name"))
+        except UserError as error:
+            problems.append(one_line(str(error)))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)), DATA)  # two pictures may share a bad file
+    return captions
+
+
+def shared_captions(pictures: Sequence[Path], captions: Sequence[Caption]) -> dict[Path, list[Path]]:
+    """The caption files that speak for several pictures (a.txt for a.png and a.jpg), and these pictures."""
+    users: dict[Path, list[Path]] = {}
+    for picture, caption in zip(pictures, captions, strict=True):
+        if caption.file is not None:
+            users.setdefault(caption.file, []).append(picture)
+    return {file: pictures for file, pictures in users.items() if len(pictures) > 1}
+
+
+def _sidecars_of(pictures: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Each picture's caption files, the most telling first. Every folder is listed once."""
+    named: dict[tuple[Path, str], list[Path]] = {}
+    for parent in {picture.parent for picture in pictures}:
+        try:
+            files = sorted(path for path in parent.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES)
+        except OSError as error:
+            raise UserError(f"{parent}: can't be listed ({error.strerror}); mend its rights", DATA) from error
+        for path in reversed(files):  # ".txt" before ".TXT"
+            named.setdefault((parent, _alike(path.name)), []).append(path)
+    found: dict[Path, list[Path]] = {}
+    for picture in pictures:
+        wanted = [stem + suffix for suffix in CAPTION_SUFFIXES for stem in (picture.name, picture.stem)]
+        found[picture] = [path for name in wanted for path in _nearest(named, picture.parent, name)]
+    return found
+
+
+def _nearest(named: dict[tuple[Path, str], list[Path]], parent: Path, name: str) -> list[Path]:
+    """The files of that name in any letter case of the suffix; another case of the stem only if there is no
+    such file, as in folders that come from Windows.
+    """
+    files = named.get((parent, _alike(name)), [])
+    return [path for path in files if path.stem == Path(name).stem] or files
+
+
+def _alike(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()  # macOS takes names apart: e and its accent
+
+
+def _own_caption(sidecars: list[Path], trigger: str) -> Caption | None:
+    for sidecar in sidecars:
+        text = " ".join(_text_of(sidecar).split())
+        if text:
+            return Caption(re.sub(r"\[trigger\]", lambda _: trigger, text, flags=re.I), "file", sidecar)
+    return None
+
+
+def _text_of(sidecar: Path) -> str:
+    data = _bytes_of(sidecar)
+    mark, encoding = next(
+        ((mark, name) for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), (b"", "utf-8")
+    )
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        at = error.start + len(mark)
+        reason = f"not {encoding.upper()} at byte {at} (0x{data[at]:02x})"
+        raise UserError(f"{sidecar}: {reason}; save it as UTF-8", DATA) from error
+    if control := control_in(text):
+        at = len(mark) + len(text[: control.start()].encode(encoding))
+        kind = f"control character U+{ord(control[0]):04X}" if control[0] != "\0" else "NUL"
+        reason = f"holds {kind} at byte {at}" + (", as UTF-16 without a mark does" if kind == "NUL" else "")
+        raise UserError(f"{sidecar}: {reason}; save it as UTF-8 text", DATA)
+    return text.replace("\ufeff", "")  # a second mark in the middle, where files were joined, is no word
+
+
+def _bytes_of(sidecar: Path) -> bytes:
+    try:
+        mode = sidecar.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(f"{sidecar}: is a folder, not a caption; rename it", DATA)
+        if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
+            raise UserError(f"{sidecar}: is no ordinary file; remove it", DATA)
+        with sidecar.open("rb") as file:
+            data = file.read(MAX_CAPTION_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"{sidecar}: a link to a file that is gone; remove it or mend it", DATA) from error
+    except OSError as error:
+        reason = f"caption can't be read ({error.strerror})"
+        raise UserError(f"{sidecar}: {reason}; mend its rights or remove it", DATA) from error
+    if len(data) > MAX_CAPTION_BYTES:
+        reason = f"over {MAX_CAPTION_BYTES // 1000} kB, which is no caption"
+        raise UserError(f"{sidecar}: {reason}; shorten it or rename it", DATA)
+    return data
+
+
+# ---------------------------------------------------------------- captions from names
+def caption_from_name(picture: Path, folder: Path, trigger: str) -> str:
+    """A caption from the file's and its folders' names, always the same: `megaman_x_02.jpg` -> "mega man X",
+    `boss_robot_03.png` -> "mega man, boss, robot master".
+
+    It begins with the trigger. Counters, dates, hashes and a camera's words are left out.
+    """
+    own_name = _pattern_in_names(trigger)
+    head = trigger.split()
+    tags: list[str] = []
+    for part in (*picture.relative_to(folder).parts[:-1], picture.stem):
+        said = {word for tag in tags for word in tag.lower().split()}
+        words = _words(part, own_name)
+        known = {word.lower() for word in head}
+        head += dict.fromkeys(SERIES[word] for word in words if word in SERIES and word not in known)
+        tags += _tags([word for word in words if word not in SERIES], said)
+    if any(tag.split()[-1] == "boss" for tag in tags):  # a boss that is a robot is a Robot Master
+        tags = [re.sub(r"\brobot\b(?! master)", "robot master", tag) for tag in tags]
+    return ", ".join([" ".join(head), *_each_once(tags, " ".join(head))])
+
+
+def _each_once(tags: list[str], head: str) -> list[str]:
+    """The tags that neither the head nor a fuller tag says already ("running", "running left")."""
+    tags = list({tag.lower(): tag for tag in tags}.values())
+    padded = [f" {tag.lower()} " for tag in (head, *tags)]
+    return [
+        tag
+        for at, tag in enumerate(tags, start=1)
+        if not any(padded[at] in other for other in padded[:at] + padded[at + 1 :])
+    ]
+
+
+def _tags(words: list[str], said: set[str]) -> list[str]:
+    """Known words as their tags; the words between them together, but for those that folders said."""
+    tags: list[str] = []
+    run: list[str] = []
+    at = 0
+    while at < len(words):
+        pair = " ".join(words[at : at + 2])
+        word = pair if pair in TAGS else words[at]
+        at += word.count(" ") + 1
+        if word in DIRECTIONS and not run and tags and tags[-1].endswith("ing"):
+            tags[-1] += f" {word}"
+            continue
+        ends = word == "," or word in TAGS
+        run += [] if ends else [word]
+        if ends or word in NOUNS:
+            tags += _joined(run, said)
+            run = []
+        if TAGS.get(word):
+            tags.append(TAGS[word])
+    return tags + _joined(run, said)
+
+
+def _joined(run: list[str], said: set[str]) -> list[str]:
+    """The run as one tag, or none; without the links that nothing follows or precedes."""
+    words = [word for word in run if word in LINKS or word not in said]
+    while words and words[-1] in LINKS:
+        words.pop()
+    while words and words[0] in JOINTS:
+        words.pop(0)
+    return [" ".join(words)] if words else []
+
+
+def _words(part: str, own_name: re.Pattern[str] | None) -> list[str]:
+    """The words of a name in lower case; "," stands where a tag ends, also in the trigger's place."""
+    text = UUIDS.sub(",", unicodedata.normalize("NFKC", part))
+    text = own_name.sub(",", text) if own_name else text
+    text = "".join(_spaced(char) for char in text)
+    text = SIZES.sub("", BITS.sub(r"\1bit", " ".join(text.split())))
+    text = " ".join(_taken_apart(chunk) for chunk in text.split())
+    text = own_name.sub(" , ", text) if own_name else text  # now also out of "MegaManRunning"
+    words: list[str] = []
+    for word in text.lower().split():
+        words += [word] if word in TAGS or word == "," else re.split(r"\d+", word)
+    words = [word.strip("'’") for word in words]
+    return [word for word in words if word == "," or _is_word(word)]
+
+
+def _spaced(char: str) -> str:
+    if char in BREAKS:
+        return " , "
+    mark = unicodedata.category(char).startswith("M") and not "\ufe00" <= char <= "\ufe0f"  # emoji's own
+    return char if char.isalnum() or mark or char in "'’" else " "
+
+
+def _taken_apart(chunk: str) -> str:
+    """The words that are glued together in a chunk of a name; nothing for a hash or another machine's id."""
+    if chunk.lower() in TAGS or chunk.lower() in DROPPED:
+        return chunk.lower()
+    apart = SEAMS.sub(" ", chunk)
+    pieces = re.split(r"[\d\s]+", apart)
+    odd = [piece for piece in pieces if piece.isascii() and 0 < len(piece) < 3 and not _is_known(piece)]
+    is_id = len(odd) >= 3 or (odd and re.search(rf"\d{LETTER}", chunk))
+    return "" if is_id or HASHES.fullmatch(chunk) else apart
+
+
+def _is_known(word: str) -> bool:
+    return any(word.lower() in words for words in (TAGS, SERIES, LINKS, DIRECTIONS))
+
+
+def _is_word(word: str) -> bool:
+    """Whether it tells anything: a single letter is a counter or an article, but for X and ideographs."""
+    if len(word) == 1 and word.isascii():
+        return word in SERIES
+    return word not in DROPPED and any(char.isalnum() for char in word)
+
+
+def _pattern_in_names(trigger: str) -> re.Pattern[str] | None:
+    """Finds the trigger in a name however its words are parted ("mega-man", "megaman", "megamanx"); None for
+    one without letters.
+    """
+    letters = [char for char in unicodedata.normalize("NFKC", trigger) if char.isalnum()]
+    if not letters:
+        return None
+    spelled = r"[\W_]*".join(re.escape(char) for char in letters)
+    series = f"(?:{'|'.join(sorted(SERIES, reverse=True))})?"
+    behind = rf"(?={series}(?!{_kind(letters[-1])}))"
+    return re.compile(rf"(?<!{_kind(letters[0])}){spelled}{behind}", re.IGNORECASE)
+
+
+def _kind(char: str) -> str:
+    """What mustn't stand beside that end of a word; ideographs have no spaces between words."""
+    if re.match(f"[{IDEOGRAPHS}]", char) or not char.isalnum():
+        return "(?!)"
+    return r"\d" if char.isdecimal() else rf"(?:(?![{IDEOGRAPHS}]){LETTER})"
+
+
+# ---------------------------------------------------------------- kohya's folders
+def repeats_of(picture: Path, folder: Path) -> int:
+    """How often an epoch shows the picture: the number of its nearest `10_name` folder below the data folder,
+    1 without one.
+
+    As in kohya, the data folder's own name doesn't count. Numbers outside 1-MAX_REPEATS are passed over; see
+    `odd_repeats`.
+    """
+    numbers = (number for _, number in _numbered(picture, folder))
+    return next((number for number in numbers if 1 <= number <= MAX_REPEATS), 1)
+
+
+def odd_repeats(pictures: Sequence[Path], folder: Path) -> list[str]:
+    """The folders, relative to the data folder, whose number can't be meant as repeats: 0_name, 2023_name."""
+    numbered = {pair: None for picture in pictures for pair in _numbered(picture, folder)}
+    return [name for name, number in numbered if not 1 <= number <= MAX_REPEATS]
+
+
+def _numbered(picture: Path, folder: Path) -> list[tuple[str, int]]:
+    """The folders above the picture that are named like `10_name`, the nearest first."""
+    found = ((parent, re.match(r"([0-9]+)_.", parent.name)) for parent in picture.relative_to(folder).parents)
+    return [(parent.as_posix(), int(match[1])) for parent, match in found if match]
+
+
+# ---------------------------------------------------------------- what is made of captions
+def holds(caption: str, trigger: str) -> bool:
+    """Whether the trigger stands in the caption, in any case, and not as a part of other words."""
+    return _pattern_in_captions(trigger).search(caption) is not None
+
+
+def renamed(captions: Sequence[str], trigger: str, name: str) -> list[str]:
+    """The captions with another name in the trigger's place; the bare name where the trigger is missing."""
+    pattern = _pattern_in_captions(trigger)
+    return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]
+
+
+def _pattern_in_captions(trigger: str) -> re.Pattern[str]:
+    words = trigger.split()
+    if not words:
+        return re.compile("(?!)")  # nothing holds it
+    spelled = r"\s+".join(re.escape(word) for word in words)
+    return re.compile(f"(?<!{_kind(words[0][0])}){spelled}(?!{_kind(words[-1][-1])})", re.IGNORECASE)
+
+
+def variants(text: str, count: int, *, keep_tags: int, rng: random.Random) -> list[str]:
+    """`count` orders of the caption's comma-separated tags, of which the first `keep_tags` (>= 0) stay; some
+    may be equal.
+    """
+    tags = _tags_of(text)
+    kept, rest = tags[:keep_tags], tags[keep_tags:]
+    return [", ".join(kept + rng.sample(rest, len(rest))) for _ in range(count)]
+
+
+def tag_frequencies(captions: Sequence[str]) -> dict[str, int]:
+    """How often each comma-separated tag occurs, in lower case as kohya counts; the most frequent first, then
+    by the alphabet.
+    """
+    counts = Counter(tag.lower() for caption in captions for tag in _tags_of(caption))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _tags_of(text: str) -> list[str]:
+    tags = (" ".join(tag.split()) for tag in text.split(","))
+    return [tag for tag in tags if tag]
+
+
+def write_caption_set(folder: Path, captions: Sequence[tuple[Path, str]]) -> tuple[list[Path], ...]:
+    """Writes a .txt a picture under `folder`, to be edited: the new files; those that were there, and stay.
+
+    captions: paths below the data folder, and the words. a.png and a.jpg share a.txt, unless theirs differ:
+    then the second one's is a.jpg.txt.
+    """
+    texts: dict[Path, str] = {}
+    for picture, text in captions:
+        file = folder / picture.with_suffix(".txt")
+        if texts.get(file, text) != text:
+            file = folder / picture.with_name(f"{picture.name}.txt")
+        texts[file] = text
+    for file in texts:
+        if not file.parent.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{file}: would lie outside {folder}. Name another --output_dir.", USAGE)
+    new = [file for file in texts if not os.path.lexists(file)]
+    for file in new:
+        write_text(file, f"{texts[file]}\n")
+    return new, [file for file in texts if file not in new]

@@ -1,0 +1,389 @@
+"""Pictures as they lie in people's folders: found, decoded for what they are, compared. Knows PIL, EXIF and
+colour.
+"""
+
+import errno
+import io
+import math
+import os
+import re
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+
+from megaman.common.console import DATA, UserError, one_line
+
+SUFFIX_FORMATS = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP",
+}  # fmt: skip
+OTHER_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jxl", ".psd", ".tif", ".tiff"}  # opened to say why not
+PICTURE_SUFFIXES = frozenset(SUFFIX_FORMATS) | OTHER_SUFFIXES
+PILLOW_FORMATS = tuple(sorted(set(SUFFIX_FORMATS.values())))  # whatever the suffix; no other decoder runs
+MAX_PICTURE_PX = 64_000_000  # a larger one is a decompression bomb or a scan that needs shrinking first
+MAX_FILE_BYTES = 1 << 29  # as many pixels of 16-bit RGBA, not compressed; some decoders read the whole file
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An RGB picture as the eye sees it, and what had to be done for that."""
+
+    image: Image.Image
+    remarks: tuple[str, ...] = ()
+
+
+class BadPicture(UserError):
+    """A picture that can't be read (exit 3); reason: why, in a few words, in one line."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.reason = one_line(reason)
+        super().__init__(f"{one_line(str(path))}: not a readable picture ({self.reason})", DATA)
+
+
+class _Unfit(Exception):
+    """Why a file or a part of it is of no use, in the user's words."""
+
+
+# ---------------------------------------------------------------- files
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Everything below the folder with the suffix of a picture, in any case, in a stable order.
+
+    Hidden files and folders are left out. What people take for pictures and is none is listed too, so that
+    opening it says why and nothing is lost in silence: formats that are not read, links to folders, which are
+    not followed, and folders that may not be looked into.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of pictures. Check --data_dir.", DATA)
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=lambda error: found.append(Path(error.filename))):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = [*folders, *(name for name in files if not name.startswith("."))]
+        named = {name for name in visible if Path(name).suffix.lower() in PICTURE_SUFFIXES}
+        named |= {name for name in folders if Path(place, name).is_symlink()}
+        found.extend(Path(place, name) for name in named)
+    return sorted(found)
+
+
+def _check_file(path: Path) -> None:
+    """Raises unless it is a file whose bytes can be read: a pipe or a device would never end."""
+    info = path.stat()
+    if stat.S_ISDIR(info.st_mode):
+        os.scandir(path).close()  # raises where it may not be looked into
+        linked = path.is_symlink()
+        raise _Unfit("a link to a folder, which is not followed; copy its pictures" if linked else "a folder")
+    if not stat.S_ISREG(info.st_mode):
+        raise _Unfit("a pipe, a socket or a device")
+    if info.st_size == 0:
+        raise _Unfit("empty file")
+    if info.st_size > MAX_FILE_BYTES:
+        limit = f"the limit of {MAX_FILE_BYTES >> 20} MB; shrink it first"
+        raise _Unfit(f"{info.st_size >> 20} MB are over {limit}")
+
+
+BEGINNINGS = {
+    b"\x89PNG": "a PNG",
+    b"\xff\xd8": "a JPEG",
+    b"BM": "a BMP",
+    b"RIFF....WEBP": "a WebP",
+    b"GIF8": "a GIF",
+    b"II\\*\0|MM\0\\*": "a TIFF",
+    b"....ftyp(hei|hev|mif|msf)": "a HEIC",
+    b"....ftypavi[fs]": "an AVIF",
+    b"....ftyp": "a video",
+    b"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL",
+    b"8BPS": "a Photoshop file",
+    b"%PDF": "a PDF",
+    b"\\s*<": "a web page or SVG",
+}  # files that people rename, and how they begin
+
+
+def _unidentified(beginning: bytes) -> str:
+    """Why no decoder wanted a file that begins like this."""
+    if not beginning.strip(b"\0"):
+        return "nothing but zeros where a picture begins"
+    kinds = (kind for start, kind in BEGINNINGS.items() if re.match(start, beginning, re.DOTALL))
+    kind = next(kinds, None)
+    if kind in ("a PNG", "a JPEG", "a BMP", "a WebP"):
+        return f"{kind} with a damaged beginning, or of a kind that is not supported"
+    return f"{kind or 'not a picture'}, and only JPEG, PNG, BMP and WebP are read; save it again as PNG"
+
+
+OS_REASONS = {
+    errno.EACCES: "no permission to read it",
+    errno.EPERM: "no permission to read it",
+    errno.ELOOP: "a link that leads back to itself",
+    errno.ENOENT: "no such file",
+}
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """The cause in a few words."""
+    if isinstance(error, _Unfit):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"over the limit of {MAX_PICTURE_PX // 1_000_000} megapixels; shrink it first"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it; shrink it first"
+    if isinstance(error, OSError) and error.errno is not None:  # the system's; a decoder's has no number
+        if error.errno == errno.ENOENT and path.is_symlink():
+            return "a link to a file that is not there"
+        return OS_REASONS.get(error.errno, error.strerror)
+    words = " ".join(str(error).replace(str(path), "it").split())[:120]
+    return f"damaged: {words or type(error).__name__}"
+
+
+# ---------------------------------------------------------------- colours
+
+
+def _tone_range(values: np.ndarray, mode: str) -> tuple[float, float, str]:
+    """The values that mean black and white in a wide greyscale picture, and the remark."""
+    if mode.startswith("I;16"):
+        return 0, 65535, "16-bit, scaled to 8"
+    finite = np.isfinite(values)
+    low = float(values.min(initial=0, where=finite))
+    top = float(values.max(initial=0, where=finite))
+    usual = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    slack = 0.1 if mode == "F" else 0  # resampled floats swing a little past black and white
+    kind = "floating point" if mode == "F" else "32-bit"
+    white = next((white for white in usual if top <= (1 + slack) * white), 0)
+    if white > 0 and low >= -slack * white:
+        return 0, white, f"{kind}, scaled to 8"
+    return low, top, f"{kind}, its values from {low:.6g} to {top:.6g} scaled to 8"
+
+
+def _narrowed(image: Image.Image) -> tuple[Image.Image, str]:
+    """8 bits a channel: wide greyscale is scaled, where Pillow would clip it. NaN becomes black."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image, ""
+    values = np.asarray(image)
+    black, white, remark = _tone_range(values, image.mode)
+    flat, grey = values.ravel(), np.empty(values.size, np.uint8)
+    step = 255 / max(white - black, 1e-30)  # one tone alone is black
+    for start in range(0, flat.size, 1 << 20):  # in parts: doubles of a whole scan would need half a GB
+        part = flat[start : start + (1 << 20)].astype(np.float64)
+        part = np.nan_to_num(part, nan=black, posinf=white, neginf=black)
+        grey[start : start + part.size] = ((part - black) * step).round().clip(0, 255)
+    narrow = Image.fromarray(grey.reshape(values.shape))
+    if "transparency" in image.info:
+        opaque = values != image.info["transparency"]
+        narrow.putalpha(Image.fromarray(opaque.astype(np.uint8) * np.uint8(255)))
+    return narrow, remark
+
+
+def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colours as L, RGB (a copy) or CMYK, and the alpha channel, None where there is no transparency."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())  # La goes nowhere else, and alpha would be lost on the way
+    plain = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if image.has_transparency_data:
+        if image.mode not in ("LA", "RGBA"):
+            image = image.convert("LA" if plain == "L" else "RGBA")
+        return image.convert(plain), image.getchannel("A")
+    return image if image.mode == "CMYK" else image.convert(plain), None
+
+
+@lru_cache(maxsize=8)  # one camera's profile is in all its pictures
+def _way_to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """The mode that an ICC profile describes and its transform, None if its colours are sRGB's. Raises on a
+    useless profile.
+    """
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[opened.profile.xcolor_space]
+    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(27, 27, 3)
+    probe = Image.fromarray(cube).convert(mode)
+    expected = np.asarray(probe.convert("RGB"), dtype=np.int16)
+    found = np.asarray(ImageCms.applyTransform(probe, transform), dtype=np.int16)
+    if found[-1, -1].min() < 200:
+        raise _Unfit("white does not stay white")
+    return mode, None if np.abs(found - expected).max() <= 2 else transform  # sRGB's own versions differ by 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _as_srgb(colours: Image.Image, info: dict) -> tuple[Image.Image, str]:
+    """RGB in sRGB's colours, by the ICC profile if there is one that fits. colours: L, RGB or CMYK; RGB is
+    changed in place, for a copy of a large scan takes 256 MB.
+    """
+    if "icc_profile" not in info:
+        return _rgb(colours), "CMYK without a profile" if colours.mode == "CMYK" else ""
+    try:
+        mode, transform = _way_to_srgb(info["icc_profile"])
+        if (colours.mode, mode) == ("L", "RGB"):
+            colours = _rgb(colours)
+        if colours.mode != mode:
+            raise _Unfit("made for other pictures")
+        if transform is None:
+            return _rgb(colours), ""
+        target = colours if mode == "RGB" else Image.new("RGB", colours.size)
+        return transform.apply(colours, target), "colours converted from its ICC profile"
+    except MemoryError:
+        raise
+    except Exception:  # a profile may be as damaged as anything, and the picture be well
+        return _rgb(colours), "its ICC profile is damaged or does not fit, and is ignored"
+
+
+def _on_white(rgb: Image.Image, alpha: Image.Image | None) -> str:
+    """Paints white into the picture where it is transparent; the remark."""
+    lowest, highest = (255, 255) if alpha is None else alpha.getextrema()
+    if lowest == 255:
+        return ""
+    rgb.paste("white", mask=ImageChops.invert(alpha))
+    return "transparency laid on white" if highest > 0 else "wholly transparent, nothing but white"
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF 2.3, tag Orientation
+ORIENTATION = 0x0112
+
+
+def _upright(rgb: Image.Image, original: Image.Image) -> tuple[Image.Image, str]:
+    try:
+        turn = TURNS.get(original.getexif().get(ORIENTATION))
+    except MemoryError:
+        raise
+    except Exception:  # the block holds a camera's notes; the picture may be well
+        return rgb, "its EXIF block is damaged, and is ignored"
+    return (rgb, "") if turn is None else (rgb.transpose(turn), "turned by its EXIF mark")
+
+
+def picture_of(image: Image.Image) -> Picture:
+    """What the eye sees of a picture in any mode that Pillow knows: 8 bits, sRGB, on white, upright."""
+    image.load()  # in a PNG, EXIF may follow the pixels
+    narrow, depth = _narrowed(image)
+    colours, alpha = _without_alpha(narrow)
+    rgb, profile = _as_srgb(colours, image.info)
+    clear = _on_white(rgb, alpha)
+    del colours, alpha  # turning needs the room
+    rgb, turned = _upright(rgb, image)
+    rgb.info = {}  # whoever saves it must not mark it as turned, transparent or in other colours once more
+    return Picture(rgb, tuple(remark for remark in (depth, profile, clear, turned) if remark))
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def _opened(stream: BinaryIO) -> Image.Image:
+    stream.seek(0)
+    beginning = stream.read(16)
+    stream.seek(0)
+    try:
+        return Image.open(stream, formats=PILLOW_FORMATS)
+    except UnidentifiedImageError as error:
+        raise _Unfit(_unidentified(beginning)) from error
+
+
+def _checked_png(file: Image.Image, stream: BinaryIO) -> tuple[Image.Image, list[str]]:
+    """The PNG ready to decode, after what Pillow omits: the pixels' checksums, and a transparent colour that
+    is given in the samples of the file, which it widens or cuts to 8 bits.
+    """
+    file.verify()
+    file = _opened(stream)
+    samples, key = file.tile[0][3], file.info.get("transparency")
+    if samples in ("L;2", "L;4") and key is not None:
+        file.info["transparency"] = key * (85 if samples == "L;2" else 17)
+    if samples == "RGB;16B" and key is not None:
+        file.info["transparency"] = tuple(value >> 8 for value in key)
+    cut = samples.endswith(";16B") and file.mode != "I;16"
+    return file, ["16-bit, scaled to 8"] if cut else []
+
+
+def _decoded(stream: BinaryIO, suffix: str) -> Picture:
+    """The picture in an open file. Raises anything."""
+    file = _opened(stream)
+    width, height = file.size
+    if width * height > MAX_PICTURE_PX:
+        limit = f"the limit of {MAX_PICTURE_PX // 1_000_000} megapixels; shrink it first"
+        raise _Unfit(f"{width} x {height} px is over {limit}")
+    if width * height == 0:
+        raise _Unfit(f"{width} x {height} px")
+    kind, remarks = "JPEG" if file.format == "MPO" else file.format, []
+    if SUFFIX_FORMATS.get(suffix.lower()) != kind:
+        remarks.append(f"is a {'WebP' if kind == 'WEBP' else kind}, whatever its name says")
+    if (count := getattr(file, "n_frames", 1)) > 1:
+        remarks.append(f"first of {count} {'pictures in it' if file.format == 'MPO' else 'frames'}")
+    if kind == "PNG":
+        file, more = _checked_png(file, stream)
+        remarks += more
+    if kind == "BMP" and file.mode == "RGBA" and file.getchannel("A").getextrema() == (0, 0):
+        file = file.convert("RGB")  # many programs write a fourth channel and never fill it
+        remarks.append("its alpha channel is empty, and is ignored")
+    picture = picture_of(file)
+    return Picture(picture.image, (*remarks, *picture.remarks))
+
+
+def open_picture(path: Path) -> Picture:
+    """The picture in a file, by its content whatever its name says, with remarks on all that was not plain.
+
+    Raises BadPicture when it can't be read.
+    """
+    try:
+        _check_file(path)
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
+            return _decoded(stream, path.suffix)
+    except Exception as error:  # a decoder may raise anything; it is this one picture's problem
+        raise BadPicture(path, _reason(error, path)) from error
+
+
+def load_image(path: Path) -> Image.Image:
+    """The picture in a file as the eye sees it, RGB. Raises BadPicture when it can't be read."""
+    return open_picture(path).image
+
+
+# ---------------------------------------------------------------- comparing
+
+GRID = 12  # rows and columns of the fingerprint
+NOISE = 4  # of 255: what JPEG leaves on a flat area is no edge
+COLOUR_STEP = 2  # of 255, a bit of the fingerprint
+FINGERPRINT_WORDS = -(-(GRID * GRID + 3 * 256 // COLOUR_STEP) // 64)
+SAME_SHAPE = 1.05  # a copy that is scaled to whole pixels keeps its width by height to a few per cent
+SAME_BITS = 6  # compressed or scaled copies differ in 5 at most, two poses of a sprite in 16 and more
+
+
+def fingerprint(image: Image.Image) -> int:
+    """A number whose bits hardly change when a picture is scaled or compressed again.
+
+    144 say where a 12 x 12 view brightens to the right (dHash, Krawetz 2013); 3 x 128 count up the mean red,
+    green and blue, so that flat pictures and recoloured sprites differ.
+    """
+    view = image.convert("RGB").resize((GRID + 1, GRID), Image.Resampling.HAMMING)
+    grey = np.asarray(view.convert("L"), dtype=np.int16)
+    brighter = grey[:, 1:] - grey[:, :-1] > NOISE
+    means = np.asarray(view).mean(axis=(0, 1))
+    colour = means[:, None] > np.arange(COLOUR_STEP // 2, 256, COLOUR_STEP)
+    return int.from_bytes(np.packbits(np.concatenate([brighter.ravel(), colour.ravel()])).tobytes(), "big")
+
+
+def duplicates(fingerprints: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(first, later) for each picture that repeats an earlier one: the positions of both.
+
+    Pictures of different shapes are different, however alike they are when they are squeezed to one.
+    """
+    packed = b"".join(number.to_bytes(FINGERPRINT_WORDS * 8, "big") for number in fingerprints)
+    words = np.frombuffer(packed, np.uint64).reshape(-1, FINGERPRINT_WORDS)
+    shapes = np.log([width / height for width, height in sizes])
+    pairs = []
+    for later in range(1, len(words)):
+        differing = np.bitwise_count(words[:later] ^ words[later]).sum(axis=1)
+        alike = np.abs(shapes[:later] - shapes[later]) < math.log(SAME_SHAPE)
+        same = np.flatnonzero(alike & (differing <= SAME_BITS))
+        pairs += [(int(same[0]), later)] if same.size else []
+    return pairs

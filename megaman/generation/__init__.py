@@ -1,0 +1,1 @@
+"""What drawing needs beside its loop: prompts, records, candidates, the gallery."""

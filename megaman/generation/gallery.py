@@ -1,0 +1,153 @@
+"""What the gallery tells of its pictures: their settings, the command that draws one again, and which of them
+belong side by side.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megaman.generation.records import ImageRecord
+
+RUN = "./megaman_lora_output"  # a picture knows its adapter's name, never its path: the place that is usual
+CHECKPOINT = re.compile(r"step-0{0,5}(\d{1,12})")
+UNSAFE_TO_PASTE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f"$`\\%!\u201c-\u201f]'
+)  # some shell or terminal acts on it in quotes
+PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
+SCENE = (
+    *("prompt", "negative_prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale"),
+    *("scheduler", "base_model", "precision"),
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Pictures that only the adapter and its strength tell apart."""
+
+    pictures: tuple[ImageRecord, ...]
+
+    @property
+    def base(self) -> list[ImageRecord]:
+        """Those of the base alone."""
+        return [picture for picture in self.pictures if picture.lora_scale == 0]
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Hash -> name of every adapter, in order of appearance; two of one name are told apart."""
+        names = {picture.adapter_hash: picture.adapter for picture in self.pictures if picture.lora_scale}
+        count = Counter(names.values())
+        return {
+            digest: f"{name} ({digest[:6]})" if count[name] > 1 else name for digest, name in names.items()
+        }
+
+    @property
+    def scales(self) -> list[float]:
+        """Every strength but the base's 0, ascending."""
+        return sorted({picture.lora_scale for picture in self.pictures} - {0})
+
+    @property
+    def layout(self) -> str:
+        """grid (adapters down, strengths across), strip or single."""
+        if len(self.adapters) > 1 and len(self.scales) > 1:
+            return "grid"
+        return "strip" if len(self.pictures) > 1 else "single"
+
+    @property
+    def strip(self) -> list[ImageRecord]:
+        """The pictures from left to right: by strength, or the base and then adapter by adapter."""
+        if len(self.adapters) > 1:
+            return [*self.base, *(picture for picture in self.pictures if picture.lora_scale)]
+        return sorted(self.pictures, key=lambda picture: picture.lora_scale)
+
+    def cell(self, adapter_hash: str, scale: float) -> list[ImageRecord]:
+        """The grid's pictures in one place."""
+        place = (adapter_hash, scale)
+        return [picture for picture in self.pictures if (picture.adapter_hash, picture.lora_scale) == place]
+
+
+def sections(records: Sequence[ImageRecord]) -> list[tuple[str | None, list[Scene]]]:
+    """A prompt with several scenes has a section of its own; neighbours with one each share one (None)."""
+    by_prompt: dict[str, dict[tuple[Any, ...], list[ImageRecord]]] = {}
+    for record in records:
+        scene = tuple(getattr(record, name) for name in SCENE)
+        by_prompt.setdefault(record.prompt, {}).setdefault(scene, []).append(record)
+    found: list[tuple[str | None, list[Scene]]] = []
+    for prompt, scenes in by_prompt.items():
+        made = [Scene(tuple(pictures)) for pictures in scenes.values()]
+        if len(made) > 1:
+            found.append((prompt, made))
+        elif found and found[-1][0] is None:
+            found[-1][1].extend(made)
+        else:
+            found.append((None, made))
+    return found
+
+
+def newest(records: Sequence[ImageRecord]) -> ImageRecord:
+    """The picture that tells what was drawn with last; of a comparison in one second, no checkpoint's."""
+    last = max(record.created for record in records)
+    drawn = [record for record in records if record.created == last]
+    return next((record for record in drawn if not CHECKPOINT.fullmatch(record.adapter)), drawn[0])
+
+
+def adapter_text(name: str) -> tuple[str, str]:
+    """An adapter's name as a text to translate and what stands in it."""
+    checkpoint = CHECKPOINT.fullmatch(name)
+    return ("step {n}", checkpoint[1]) if checkpoint else ("{n}", name)
+
+
+def facts(record: ImageRecord) -> dict[str, Any]:
+    """What the page knows of a picture, under the names it shows."""
+    return {
+        "Prompt": record.prompt,
+        "Negative prompt": record.negative_prompt,
+        "Seed": str(record.seed),  # JavaScript's numbers end at 2^53
+        "Size": f"{record.width} × {record.height}",
+        "Steps": record.num_inference_steps,
+        "Guidance": record.guidance_scale,
+        "Sampler": record.scheduler,
+        "LoRA strength": record.lora_scale,
+        "Adapter": f"{record.adapter} ({record.adapter_hash})",
+        "Base": record.base_model,
+        "Precision": record.precision,
+        "Seconds": record.seconds,
+        "Made": record.created,
+        "File": record.file,
+        "Job": record.job,
+        "Command": command(record),
+    }
+
+
+def command(record: ImageRecord) -> str:
+    """What draws the picture again, in the quotes that POSIX shells, PowerShell and cmd have in common;
+    nothing if its texts hold what one of them, or a terminal, would act on inside of those.
+
+    The adapter's place is the usual one; so is the base's, where it is a folder whose path nobody noted.
+    """
+    flags = {
+        "lora_path": _usual_place(record.adapter),
+        "base_model": record.base_model if re.fullmatch(r"[^/\\]+/[^/\\]+", record.base_model) else None,
+        "prompts": record.prompt,
+        "negative_prompt": record.negative_prompt,
+        "seed": record.seed,
+        "width": record.width,
+        "height": record.height,
+        "num_inference_steps": record.num_inference_steps,
+        "guidance_scale": record.guidance_scale,
+        "scheduler": record.scheduler,
+        "lora_scale": record.lora_scale,
+        "mixed_precision": PRECISIONS.get(record.precision, "no"),
+    }
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    if any(map(UNSAFE_TO_PASTE.search, words)):
+        return ""
+    quoted = [word if re.fullmatch(r"[\w=+-]+", word, re.ASCII) else f'"{word}"' for word in words]
+    return " ".join(["python", "generate_megaman.py", *quoted])
+
+
+def _usual_place(adapter: str) -> str:
+    if adapter == "megaman_lora":
+        return f"{RUN}/lora_weights"
+    return f"{RUN}/checkpoints/{adapter}" if CHECKPOINT.fullmatch(adapter) else adapter

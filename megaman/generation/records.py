@@ -1,0 +1,242 @@
+"""A picture to draw and what is known of it when it is drawn, in the PNG itself and in metadata.jsonl."""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import SEEK_END
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from PIL.Image import DecompressionBombError, Image
+from PIL.Image import open as open_image
+from PIL.PngImagePlugin import PngInfo
+
+from megaman.common.console import STATE, UserError, say
+from megaman.common.files import LOCK, check_page, holds_files, holds_run, is_page, replacing, write_text
+
+METADATA_FILE = "metadata.jsonl"
+PAGE = "index.html"
+TOLD = frozenset({"prompt", "seed", "file", "job", "adapter_hash"})  # in every record
+LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
+FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
+PNG_BEGINS, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+SAMPLER_NAMES = {
+    "dpm++": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "ddim": "DDIM",
+    "unipc": "UniPC",
+}  # as A1111 spells them
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    lora_scale: float
+
+    @property
+    def pixels(self) -> int:
+        """Its area."""
+        return self.width * self.height
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """What pictures drawn in one batch must share."""
+        size = (self.width, self.height)
+        return (self.lora_scale, size, self.num_inference_steps, self.guidance_scale, self.scheduler)
+
+
+@dataclass(frozen=True)
+class ImageRecord(Job):
+    """Everything about one generated picture: its job, a line of metadata.jsonl, a card of the gallery."""
+
+    file: str  # beside the page
+    adapter: str  # file or folder name
+    adapter_hash: str
+    base_model: str
+    trigger: str
+    precision: str
+    job: str  # the hash of all that decides the pixels
+    created: str  # ISO 8601, UTC
+    seconds: float  # its share of the batch's time
+    versions: Mapping[str, str]
+
+
+def _plain(text: str) -> str:
+    """A prompt that can't be taken for settings: A1111 and others look for "Negative prompt:" and "Steps:" at
+    the beginning of a line. A space before the colon leaves the words (and CLIP's tokens) as they are.
+    """
+    return re.sub(r"(Negative prompt|Steps):", r"\1 :", text)
+
+
+def infotext(record: ImageRecord) -> str:
+    """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them: prompt,
+    negative prompt, all else on the last line. Nothing that a prompt holds can pass for a setting.
+    """
+    name = re.sub(r"[^\w.-]", "_", record.adapter)
+    settings = {
+        "Steps": record.num_inference_steps,
+        "Sampler": SAMPLER_NAMES[record.scheduler],
+        "CFG scale": record.guidance_scale,
+        "Seed": record.seed,
+        "Size": f"{record.width}x{record.height}",
+        "Model": re.sub(r"[^\w ./-]", "_", record.base_model),
+        "RNG": "CPU",
+        "Lora hashes": f'"{name}: {record.adapter_hash}"',
+    }
+    line = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    prompt = f"{_plain(record.prompt)} <lora:{name}:{record.lora_scale:g}>"
+    return f"{prompt}\nNegative prompt: {_plain(record.negative_prompt)}\n{line}"
+
+
+def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: bool) -> None:
+    """A PNG, complete or absent, with A1111's `parameters` and our whole record."""
+    info = PngInfo()
+    if described:
+        info.add_text("parameters", infotext(record))
+        info.add_text("megaman", json.dumps(asdict(record), ensure_ascii=False))
+    with replacing(folder / record.file) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+
+
+def strip_metadata(path: Path) -> None:
+    """Rewrites a PNG without its texts, if it has any; the pixels stay."""
+    with open_image(path) as image:
+        if not image.text:
+            return
+        image.load()
+        with replacing(path) as partial:
+            image.save(partial, format="PNG", pnginfo=PngInfo())
+
+
+def read_records(folder: Path) -> list[ImageRecord]:
+    """The records of metadata.jsonl whose pictures are there.
+
+    A damaged line is said, and loses only its own.
+    """
+    path = folder / METADATA_FILE
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            found += [_record(json.loads(line))] if line else []
+        except (ValueError, TypeError, RecursionError):
+            say(f"note: {path}, line {number} is damaged; its picture is drawn again or leaves the gallery")
+    return [record for record in found if _is_whole(folder / record.file)]
+
+
+def find_records(folder: Path) -> list[ImageRecord]:
+    """The records of every picture that is there: those of metadata.jsonl in its order, then what pictures
+    that it lacks tell themselves, the newest first. Says which tell nothing.
+    """
+    known = {record.job: record for record in read_records(folder)}
+    listed = {record.file for record in known.values()}
+    unlisted = [path for path in sorted(folder.glob("*.png")) if path.name not in listed]
+    told = {path: _told_by(path) for path in unlisted}
+    found = [record for record in told.values() if record is not None]
+    found.sort(key=lambda record: record.created, reverse=True)
+    for record in found:
+        known.setdefault(record.job, record)
+    if silent := [path.name for path, record in told.items() if record is None]:
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        say(f"note: {silent[0]}{more}: no settings of ours in it, or no name of ours; not in the gallery")
+    return list(known.values())
+
+
+def _told_by(path: Path) -> ImageRecord | None:
+    """The record that a PNG carries, under the name that it has now; None if there is none."""
+    try:
+        with warnings.catch_warnings(action="error"), open_image(path, formats=["PNG"]) as image:
+            record = _record(json.loads(image.info["megaman"]) | {"file": path.name})
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError):
+        return None
+    except (Warning, DecompressionBombError):  # Pillow has doubts that no picture of ours gives it
+        return None
+    return record if _is_whole(path) else None
+
+
+def _record(facts: Any) -> ImageRecord:
+    """The record that a line tells. ValueError or TypeError unless it is one of ours: the gallery counts with
+    its numbers, and its file is read and rewritten, so it must lie in the folder.
+    """
+    record = ImageRecord(**facts)
+    for name, kind in get_type_hints(ImageRecord).items():
+        kinds = {float: (int, float), Mapping[str, str]: dict}.get(kind, kind)
+        if not isinstance(getattr(record, name), kinds) or isinstance(getattr(record, name), bool):
+            raise TypeError(name)
+        if kind is float and not abs(getattr(record, name)) < LARGEST:  # NaN is not less either
+            raise ValueError(name)
+    if not FILE_NAME.fullmatch(record.file) or record.scheduler not in SAMPLER_NAMES:
+        raise ValueError(record.file)
+    json.dumps(facts, ensure_ascii=False).encode()  # half a character can't be written again
+    return record
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the picture is there, from a PNG's first bytes to its last."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(PNG_BEGINS)) == PNG_BEGINS
+            file.seek(-len(PNG_ENDS), SEEK_END)
+            return begins and file.read() == PNG_ENDS
+    except OSError:  # not there, or shorter than that
+        return False
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether metadata.jsonl is ours: one of its lines is a picture's record, or it is empty. Data sets have
+    files of that name too.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return not text.strip() or any(map(_is_record, text.split("\n")))
+
+
+def _is_record(line: str) -> bool:
+    try:
+        facts = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(facts, dict) and facts.keys() >= TOLD
+
+
+def check_folder(folder: Path) -> None:
+    """UserError (exit 7) if pictures of ours must not go to `folder`, by what lies there: others' files
+    without a gallery, a run of the training, another file in the place of one of ours. Makes nothing.
+    """
+    metadata = folder / METADATA_FILE
+    reason = None
+    if holds_run(folder):
+        reason = "holds a training run, whose files stay by themselves"
+    elif metadata.is_file() and not is_metadata(metadata):
+        reason = f"its {METADATA_FILE} is not ours"
+    elif holds_files(folder) and not holds_gallery(folder):
+        reason = "holds files that no run of ours made"
+    if reason is not None:
+        raise UserError(f"{folder}: {reason}. Name another --output_dir.", STATE)
+    check_page(folder / PAGE)
+
+
+def holds_gallery(folder: Path) -> bool:
+    """Whether pictures of ours were drawn into `folder`, or begun to be."""
+    if (folder / LOCK).exists() or is_page(folder / PAGE):
+        return True
+    metadata = folder / METADATA_FILE
+    return (metadata.is_file() and is_metadata(metadata)) or bool(find_records(folder))
+
+
+def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:
+    """metadata.jsonl, whole."""
+    lines = (json.dumps(asdict(record), ensure_ascii=False) for record in records)
+    write_text(folder / METADATA_FILE, "".join(f"{line}\n" for line in lines))

@@ -1,0 +1,1 @@
+"""The adapter: in the model, in every tool's file, in the base's weights."""

@@ -1,0 +1,149 @@
+"""A LoRA apart from any model and any file: its layers, and how they are read off the model in training.
+
+B @ A * alpha / rank is added to a module's weight (A is "down", B is "up"). DoRA then gives every row of the
+sum the length that its magnitude says.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from megaman.common.console import NUMBERS, UserError
+
+ADAPTER_NAME = "default"  # PEFT's own name for the only adapter
+TINY, FAR = -8, 4  # powers of two: B below 2^-8 and 2^4 below A loses digits in float16
+Component = Literal["unet", "text_encoder"]
+Key = tuple[Component, str]
+
+
+def underscored(name: str) -> str:
+    """A module's path as kohya writes it."""
+    return name.replace(".", "_")
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One module's update. down (r,in) or (r,in,kh,kw); up (out,r) or (out,r,1,1); magnitude, DoRA's:
+    (out,1) or (out,1,1,1), or along the inputs as others write it: (1,in) or (1,in,1,1).
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """B @ A * alpha / rank, float32: (out,in) or (out,in,kh,kw)."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (product * (self.alpha / self.rank)).reshape(self.up.shape[0], *self.down.shape[1:])
+
+    def change(self, weight: Tensor) -> Tensor:
+        """What the layer adds to this float32 weight at strength 1, of the weight's shape."""
+        delta = self.delta().to(weight.device).reshape(weight.shape)
+        if self.magnitude is None:
+            return delta
+        turned = weight + delta
+        magnitude = self.magnitude.to(weight.device).float()
+        magnitude = magnitude.reshape(*magnitude.shape[:2], *[1] * (weight.ndim - 2))
+        axis = 0 if magnitude.shape[0] == weight.shape[0] else 1
+        others = [i for i in range(weight.ndim) if i != axis]
+        lengths = turned.square().sum(dim=others, keepdim=True).sqrt()
+        return magnitude / lengths * turned - weight
+
+    def balanced(self) -> "LoraLayer":
+        """The same update for float16, whose digits fade below 6e-5: a `up` that has hardly been trained yet
+        is enlarged, and `down` made smaller, by a power of two, which costs nothing.
+        """
+        down_size, up_size = (math.frexp(part.abs().max().item())[1] for part in (self.down, self.up))
+        if up_size > TINY or down_size - up_size < FAR or not self.up.any():
+            return self
+        factor = 2.0 ** ((down_size - up_size) // 2)
+        return replace(self, down=self.down / factor, up=self.up * factor)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA apart from any model.
+
+    Layers are keyed by component and module path; files that only say underscores keep them.
+    """
+
+    layers: Mapping[Key, LoraLayer]
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # trigger, base, resolution, configuration
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it holds magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits that name these weights, whatever file they came from."""
+        total = hashlib.sha256()
+        ordered = sorted(self.layers.items(), key=lambda item: (item[0][0], underscored(item[0][1])))
+        for (component, name), layer in ordered:
+            total.update(f"{component} {underscored(name)} {layer.alpha:.6g}".encode())
+            layer = layer.balanced()
+            for part in (layer.down.half(), layer.up.half()):
+                total.update(part.contiguous().numpy().tobytes())
+            if layer.magnitude is not None:
+                total.update(layer.magnitude.float().contiguous().numpy().tobytes())
+        return total.hexdigest()[:12]
+
+
+def check_finite(adapter: Adapter, where: str, exit_code: int) -> None:
+    """UserError unless every number of the adapter is one."""
+    for (_, name), layer in adapter.layers.items():
+        parts = [part for part in (layer.down, layer.up, layer.magnitude) if part is not None]
+        if not (all(part.isfinite().all() for part in parts) and math.isfinite(layer.alpha)):
+            raise UserError(
+                f"{where}: {name} holds NaN or infinite numbers; it would draw black pictures. Train "
+                "again with a lower --learning_rate.",
+                exit_code,
+            )
+
+
+# ---------------------------------------------------------------- from the live model
+
+
+def lora_modules(unet: nn.Module) -> dict[str, nn.Module]:
+    """The modules that PEFT has wrapped, by their path in the plain model."""
+    return {
+        name: module for name, module in unet.named_modules() if ADAPTER_NAME in getattr(module, "lora_A", {})
+    }
+
+
+def adapter_of(unet: nn.Module, metadata: Mapping[str, Any] | None = None) -> Adapter:
+    """A float32 copy, on the CPU, of the adapter that is being trained.
+
+    The real alpha is scaling x rank, rsLoRA's too. UserError (exit 5) if a number isn't finite.
+    """
+    layers: dict[Key, LoraLayer] = {}
+    for name, module in lora_modules(unet).items():
+        down, up = (_copy(getattr(module, part)[ADAPTER_NAME].weight) for part in ("lora_A", "lora_B"))
+        alpha = float(module.scaling[ADAPTER_NAME]) * down.shape[0]
+        layers["unet", name] = LoraLayer(down, up, alpha, _magnitude(module, up))
+    adapter = Adapter(layers, metadata or {})
+    check_finite(adapter, "the adapter in training", NUMBERS)
+    return adapter
+
+
+def _magnitude(module: nn.Module, up: Tensor) -> Tensor | None:
+    """DoRA's lengths of a live module, one a row; PEFT keeps them as (out,) or (1,out,1,1)."""
+    lengths = module.lora_magnitude_vector
+    if ADAPTER_NAME not in lengths:
+        return None
+    return _copy(lengths[ADAPTER_NAME].weight).reshape(-1, *[1] * (up.ndim - 1))
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().float().cpu().clone()

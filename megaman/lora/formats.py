@@ -1,0 +1,94 @@
+"""An adapter's tensors under every tool's names.
+
+Layouts (module `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`):
+    PEFT       base_model.model.<dotted>.lora_A.weight, .lora_B.weight    alpha in adapter_config.json
+    kohya      lora_unet_<underscored>.lora_down.weight, .lora_up.weight  .alpha, a scalar a module
+    diffusers  unet.<dotted>.lora_A.weight, .lora_B.weight                alpha in the file's metadata
+DoRA's lengths: .lora_magnitude_vector (PEFT, diffusers; PEFT's shapes), .dora_scale (kohya; one a row).
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaman.common.console import NUMBERS, UserError
+from megaman.lora.adapter import Adapter, LoraLayer, underscored
+
+
+def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's keys, float32."""
+    return _dotted(adapter, "base_model.model.")
+
+
+def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """diffusers' keys, float32."""
+    return _dotted(adapter, "unet.")
+
+
+def _dotted(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
+    tensors = {}
+    for (_, name), layer in adapter.layers.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = layer.down.float().contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = layer.up.float().contiguous()
+        if layer.magnitude is not None:
+            tensors[f"{prefix}{name}.lora_magnitude_vector"] = _as_pefts(layer.magnitude)
+    return tensors
+
+
+def _as_pefts(magnitude: Tensor) -> Tensor:
+    """(out,1) -> (out,); (out,1,1,1) -> (1,out,1,1)."""
+    lengths = magnitude.float()
+    return (lengths.flatten() if lengths.ndim == 2 else lengths.transpose(0, 1)).contiguous()
+
+
+def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """kohya's keys, float16, with each module's true alpha. DoRA's lengths stay float32: they are near 1, so
+    a rounding there is as large as what was learned.
+
+    UserError (exit 5) on a number that float16 can't hold.
+    """
+    tensors = {}
+    for (_, name), layer in adapter.layers.items():
+        key, layer = f"lora_unet_{underscored(name)}", layer.balanced()
+        tensors[f"{key}.lora_down.weight"] = layer.down.half().contiguous()
+        tensors[f"{key}.lora_up.weight"] = layer.up.half().contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
+        if layer.magnitude is not None:
+            tensors[f"{key}.dora_scale"] = layer.magnitude.float().contiguous()
+        if not all(tensors[f"{key}.lora_{part}.weight"].isfinite().all() for part in ("down", "up")):
+            raise UserError(f"{name}: its numbers are too large for float16; lower --learning_rate", NUMBERS)
+    return tensors
+
+
+def first_layer(adapter: Adapter) -> LoraLayer:
+    """Any layer: what we train has one rank and one alpha."""
+    return next(iter(adapter.layers.values()))
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """adapter_config.json: the fields that PEFT needs; it fills the others with its defaults. rsLoRA is told
+    as the alpha that it comes to, which every version of PEFT reads alike.
+    """
+    layer = first_layer(adapter)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "r": layer.rank,
+        "lora_alpha": layer.alpha,
+        "use_dora": adapter.is_dora,
+        "target_modules": sorted(name for _, name in adapter.layers),
+        "base_model_name_or_path": adapter.metadata.get("base"),
+    }
+
+
+def diffusers_metadata(adapter: Adapter) -> dict[str, str]:
+    """The strength of a file in diffusers' layout, as its loader expects it."""
+    wanted = ("r", "lora_alpha", "use_dora", "target_modules")
+    config = peft_config(adapter)
+    return {"lora_adapter_metadata": json.dumps({f"unet.{name}": config[name] for name in wanted})}

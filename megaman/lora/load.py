@@ -1,0 +1,285 @@
+"""Adapter files of any tool, read by their keys: PEFT's, kohya's and diffusers' layouts, old and new. What
+can't be placed is refused: a key that is passed over is strength that is lost.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megaman.common.console import MODEL, UserError, is_text
+from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, check_finite
+
+KOHYA_FILE = "megaman_lora.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+CHECKPOINT_FILE = "adapter.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
+
+
+def read_adapter(path: Path) -> Adapter:
+    """The adapter in a folder (PEFT's pair first) or in a .safetensors file of any of the three layouts.
+
+    UserError (exit 4) with the reason if there is none.
+    """
+    file = _file_of(path)
+    adapter = read_file(file, file.with_name(PEFT_CONFIG))
+    beside = file.parent / "text_encoder" / PEFT_FILE  # where PEFT's users keep the other half
+    if path.is_dir() and file.name == PEFT_FILE and beside.is_file():
+        text = read_file(beside, beside.with_name(PEFT_CONFIG)).layers
+        layers = {("text_encoder", name): layer for (_, name), layer in text.items()}
+        adapter = Adapter({**adapter.layers, **layers}, adapter.metadata)
+    return adapter
+
+
+def read_file(file: Path, peft_config: Path) -> Adapter:
+    """The adapter in one file; peft_config: where the strength of a file in PEFT's layout stands."""
+    tensors, header = _load(file)
+    is_peft = any(key.startswith("base_model.model.") for key in tensors)
+    strengths = _peft_strength(peft_config, file) if is_peft else _diffusers_strengths(file, header)
+    layers = _grouped(tensors, strengths, file)
+    if not layers:
+        reason = "holds no LoRA keys of kohya, diffusers or PEFT; is it a LoRA for Stable Diffusion?"
+        raise UserError(f"{file}: {reason}", MODEL)
+    adapter = Adapter(layers, _known(header, file))
+    check_finite(adapter, str(file), MODEL)
+    return adapter
+
+
+def _is_text(text: str) -> bool:
+    return len(text) < 10_000 and is_text(text)  # as training takes it
+
+
+_KNOWN = {  # what generation takes over, and what it may be
+    "base": (str, _is_text),
+    "trigger": (str, _is_text),
+    "resolution": (int, lambda side: 1 <= side <= 8192),
+    "guidance_scale": (float, lambda scale: 0 <= scale < math.inf),
+}
+
+
+def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """What our metadata tells; empty for a file that is not ours. UserError if it was tampered with."""
+    try:
+        known = json.loads(header.get(OURS, "{}"))
+        if not isinstance(known, dict):
+            raise ValueError("no names and values")
+        for name, (kind, is_sound) in _KNOWN.items():
+            if name in known and not (isinstance(known[name], kind) and is_sound(known[name])):
+                raise ValueError(name)
+    except (ValueError, RecursionError) as error:
+        reason = f"its metadata is damaged ({str(error)[:100]}). Copy or train it again."
+        raise UserError(f"{file}: {reason}", MODEL) from error
+    return known
+
+
+def _file_of(path: Path) -> Path:
+    if path.is_dir():
+        return _file_in(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such adapter. Train first (python megaman_lora.py --preset demo), or name one "
+            "with --lora_path.",
+            MODEL,
+        )
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{path}: only .safetensors adapters are read; pickle files (.bin, .ckpt, .pt) can run code. "
+            "Convert it first.",
+            MODEL,
+        )
+    return path
+
+
+def _file_in(folder: Path) -> Path:
+    """The adapter of a folder: under one of the names that tools give it, else its only .safetensors file."""
+    found = sorted(folder.glob("*.safetensors"))
+    names = (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE, CHECKPOINT_FILE)
+    known = [folder / name for name in names if folder / name in found]
+    if known or len(found) == 1:
+        return [*known, *found][0]
+    if found:
+        listed = ", ".join(file.name for file in found[:5])
+        raise UserError(f"{folder}: holds {len(found)} adapters ({listed}); name the file you want.", MODEL)
+    raise UserError(
+        f"{folder}: no adapter in this folder ({PEFT_FILE} or {KOHYA_FILE}). Train first: python "
+        "megaman_lora.py --preset demo",
+        MODEL,
+    )
+
+
+def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"{file}: not a whole safetensors file ({reason}). Copy or train it again.", MODEL
+        ) from error
+
+
+# ---------------------------------------------------------------- strengths
+
+
+@dataclass(frozen=True)
+class _Strengths:
+    """alpha of each module of a layout that does not write it beside the tensors.
+
+    Fields as in PEFT's LoraConfig.
+    """
+
+    alpha: float | None = None  # None: as large as the rank
+    is_rslora: bool = False
+    is_dora: bool = False
+    patterns: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str, rank: int) -> float:
+        """The plain alpha (that of alpha / rank) of a module."""
+        matching = (alpha for key, alpha in self.patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        alpha = next(matching, rank if self.alpha is None else self.alpha)
+        return float(alpha) * (math.sqrt(rank) if self.is_rslora else 1.0)
+
+
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+def _peft_strength(config: Path, file: Path) -> dict[str, _Strengths]:
+    """What adapter_config.json beside a PEFT file says."""
+    try:
+        strength = _strengths(json.loads(config.read_text(encoding="utf-8")))
+    except _DAMAGE as error:
+        raise _unknown_strength(f"{file}: its {PEFT_CONFIG} is", error) from error
+    return {"unet": strength, "text_encoder": strength}
+
+
+def _diffusers_strengths(file: Path, header: Mapping[str, str]) -> dict[str, _Strengths]:
+    """By component: what diffusers' metadata inside the file says."""
+    try:
+        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+        by_component: dict[str, dict[str, Any]] = {}
+        for key, value in settings.items():
+            component, _, name = key.partition(".")
+            by_component.setdefault(component, {})[name] = value
+        return {component: _strengths(values) for component, values in by_component.items()}
+    except _DAMAGE as error:
+        raise _unknown_strength(f"{file}: its metadata is", error) from error
+
+
+def _unknown_strength(what: str, error: Exception) -> UserError:
+    reason = f"missing or damaged ({type(error).__name__}), so the adapter's strength is unknown."
+    return UserError(f"{what} {reason} Copy it again.", MODEL)
+
+
+def _strengths(settings: Mapping[str, Any]) -> _Strengths:
+    patterns = {key: float(alpha) for key, alpha in dict(settings.get("alpha_pattern") or {}).items()}
+    for name in patterns:  # libraries write plain names; a repetition could keep the matching busy for ever
+        if not re.fullmatch(r"[\w.^$|]*", name):
+            raise ValueError(name)
+    flags = (bool(settings.get("use_rslora")), bool(settings.get("use_dora")))
+    return _Strengths(float(settings["lora_alpha"]), *flags, patterns)
+
+
+# ---------------------------------------------------------------- keys
+
+_PARTS = {
+    r"\.lora_down\.weight": "down",  # kohya
+    r"\.lora_up\.weight": "up",
+    r"\.alpha": "alpha",
+    r"\.dora_scale": "dora_scale",
+    r"\.lora_A\.weight": "down",  # PEFT, and diffusers since 0.2x
+    r"\.lora_B\.weight": "up",
+    r"\.lora_magnitude_vector(\.weight)?": "magnitude",
+    r"\.lora\.down\.weight": "down",  # diffusers
+    r"\.lora\.up\.weight": "up",
+    r"_lora\.down\.weight": "down",  # diffusers' attention processors
+    r"_lora\.up\.weight": "up",
+    r"\.lora_linear_layer\.down\.weight": "down",  # diffusers' text encoders
+    r"\.lora_linear_layer\.up\.weight": "up",
+}
+_HOMES: dict[str, Component] = {
+    r"base_model\.model\.(?=(text_model\.)?encoder\.layers\.)": "text_encoder",
+    r"base_model\.model\.": "unet",
+    r"lora_unet_": "unet",
+    r"lora_te1?_": "text_encoder",
+    r"unet\.": "unet",
+    r"text_encoder\.": "text_encoder",
+    r"(?=(down_blocks|mid_block|up_blocks)\.)": "unet",  # of the first trainers: nothing before the module
+}
+
+
+def _split(key: str) -> tuple[Key, str] | None:
+    """The module and the part that a key names; None if it is no LoRA's."""
+    key = re.sub(r"\.default(?=\.weight$|$)", "", key)  # PEFT's own dictionary, saved as it was
+    home = next((home for home in _HOMES if re.match(home, key)), None)
+    part = next((part for part in _PARTS if re.search(f"{part}$", key)), None)
+    if home is None or part is None:
+        return None
+    name = re.sub(f"{part}$", "", re.sub(f"^{home}", "", key)).replace(".processor.", ".")
+    name = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name)
+    return (_HOMES[home], name), _PARTS[part]
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor], strengths: Mapping[str, _Strengths], file: Path
+) -> dict[Key, LoraLayer]:
+    """Layers from keys of any layout.
+
+    A key that no layout has, or half a pair, is an error: nothing is dropped in silence.
+    """
+    parts: dict[Key, dict[str, Tensor]] = {}
+    strange: list[str] = []
+    for key, tensor in tensors.items():
+        place = _split(key)
+        if place is None:
+            strange.append(key)
+        else:
+            parts.setdefault(place[0], {})[place[1]] = tensor
+    halves = [name for (_, name), part in parts.items() if not {"down", "up"} <= part.keys()]
+    if parts and (strange or halves):
+        raise UserError(
+            f"{file}: {len(strange) + len(halves)} of its keys can't be placed, such as "
+            f"{(strange + halves)[0][:100]!r}; this kind of adapter is not supported.",
+            MODEL,
+        )
+    return {
+        key: _layer(key[1], part, strengths.get(key[0], _Strengths()), file) for key, part in parts.items()
+    }
+
+
+def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> LoraLayer:
+    if any(tensor.is_complex() for tensor in part.values()):
+        raise UserError(f"{file}: {name} holds complex numbers, which no LoRA does.", MODEL)
+    down, up = part["down"].float(), part["up"].float()
+    is_pair = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0]
+    if not is_pair or 0 in (*down.shape, *up.shape) or up.shape[2:].numel() != 1:
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise UserError(f"{file}: {name} has shapes {shapes}, which make no pair.", MODEL)
+    if "alpha" in part and part["alpha"].numel() != 1:
+        raise UserError(f"{file}: {name} has {part['alpha'].numel()} alphas; one is its strength.", MODEL)
+    alpha = part["alpha"].item() if "alpha" in part else strengths.of(name, down.shape[0])
+    return LoraLayer(down, up, float(alpha), _magnitude_of(name, part, strengths, file))
+
+
+def _magnitude_of(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> Tensor | None:
+    """DoRA's lengths as LoraLayer wants them. kohya's shape tells their axis; PEFT's are always one a row."""
+    (rows, columns), ndim = (part["up"].shape[0], part["down"].shape[1]), part["down"].ndim
+    tail = [1] * (ndim - 2)
+    if "magnitude" in part and part["magnitude"].numel() == rows:
+        return part["magnitude"].float().reshape(rows, 1, *tail)
+    scale = part.get("dora_scale")
+    if scale is not None and scale.numel() == rows and scale.shape[:1] == (rows,):
+        return scale.float().reshape(rows, 1, *tail)
+    if scale is not None and scale.numel() == columns and scale.shape[:2] == (1, columns):
+        return scale.float().reshape(1, columns, *tail)
+    lengths = part.get("magnitude", scale)
+    if lengths is None and not strengths.is_dora:
+        return None
+    found = "gone" if lengths is None else f"of shape {tuple(lengths.shape)}"
+    raise UserError(f"{file}: {name} is DoRA's, and its lengths are {found}; the file is damaged.", MODEL)

@@ -1,0 +1,265 @@
+"""What an adapter tells about itself to other tools and to people: the metadata inside its file, its model
+card, A1111's sidecar and preview. Nothing here names a path or the user.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from megaman.common.files import replacing, sha256_of, write_text
+from megaman.config.train import EMBEDDED, TrainConfig, published
+from megaman.data.captions import tag_frequencies
+from megaman.data.report import Report, Row
+from megaman.lora.adapter import Adapter
+from megaman.lora.formats import first_layer
+from megaman.model.stable_diffusion import BaseModel
+
+NAME = "megaman_lora"
+TAGS = 200  # the commonest are told
+THUMBNAIL_PX = 256
+SD1_TEXT_WIDTH = 768  # Stable Diffusion 1.x; other tools know no relative of the embedded base
+PICTURE = {"card": "README.md", "sidecar": f"{NAME}.json", "preview": f"{NAME}.preview.png"}
+HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x" + "0" * 64}
+LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the oldest web UIs hashed
+
+
+# ---------------------------------------------------------------- facts of a run
+
+
+def description(cfg: TrainConfig, base: BaseModel, told: Report) -> dict[str, Any]:
+    """What an adapter's files tell about their making; no path and no name of the user."""
+    return {
+        "base": base.name,
+        "resolution": cfg.resolution,
+        "trigger": cfg.trigger,
+        "guidance_scale": cfg.validation_guidance_scale,
+        "steps": cfg.max_train_steps,
+        "text_width": base.unet.config.cross_attention_dim,
+        "prediction_type": base.scheduler.config.prediction_type,
+        "config": published(cfg) | {"pretrained_model_name": base.name},
+        "dataset": dataset_facts(told),
+        "hashes": model_hashes(Path(cfg.pretrained_model_name).expanduser()),
+    }
+
+
+def dataset_facts(report: Report) -> dict[str, Any]:
+    """What other tools show of the pictures: how many, how often, in which sizes, under which tags. Folders
+    get names in kohya's notation; the user's own stay his.
+    """
+    trigger = " ".join(report.settings.trigger.split())
+    by_folder: dict[str, list[Row]] = {}
+    for row in report.rows:
+        by_folder.setdefault(f"{row.repeats}_{trigger}", []).append(row)
+    return {
+        "folders": {
+            name: {"n_repeats": rows[0].repeats, "img_count": len(rows)} for name, rows in by_folder.items()
+        },
+        "tags": {name: _tags(rows, trigger.lower()) for name, rows in by_folder.items()},
+        "buckets": {
+            str(i): {"resolution": [bucket.width, bucket.height], "count": len(rows)}
+            for i, (bucket, rows) in enumerate(report.buckets.items())
+        },
+    }
+
+
+def _tags(rows: Sequence[Row], trigger: str) -> dict[str, int]:
+    """The commonest tags and the trigger, which sentences hide: web UIs cut those into words."""
+    texts = [row.caption.text for row in rows]
+    called = sum(trigger in text.lower() for text in texts)
+    counts = tag_frequencies(texts) | ({trigger: called} if called else {})
+    return dict(sorted(counts.items(), key=lambda item: -item[1])[:TAGS])
+
+
+@cache
+def model_hashes(path: Path) -> dict[str, str]:
+    """The two hashes by which web UIs know a checkpoint file; none of a folder or a hub id."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(LEGACY_AT)
+        legacy = hashlib.sha256(file.read(LEGACY_SIZE)).hexdigest()[:8]
+    return {"ss_sd_model_hash": legacy, "ss_new_sd_model_hash": sha256_of(path)}
+
+
+# ---------------------------------------------------------------- inside the file
+
+
+def our_metadata(adapter: Adapter, ours: str) -> dict[str, str]:
+    """What generate_megaman.py reads."""
+    told = {key: value for key, value in adapter.metadata.items() if key not in ("dataset", "hashes")}
+    return {"format": "pt", ours: json.dumps(told, sort_keys=True)}
+
+
+def kohya_metadata(adapter: Adapter, preview: Path | None = None) -> dict[str, str]:
+    """What A1111, Forge, ComfyUI's info nodes and Civitai show. All values are strings."""
+    known = adapter.metadata
+    values = _network(adapter) | _training(known) | _data(known) | _modelspec(known) | known.get("hashes", {})
+    if preview is not None:
+        values["modelspec.thumbnail"] = thumbnail(preview)
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _network(adapter: Adapter) -> dict[str, Any]:
+    layer = first_layer(adapter)
+    arguments: dict[str, Any] = {}
+    if any(name.endswith(("conv1", "conv2", "conv_shortcut")) for _, name in adapter.layers):
+        arguments |= {"conv_dim": layer.rank, "conv_alpha": layer.alpha}
+    if adapter.is_dora:
+        arguments |= {"algo": "locon", "dora_wd": "True", "wd_on_output": "True"}
+    return {
+        "ss_output_name": NAME,
+        "ss_network_module": "lycoris.kohya" if adapter.is_dora else "networks.lora",
+        "ss_network_dim": layer.rank,
+        "ss_network_alpha": layer.alpha,
+        "ss_network_args": json.dumps(arguments) if arguments else None,
+    }
+
+
+def _training(known: Mapping[str, Any]) -> dict[str, Any]:
+    settings, side = known.get("config", {}), known.get("resolution")
+    names = {
+        "ss_learning_rate": "learning_rate",
+        "ss_unet_lr": "learning_rate",
+        "ss_lr_scheduler": "lr_scheduler",
+        "ss_lr_warmup_steps": "lr_warmup_steps",
+        "ss_seed": "seed",
+        "ss_noise_offset": "noise_offset",
+        "ss_min_snr_gamma": "snr_gamma",
+        "ss_max_grad_norm": "max_grad_norm",
+        "ss_caption_dropout_rate": "caption_dropout",
+        "ss_network_dropout": "lora_dropout",
+        "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+        "ss_gradient_checkpointing": "gradient_checkpointing",
+        "ss_max_train_steps": "max_train_steps",
+        "ss_mixed_precision": "mixed_precision",
+        "ss_batch_size_per_device": "train_batch_size",
+        "ss_shuffle_caption": "shuffle_tags",
+        "ss_keep_tokens": "keep_tags",
+        "ss_flip_aug": "flip",
+    }
+    values = {shown: settings.get(name) for shown, name in names.items()}
+    if known.get("text_width") == SD1_TEXT_WIDTH:
+        values |= {"ss_base_model_version": "sd_v1", "ss_v2": False}
+    return values | {
+        "ss_sd_model_name": known.get("base"),
+        "ss_clip_skip": 1,
+        "ss_resolution": f"({side}, {side})" if side else None,
+        "ss_steps": known.get("steps"),
+        "ss_optimizer": settings.get("optimizer", "adamw"),
+        "ss_trigger_words": known.get("trigger"),
+        "ss_training_comment": "trained by megaman_lora.py; its configuration stands in the field megaman",
+    }
+
+
+def _data(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures, as JSON objects: A1111 walks their items."""
+    facts = known.get("dataset")
+    if facts is None:
+        return {}
+    return {
+        "ss_num_train_images": sum(f["n_repeats"] * f["img_count"] for f in facts["folders"].values()),
+        "ss_dataset_dirs": json.dumps(facts["folders"], ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(facts["tags"], ensure_ascii=False),
+        "ss_bucket_info": json.dumps({"buckets": facts["buckets"]}),
+    }
+
+
+def _modelspec(known: Mapping[str, Any]) -> dict[str, Any]:
+    side, trigger = known.get("resolution"), known.get("trigger")
+    is_sd1 = known.get("text_width") == SD1_TEXT_WIDTH
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora" if is_sd1 else None,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": NAME,
+        "modelspec.description": f"A LoRA of {trigger} on {known.get('base')}" if trigger else None,
+        "modelspec.resolution": f"{side}x{side}" if side else None,
+        "modelspec.trigger_phrase": trigger,
+        "modelspec.usage_hint": f"begin the prompt with: {trigger}" if trigger else None,
+        "modelspec.tags": trigger,
+        "modelspec.prediction_type": known.get("prediction_type"),
+        "modelspec.encoder_layer": 1,
+    }
+
+
+def thumbnail(picture: Path) -> str:
+    """A small JPEG of the picture as a data URL."""
+    with Image.open(picture) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def with_hashes(file: bytes) -> bytes:
+    """The same safetensors file with the hashes of HASHES filled in: of everything behind the header, and of
+    the old web UIs' stretch. They are as long as what held their place, so nothing moves.
+    """
+    start = 8 + int.from_bytes(file[:8], "little")
+    head, body = file[:start], file[start:]
+    digest = hashlib.sha256(body).hexdigest()
+    legacy = hashlib.sha256(file[LEGACY_AT : LEGACY_AT + LEGACY_SIZE]).hexdigest()[:8]
+    head = head.replace(b"0" * 64, digest.encode())
+    return re.sub(rb'("sshs_legacy_hash": ?")0{8}', rb"\g<1>" + legacy.encode(), head) + body
+
+
+# ---------------------------------------------------------------- beside the file
+
+
+def write_companions(adapter: Adapter, folder: Path, preview: Path | None) -> list[Path]:
+    """The model card, A1111's sidecar and, if a picture was drawn, its preview."""
+    known = adapter.metadata
+    trigger, text_width = known.get("trigger", ""), known.get("text_width")
+    sidecar = {
+        "description": f"{NAME}: {trigger}, trained on {known.get('base')}",
+        "sd version": "SD1" if text_width == SD1_TEXT_WIDTH else "Unknown",
+        "activation text": trigger,
+        "preferred weight": 1.0,
+        "negative text": "",
+        "notes": f"rank {first_layer(adapter).rank}, {known.get('steps')} steps",
+    }
+    card, beside, picture = (folder / PICTURE[kind] for kind in ("card", "sidecar", "preview"))
+    write_text(beside, json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
+    write_text(card, model_card(adapter, has_preview=preview is not None))
+    if preview is None:
+        return [beside, card]
+    with replacing(picture) as partial:
+        partial.write_bytes(preview.read_bytes())
+    return [beside, card, picture]
+
+
+def model_card(adapter: Adapter, *, has_preview: bool) -> str:
+    """README.md of the adapter's folder, in the Hugging Face hub's form."""
+    known, layer = adapter.metadata, first_layer(adapter)
+    trigger = re.sub(r"[\s`|<>]+", " ", known.get("trigger", "")).strip()
+    base = re.sub(r"[\s`|<>\"\\]+", " ", known.get("base") or "its base model")
+    names = ("learning_rate", "lr_scheduler", "max_train_steps", "resolution", "lora_targets", "seed")
+    settings = {name: known.get("config", {}).get(name) for name in names}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("model_card.md.j2").render(
+        trigger=trigger,
+        base=base,
+        is_on_hub="/" in base and base != EMBEDDED,
+        is_dora=adapter.is_dora,
+        modules=len(adapter.layers),
+        rank=layer.rank,
+        alpha=f"{layer.alpha:g}",
+        settings={name: value for name, value in settings.items() if value is not None},
+        preview=PICTURE["preview"] if has_preview else None,
+    )

@@ -1,0 +1,1 @@
+"""The frozen base: where it comes from, how and where it computes."""

@@ -1,0 +1,120 @@
+"""How memory is used again, and what happens when it runs out: smaller batches, in training recomputed
+activations too, then an honest end.
+"""
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from megaman.common.console import RESOURCES, UserError, is_out_of_memory, say
+
+S, T = TypeVar("S"), TypeVar("T")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc's malloc keep freed blocks for the next tensor; elsewhere it does nothing.
+
+    Left alone it gives each large block back to Linux, and every step on a CPU pays for clearing the pages
+    anew. Changes no result. (mallopt(3).)
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest it takes: up to 32 MiB blocks come from the heap
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)  # of which it gives nothing back under 1 GiB
+
+
+@dataclass
+class Room:
+    """How much of a step is computed at a time. Part of a checkpoint, so a resumed run need not find out
+    again.
+    """
+
+    batch: int  # examples at a time on each device
+    checkpointing: bool  # activations are recomputed
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Room":
+        """The room that a checkpoint's run had found."""
+        return cls(facts["batch"], facts["checkpointing"])
+
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    def shrink(self, step: int) -> None:
+        """Takes the next smaller setting and says so. UserError (exit 6) when there is none."""
+        if self.batch > 1:
+            self.batch //= 2
+            say(f"memory ran out at step {step + 1}: {self.batch} at a time now, as many pictures a step")
+        elif not self.checkpointing:
+            self.checkpointing = True
+            say(f"memory ran out at step {step + 1}: --gradient_checkpointing is on now; steps take longer")
+        else:
+            raise UserError(
+                f"out of memory at step {step + 1}, with one picture at a time and --gradient_checkpointing; "
+                "try --resolution 384, --mixed_precision fp16 or --lora_rank 4",
+                RESOURCES,
+            )
+
+
+def within(room: Room, attempt: Callable[[], T], adapt: Callable[[], None], step: int) -> T:
+    """What `attempt` returns, tried again with less room each time that memory runs out. adapt: undoes a
+    half-done attempt and puts the new room into force.
+    """
+    while True:
+        try:
+            return attempt()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        room.shrink(step)
+        adapt()
+        _collect()
+
+
+def _collect() -> None:
+    gc.collect()  # the failed attempt's activations hung in its traceback
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Fewer:
+    """How many pictures are drawn at a time: as many as wanted, until memory runs out."""
+
+    def __init__(self) -> None:
+        self.pixels: int | None = None  # that are known to be too many at a time, halved
+
+    def drawn(self, batch: Sequence[S], draw: Callable[[Sequence[S]], list[T]], pixels: int) -> list[T]:
+        """What `draw` makes of the batch, in as many parts as the memory asks for (it is said).
+
+        pixels: of one picture. UserError (exit 6) when there is no room for a single one.
+        """
+        made: list[T] = []
+        while len(made) < len(batch):
+            left = batch[len(made) :]
+            count = len(left) if self.pixels is None else max(1, min(len(left), self.pixels // pixels))
+            try:
+                made += draw(left[:count])
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._shrink(count, pixels)
+            _collect()
+        return made
+
+    def _shrink(self, count: int, pixels: int) -> None:
+        if count == 1:
+            raise UserError(
+                "out of memory with one picture at a time; take smaller ones (--height and --width) or half "
+                "precision (--mixed_precision fp16). What was drawn is kept.",
+                RESOURCES,
+            )
+        self.pixels = count // 2 * pixels
+        say(f"memory ran out with {count} pictures at a time: {count // 2} now; they come out the same")

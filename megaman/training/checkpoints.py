@@ -1,0 +1,279 @@
+"""Checkpoints: a folder each, complete or absent, and whole or refused. Knows fsync, manifests and rotation.
+
+step-000250/
+    adapter.safetensors   the adapter in kohya's layout, float16: small, draws like any other, stays for good
+    state.safetensors     trained parameters and the optimizer's moments, float32: what an exact resume needs
+    manifest.json         step, settings, fingerprints, run state, and the sha256 of each file and of itself
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megaman.common.console import STATE as STATE_ERROR
+from megaman.common.console import UserError, say
+from megaman.common.files import free_name, save_tensors, sha256_of
+from megaman.lora.save import CHECKPOINT_FILE, Adapter, write_kohya
+
+FORMAT = 2  # raised when older checkpoints can no longer be resumed
+LEFTOVER = re.compile(r"\.step-\d{6,}\.(partial|replaced)")
+MANIFEST, ADAPTER, STATE = "manifest.json", CHECKPOINT_FILE, "state.safetensors"
+NUMBERS = (torch.int64, torch.float64)  # no optimizer has moments of these: they stand for plain numbers
+_NAMES = "|".join(map(re.escape, (MANIFEST, ADAPTER, STATE)))
+OWN_FILE = re.compile(rf"{_NAMES}|\.({_NAMES})\.\w+\.partial")  # the last: half written when it was killed
+OWN_SUM = "sha256_of_this"  # of the manifest's other entries
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run between two steps: all that its next step needs and that (seed, position) does not tell."""
+
+    step: int  # optimizer steps done
+    settings: Mapping[str, Any]  # those that decide the result
+    origins: Mapping[str, Any]  # fingerprints of what was given: pictures and captions, base
+    run: Mapping[str, Any]  # what the run has found out: the batch that fits, the scaler's factor
+    threads: int  # another count adds up in another order: equal to rounding, not to the bit
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # names of the live objects, float32
+    path: Path | None = None  # where it was read from
+
+
+class Damaged(Exception):
+    """Why a checkpoint is of no use, in the user's words."""
+
+
+# ---------------------------------------------------------------- live objects and tensors
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """`parameter.<name>` and the optimizer's moments, such as `exp_avg.<name>`, on the CPU; what it has found
+    out for all of them, such as Prodigy's rate, is `group.<key>`.
+    """
+    group = optimizer.param_groups[0]
+    usual = optimizer.defaults | {"lr": group["lr"]}  # the rate is a function of the step
+    found: dict[str, Any] = {
+        f"group.{key}": value
+        for key, value in group.items()
+        if isinstance(value, int | float) and value != usual.get(key)
+    }
+    for name, parameter in trained(model).items():
+        found[f"parameter.{name}"] = parameter
+        found |= {f"{moment}.{name}": value for moment, value in optimizer.state[parameter].items()}
+    return {key: _kept(value) for key, value in found.items()}
+
+
+def _kept(value: Tensor | float) -> Tensor:
+    """A copy on the CPU, since optimizers may share a table; a plain number as one of NUMBERS."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts a checkpoint's tensors where `tensors_of` took them. UserError (exit 7) unless each fits."""
+    left = dict(tensors)
+    for key in [key for key in left if key.startswith("group.")]:
+        optimizer.param_groups[0][key.removeprefix("group.")] = left.pop(key).item()
+    for name, parameter in trained(model).items():
+        value = left.pop(f"parameter.{name}", None)
+        if value is None or value.shape != parameter.shape:
+            reason = f"the checkpoint does not fit this adapter: {name} is missing or of another shape"
+            raise UserError(reason, STATE_ERROR)
+        parameter.copy_(value)
+        moments = [key for key in left if key.partition(".")[2] == name]
+        optimizer.state[parameter] = {
+            key.partition(".")[0]: _placed(left.pop(key), parameter) for key in moments
+        }
+    if left:
+        raise UserError(f"the checkpoint does not fit this adapter: nothing is named {next(iter(left))}",
+                        STATE_ERROR)  # fmt: skip
+
+
+def _placed(moment: Tensor, parameter: Tensor) -> Tensor | float:
+    """Adam counts its steps in a tensor on the CPU, others in a plain number; the rest lives beside its
+    parameter.
+    """
+    if moment.dtype in NUMBERS:
+        return moment.item()
+    return moment if moment.ndim == 0 else moment.to(parameter.device)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, adapter: Adapter, *, keep: int, best: int | None = None
+) -> Path:
+    """Writes `folder`/step-000250 through a temporary folder; all but the newest `keep` and the one at step
+    `best` then drop their state.
+    """
+    final = folder / f"step-{progress.step:06}"
+    partial, replaced = (folder / f".{final.name}.{word}" for word in ("partial", "replaced"))
+    for leftover in folder.glob(".step-*"):  # of a run that was killed here
+        if LEFTOVER.fullmatch(leftover.name):
+            _remove(leftover)
+    partial.mkdir(parents=True)
+    write_kohya(adapter, partial / ADAPTER)
+    save_tensors(progress.tensors, partial / STATE, {"format": "pt"})
+    manifest = {key: getattr(progress, key) for key in ("step", "settings", "origins", "run", "threads")}
+    sums = {name: sha256_of(partial / name) for name in (ADAPTER, STATE)}
+    (partial / MANIFEST).write_text(_signed({"format": FORMAT, **manifest, "sha256": sums}), encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    _sync(folder)
+    _remove(replaced)
+    _prune(folder, keep, best)
+    return final
+
+
+def _signed(manifest: Mapping[str, Any]) -> str:
+    """The manifest's only spelling, its own sum included."""
+    text = json.dumps({key: manifest[key] for key in manifest if key != OWN_SUM}, sort_keys=True)
+    signed = json.loads(text) | {OWN_SUM: hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(signed, indent=2, sort_keys=True) + "\n"
+
+
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint's own files, and the folder if nothing else lies there."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        for path in checkpoint.iterdir():
+            if OWN_FILE.fullmatch(path.name):
+                path.unlink()
+        checkpoint.rmdir()
+
+
+def _prune(folder: Path, keep: int, best: int | None) -> None:
+    """Adapters stay; only what is large and superseded goes."""
+    for old in steps(folder)[keep:]:
+        if int(old.name[5:]) != best and _is_ours(old):
+            (old / STATE).unlink(missing_ok=True)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether a manifest that we signed speaks of the state in the folder."""
+    try:
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        return text == _signed(manifest) and STATE in manifest["sha256"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True,
+                  key=lambda path: int(path.name[5:]))  # fmt: skip
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows has no fsync of a folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_checkpoint(folder: Path) -> Progress:
+    """A checkpoint, every byte of it verified. Damaged, with the reason, if it is not whole."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != _signed(manifest):
+            raise Damaged(f"{MANIFEST} is damaged")
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"{MANIFEST} is of format {manifest['format']}, this program reads {FORMAT}")
+        for name, digest in manifest["sha256"].items():
+            if not (folder / name).is_file():
+                raise Damaged(
+                    f"{name} is not there" + (" (older checkpoints keep none)" if name == STATE else "")
+                )
+            if sha256_of(folder / name) != digest:
+                raise Damaged(f"{name} is damaged")
+        known = {key: manifest[key] for key in ("step", "settings", "origins", "run", "threads")}
+        return Progress(**known, tensors=load_file(folder / STATE), path=folder)
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename or MANIFEST).name} is not there") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise Damaged(f"{MANIFEST} is damaged or can't be read") from error
+
+
+def latest_checkpoint(folder: Path) -> Progress:
+    """The newest checkpoint below `folder` that is whole; says which newer ones are not. UserError (exit 7)
+    if there is none.
+    """
+    for path in steps(folder):
+        try:
+            return read_checkpoint(path)
+        except Damaged as error:
+            say(f"warning: {path} can't be resumed: {error}; an older checkpoint is looked for")
+    raise UserError(
+        f"{folder}: no checkpoint that can be resumed. Leave --resume_from_checkpoint out to begin anew.",
+        STATE_ERROR,
+    )
+
+
+def find_checkpoint(wanted: str, folder: Path) -> Progress:
+    """The checkpoint that --resume_from_checkpoint names: `latest` in `folder`, or a path. UserError (exit 7)
+    if it is not whole.
+    """
+    if wanted == "latest":
+        return latest_checkpoint(folder)
+    path = Path(wanted).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint folder. Name one, or latest.", STATE_ERROR)
+    try:
+        return read_checkpoint(path)
+    except Damaged as error:
+        raise UserError(f"{path}: {error}. Name another checkpoint, or latest.", STATE_ERROR) from error
+
+
+def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """UserError (exit 7) that names every entry in which a resume differs from its checkpoint."""
+    then, now = (json.loads(json.dumps(dict(entries))) for entries in (then, now))  # tuples become lists
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if changed:
+        words = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise UserError(
+            f"{path}: can't be resumed with other settings: {words}. Give the same, such as by --config "
+            "with the run's training_config.json, or leave --resume_from_checkpoint out.",
+            STATE_ERROR,
+        )
+
+
+def set_aside_later(folder: Path, step: int) -> Path | None:
+    """Moves checkpoints beyond `step` to a folder of their own, for the run goes another way from here."""
+    later = [path for path in steps(folder) if int(path.name[5:]) > step]
+    if not later:
+        return None
+    aside = free_name(Path(os.path.realpath(folder)))  # a link's target may lie on another disk
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+    return aside

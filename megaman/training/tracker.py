@@ -1,0 +1,245 @@
+"""What a run tells while it goes on: the progress bar, metrics.jsonl, TensorBoard, sample pictures and
+their page. Nothing here steers the training.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from megaman.common.console import NUMBERS, UserError, say
+from megaman.common.files import replacing, write_text
+from megaman.common.html import render_samples
+from megaman.training.sampler import Place
+
+METRICS_FILE = "metrics.jsonl"
+SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
+NAMED = 8  # pictures named in an error
+STEPS_A_LINE = 10  # metrics are read from the device once per so many steps
+PLAIN_LINES = 10  # progress lines in all, where stderr is no terminal
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step as the loop saw it; tensors stay on the device."""
+
+    number: int  # counted from 0
+    loss: Tensor  # the mean over all its examples, on all processes
+    grad_norm: Tensor
+    learning_rate: float
+    was_skipped: bool  # by fp16's scaler, after an overflow
+    examples: Sequence[tuple[Sequence[Place], Tensor]]  # this process's, with the loss of each
+
+
+class Watch:
+    """Write-only: the loop tells it tensors and pictures, it tells the user."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        steps: range,
+        names: Sequence[str],
+        pictures_a_step: float,
+        *,
+        logging_dir: Path | None,
+        enabled: bool,
+    ) -> None:
+        """steps: those that this process does; names: of the pictures, for messages. What an interrupted run
+        told beyond the first of the steps is forgotten.
+        """
+        self.output_dir, self.enabled, self.names = output_dir, enabled, names
+        self.total, self.pictures_a_step = steps.stop, pictures_a_step
+        self.unread: list[Step] = []
+        self.skips = 0
+        self.rate_since = (time.monotonic(), steps.start)
+        self.started = time.monotonic()
+        self.samples = _earlier_samples(output_dir / "samples", steps.start)
+        self.writer = self.bar = self.metrics = None
+        if not enabled:
+            return
+        _forget_beyond(output_dir / METRICS_FILE, steps.start)
+        self.metrics = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.total, initial=steps.start, desc="training", unit="step", dynamic_ncols=True
+            )
+        if logging_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(logging_dir), purge_step=steps.start + 1 if steps.start else None)
+
+    def record(self, step: Step) -> None:
+        """Keeps the step; waits for the device once per STEPS_A_LINE steps. UserError (exit 5) on numbers
+        that aren't finite.
+        """
+        self.unread.append(step)
+        self._count_skips(step)
+        done = step.number + 1
+        if done % STEPS_A_LINE and done != self.total:
+            return
+        mean_loss, norm = self.check()
+        if not self.enabled:
+            return
+        line = {
+            "step": done,
+            "loss": mean_loss,
+            "lr": step.learning_rate,
+            "grad_norm": norm if math.isfinite(norm) else None,  # fp16: the scaler skipped this step
+            "images_per_s": self._rate(done),
+            "seconds": round(time.monotonic() - self.started, 2),
+        }
+        if torch.cuda.is_available():
+            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self.metrics.flush()
+        if self.writer:
+            for name, value in line.items():
+                if name not in ("step", "seconds") and value is not None:
+                    self.writer.add_scalar(f"train/{name}", value, done)
+        self._show(line)
+
+    def record_validation(self, step: int, loss: float) -> None:
+        """The loss on the pictures that are kept out. UserError (exit 5) if it isn't finite."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the validation loss is not finite at step {step}; lower --learning_rate", NUMBERS
+            )
+        if not self.enabled:
+            return
+        self.metrics.write(json.dumps({"step": step, "validation_loss": loss}) + "\n")
+        self.metrics.flush()
+        if self.writer:
+            self.writer.add_scalar("validation/loss", loss, step)
+        told = f"validation loss {loss:.4f} at step {step}"
+        if self.bar:
+            self.bar.write(told, file=sys.stderr)  # above the bar, not into it
+        else:
+            say(told)
+        self.rate_since = (time.monotonic(), step)  # measuring is not training time
+
+    def check(self) -> tuple[float, float]:
+        """The mean loss of the steps since the last look, and the last gradient's norm. UserError (exit 5)
+        that names step and pictures where a number isn't finite.
+        """
+        if not self.unread:
+            return 0.0, 0.0
+        numbers = [torch.stack([step.loss.float(), step.grad_norm.float()]) for step in self.unread]
+        rows = torch.stack(numbers).tolist()  # the one device wait per log line
+        for step, (loss, norm) in zip(self.unread, rows, strict=True):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or step.was_skipped):
+                what = "gradient" if math.isfinite(loss) else "loss"
+                raise UserError(
+                    f"the {what} is not finite at step {step.number + 1} ({self._suspects(step)}); nothing "
+                    "of it is saved. Lower --learning_rate, or use --mixed_precision no.",
+                    NUMBERS,
+                )
+        self.unread.clear()
+        return sum(loss for loss, _ in rows) / len(rows), rows[-1][1]
+
+    def _count_skips(self, step: Step) -> None:
+        """UserError (exit 5) when fp16's scaler no longer recovers."""
+        self.skips = self.skips + 1 if step.was_skipped else 0
+        if self.skips >= SKIPS_IN_A_ROW:
+            raise UserError(
+                f"{self.skips} steps in a row overflowed in fp16, up to step {step.number + 1} "
+                f"({self._suspects(step)}); lower --learning_rate, or use --mixed_precision bf16 or no",
+                NUMBERS,
+            )
+
+    def _suspects(self, step: Step) -> str:
+        """The pictures whose loss isn't finite; all of the step's where each one's is."""
+        places = [place for share, losses in step.examples for place in share[: len(losses)]]
+        finite = [ok for share, losses in step.examples for ok in losses.isfinite().tolist()[: len(share)]]
+        bad = [place for place, ok in zip(places, finite, strict=True) if not ok] or places
+        names = list(dict.fromkeys(self.names[place.index] for place in bad))
+        return f"pictures {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}"
+
+    def _rate(self, done: int) -> float:
+        then, before = self.rate_since
+        self.rate_since = (time.monotonic(), done)
+        return round((done - before) * self.pictures_a_step / max(1e-9, self.rate_since[0] - then), 2)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        done = line["step"]
+        if self.bar:
+            self.bar.update(done - self.bar.n)
+            self.bar.set_postfix_str(
+                f"loss {line['loss']:.4f}, lr {line['lr']:.1e}, {line['images_per_s']:.1f} images/s"
+            )
+        elif (
+            done == self.total
+            or done * PLAIN_LINES // self.total > (done - STEPS_A_LINE) * PLAIN_LINES // self.total
+        ):
+            left = (self.total - done) * self.pictures_a_step / max(1e-9, line["images_per_s"])
+            say(
+                f"step {done}/{self.total} · loss {line['loss']:.4f} · lr {line['lr']:.1e} · "
+                f"{line['images_per_s']:.1f} images/s · {int(left // 60)}:{int(left % 60):02} left"
+            )
+
+    def has_samples(self, step: int) -> bool:
+        """Whether the sample pictures of a step are filed, and on their page."""
+        return step in self.samples
+
+    def latest_sample(self) -> Path | None:
+        """The first picture of the last samples."""
+        return self.output_dir / "samples" / self.samples[max(self.samples)][0] if self.samples else None
+
+    def show_samples(self, step: int, prompts: Sequence[str], images: Sequence[Image]) -> None:
+        """Files samples/step-000100/NN.png, puts them into TensorBoard and renews samples/index.html."""
+        if not self.enabled:
+            return
+        folder = self.output_dir / "samples"
+        names = [f"step-{step:06}/{i:02}.png" for i in range(1, len(images) + 1)]
+        for name, image in zip(names, images, strict=True):
+            with replacing(folder / name) as partial:
+                image.save(partial, format="PNG")
+        self.samples = {at: files for at, files in self.samples.items() if len(files) == len(names)}
+        self.samples[step] = names
+        write_text(folder / "index.html", render_samples(list(prompts), self.samples, images[0].size))
+        if self.writer:
+            import numpy as np
+
+            for i, image in enumerate(images):
+                self.writer.add_image(f"samples/{i + 1:02}", np.asarray(image), step, dataformats="HWC")
+        self.rate_since = (time.monotonic(), step)  # drawing is not training time
+
+    def close(self) -> None:
+        """Flushes everything. Safe to call twice."""
+        for sink in (self.bar, self.metrics, self.writer):
+            if sink is not None:
+                sink.close()
+        self.bar = self.metrics = self.writer = None
+
+
+def _forget_beyond(metrics: Path, step: int) -> None:
+    """Drops the lines of steps that are done again, and half a line that a killed process left."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _earlier_samples(folder: Path, step: int) -> dict[int, list[str]]:
+    """The sample pictures up to a step, as `Watch.samples` holds them: those that came as far as the page."""
+    page = folder / "index.html"
+    shown = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+    found = sorted((int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdigit())
+    return {
+        number: [f"{path.name}/{file.name}" for file in sorted(path.glob("[0-9]*.png"))]
+        for number, path in found
+        if number <= step and f"{path.name}/" in shown
+    }
