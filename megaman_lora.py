@@ -10,70 +10,53 @@ step. So a run that is stopped goes on to the very bits of one that was not.
 
 import sys
 
-from megaman.common import console as errors
-from megaman.common import files
-from megaman.common import signals as stopping
+from megaman.common import console, signals
 from megaman.common.console import UserError, quiet_libraries, say, shell_quoted
-from megaman.config.train import DataFlags, TrainConfig, read_config, recorded
-from megaman.data import welcome
+from megaman.config.train import DataFlags, TrainConfig, published, read_config, recorded
+from megaman.data import first_start
 
 if "torch" not in sys.modules:  # a program that has loaded it hears what it wants to hear
     quiet_libraries()
 if __name__ == "__main__":  # what needs no torch is answered before it loads, which takes seconds
-    stopping.end_quietly()
-    with errors.reported():
+    signals.end_quietly()
+    with console.reported():
         CONFIG, CHOSEN = read_config(sys.argv[1:])
-        welcome.answer_first_start(CONFIG, CHOSEN)
+        first_start.answer_first_start(CONFIG, CHOSEN)
 
-import math
 import random
 from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import CLIPTokenizer
 
-from megaman.common import cache
-from megaman.common.cache import Encoded, Store
-from megaman.data import buckets, captions, pictures, report
-from megaman.data import scan as survey
-from megaman.data.report import Report
-from megaman.lora import injection as forms
-from megaman.lora import metadata as card
-from megaman.lora import save as adapters
-from megaman.model import compute as devices
-from megaman.model import fast, memory
-from megaman.model import stable_diffusion as base_models
-from megaman.model.memory import Room
-from megaman.model.stable_diffusion import BaseModel
-from megaman.training import average as averages
-from megaman.training import (
-    checkpoints,
-    previews,
-    validation,
-)
-from megaman.training import (
-    optim as optimizers,
-)
-from megaman.training import (
-    resume as runs,
-)
-from megaman.training import (
-    tracker as watch,
-)
-from megaman.training.average import Average
-from megaman.training.checkpoints import Progress
-from megaman.training.sampler import Place, Stream, generator_of, seed_dropout, shares_of
-from megaman.training.tracker import Watch
+from megaman.common.cache import Store, default_folder, key_of
+from megaman.common.output_folder import CAPTIONS, RunFolder, check_apart, check_output, holds_run
+from megaman.data import buckets, captions, scan
+from megaman.data.buckets import Bucket, Crop
+from megaman.data.report import Report, TrainedPicture, dataset_facts
+from megaman.lora import init_lora, injection, save
+from megaman.lora.init_lora import InitLora
+from megaman.model import compute, memory, stable_diffusion
+from megaman.model.hub import model_hashes
+from megaman.model.memory import MemoryPlan
+from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
+from megaman.training import checkpoints, encoding, optim, resume, validation
+from megaman.training.checkpoints import Checkpoint
+from megaman.training.encoding import EncodedDataset
+from megaman.training.optim import EMA
+from megaman.training.sampler import Position, Sampler, generator_of, micro_batches, seed_dropout
+from megaman.training.schedule import describe_plan, lr_at, pictures_a_step, plan
+from megaman.training.tracker import StepResult, Tracker
+from megaman.training.validation import BestCheckpoint
 
 # ---------------------------------------------------------------- configuration
 
@@ -81,26 +64,14 @@ from megaman.training.tracker import Watch
 def settle(cfg: TrainConfig, chosen: Collection[str] = ()) -> TrainConfig:
     """The configuration with what --init_lora decides: rank, alpha, targets and DoRA are the adapter's.
 
-    chosen: the user's own settings. UserError (exit 2) if one of them is another than the adapter's.
+    chosen: the user's own settings. UserError (exit 2) if one of them is another than the adapter's, (exit 4)
+    if no training can go on from it.
     """
-    return cfg if cfg.init_lora is None else replace(cfg, **forms.fitted(cfg, chosen))
-
-
-def plan(cfg: TrainConfig, steps_an_epoch: int, progress: Progress | None = None) -> TrainConfig:
-    """The configuration with everything that was left open decided: steps from epochs, the warm-up. A run
-    that goes on keeps its warm-up, however its total changes.
-    """
-    steps, warmup = cfg.max_train_steps, cfg.lr_warmup_steps
-    if cfg.num_train_epochs is not None:
-        steps = cfg.num_train_epochs * steps_an_epoch
-    if warmup is None:
-        warmup = round(0.05 * steps) if progress is None else progress.settings["lr_warmup_steps"]
-    return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup)
-
-
-def pictures_a_step(cfg: TrainConfig, processes: int) -> int:
-    """The effective batch."""
-    return cfg.train_batch_size * cfg.gradient_accumulation_steps * processes
+    if cfg.init_lora is None:
+        return cfg
+    init = init_lora.read_init_lora(cfg.init_lora)
+    init_lora.check_form(init, cfg, chosen)
+    return replace(cfg, **init.settings(cfg.use_rslora))
 
 
 # ---------------------------------------------------------------- data
@@ -119,7 +90,7 @@ class Example:
     ids: Tensor | None
 
 
-VARIANTS = 4  # of a picture's random crop and of its shuffled caption: encoded once, drawn per position
+VARIANTS = 4  # random crops and shuffled captions of a picture that are encoded; each step picks one
 
 
 class MegaManDataset:
@@ -142,89 +113,127 @@ class MegaManDataset:
 
         Unreadable pictures go to `skipped`; UserError (exit 3) on a missing folder or unreadable captions.
         """
-        self.folder, self.tokenizer, self.seed = Path(data_dir), tokenizer, seed
+        self.folder = Path(data_dir)
+        self.tokenizer = tokenizer
+        self.seed = seed
         self.settings = settings or DataFlags()
-        self.facts, self.skipped = survey.survey(self.folder, store or cache.Store(None))
-        self.paths = [fact.path for fact in self.facts]
-        bad = [f"{file} (--strict: mend it or remove it)" for file in self.skipped if self.settings.strict]
+        self.scanned, self.skipped = scan.scan(self.folder, store or Store(None))
+        self.paths = [picture.path for picture in self.scanned]
+        bad = [f"{file} (--strict: fix it or remove it)" for file in self.skipped if self.settings.strict]
         self.captions = captions.read_captions(self.paths, self.folder, self.settings.trigger, bad)
         self.repeats = [captions.repeats_of(path, self.folder) for path in self.paths]
         offered = buckets.buckets_of(self.settings.resolution, cell_px, self.settings.crop)
-        self.buckets = [buckets.bucket_for(fact.size, offered) for fact in self.facts]
+        self.buckets = [buckets.bucket_for(picture.size, offered) for picture in self.scanned]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def fingerprint(self) -> str:
-        """Of all that training sees of the folder, in its order; the files' names don't count."""
-        rows = zip(self.facts, self.buckets, self.repeats, self.captions, strict=True)
-        seen = (f"{fact.digest} {bucket} {repeats} {caption.text}" for fact, bucket, repeats, caption in rows)
-        return f"{len(self)} with sum {cache.key_of(*seen)[:12]}"
+        """Changes when anything that training sees changes (pixels, sizes, repeats, captions, order); file
+        names don't matter.
+        """
+        rows = zip(self.scanned, self.buckets, self.repeats, self.captions, strict=True)
+        seen = (
+            f"{picture.digest} {bucket} {count} {caption.text}" for picture, bucket, count, caption in rows
+        )
+        return f"{len(self)} with sum {key_of(*seen)[:12]}"
 
     def __getitem__(self, index: int) -> Example:
         caption = self.captions[index].text
-        ids = None if self.tokenizer is None else self._ids(caption)
-        return Example(self.paths[index], caption, self.views(index)[0].pixels(), ids)
+        return Example(self.paths[index], caption, self.crops(index)[0].pixels(), self._ids(caption))
 
-    def _ids(self, caption: str) -> Tensor:
-        kwargs = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
-        return self.tokenizer(caption, return_tensors="pt", **kwargs).input_ids[0]
+    def _ids(self, caption: str) -> Tensor | None:
+        if self.tokenizer is None:
+            return None
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer(
+            caption, return_tensors="pt", padding="max_length", max_length=length, truncation=True
+        )
+        return ids.input_ids[0]
 
-    def views(self, index: int) -> list[cache.View]:
-        """The ways in which a picture is shown: crops where they are random, mirrored or not."""
-        random_crop = self.settings.crop == "random"
-        count = VARIANTS if random_crop else 1 + self.settings.flip
-        return [self._view(index, variant, random_crop=random_crop) for variant in range(count)]
+    def crops(self, index: int) -> list[Crop]:
+        """The ways in which a picture is shown: windows where they are random, mirrored or not."""
+        is_random = self.settings.crop == "random"
+        count = VARIANTS if is_random else 1 + self.settings.flip
+        return [self._crop(index, variant, is_random) for variant in range(count)]
 
-    def _view(self, index: int, variant: int, *, random_crop: bool) -> cache.View:
-        fact, bucket = self.facts[index], self.buckets[index]
-        mirrored, at = self.settings.flip and variant % 2 == 1, buckets.CENTRE
-        if random_crop:
-            at = tuple(torch.rand(2, generator=generator_of(self.seed, fact.digest, variant)).tolist())
-
-        def pixels() -> Tensor:
-            return buckets.fitted(pictures.load_image(fact.path), bucket, at, mirrored=mirrored)
-
-        return cache.View(cache.key_of(fact.digest, bucket, at, mirrored), pixels, str(fact.path))
+    def _crop(self, index: int, variant: int, is_random: bool) -> Crop:
+        picture = self.scanned[index]
+        is_mirrored = self.settings.flip and variant % 2 == 1
+        at = buckets.CENTRE
+        if is_random:
+            left, top = torch.rand(2, generator=generator_of(self.seed, picture.digest, variant)).tolist()
+            at = (left, top)
+        return Crop(picture.path, picture.digest, self.buckets[index], at, is_mirrored)
 
     def texts(self, index: int) -> list[str]:
         """The wordings of a picture's caption: several where its tags are shuffled."""
-        text, rng = self.captions[index].text, random.Random(f"{self.seed}/{self.facts[index].digest}")
+        text = self.captions[index].text
+        rng = random.Random(f"{self.seed}/{self.scanned[index].digest}")
         if not self.settings.shuffle_tags:
             return [text]
         return captions.variants(text, VARIANTS, keep_tags=self.settings.keep_tags, rng=rng)
 
+    def class_texts(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
+        """For each picture, its caption with every one of these names in the trigger's place."""
+        plain, trigger = [caption.text for caption in self.captions], self.settings.trigger
+        return list(
+            zip(*(captions.with_trigger_replaced(plain, trigger, name) for name in classes), strict=True)
+        )
 
-def stream_of(dataset: MegaManDataset, step_size: int, without: frozenset[int] = frozenset()) -> Stream:
-    """The dataset's stream, without some of its pictures."""
-    members: dict[buckets.Bucket, list[int]] = {}
+
+def sampler_of(dataset: MegaManDataset, step_size: int, without: frozenset[int] = frozenset()) -> Sampler:
+    """The order in which the dataset's pictures are trained on, without some of them."""
+    members: dict[Bucket, list[int]] = {}
     for index, (bucket, repeats) in enumerate(zip(dataset.buckets, dataset.repeats, strict=True)):
         if index not in without:
             members.setdefault(bucket, []).extend([index] * repeats)
-    return Stream(tuple(tuple(members[bucket]) for bucket in sorted(members)), step_size, dataset.seed)
+    return Sampler(tuple(tuple(members[bucket]) for bucket in sorted(members)), step_size, dataset.seed)
+
+
+def report_of(dataset: MegaManDataset, *, is_exact: bool = True) -> Report:
+    """What the user should know of a dataset with a tokenizer. is_exact: whether that is the base's own."""
+    tokenizer = dataset.tokenizer
+    if tokenizer is None:
+        raise ValueError("a report counts tokens: give the dataset a tokenizer")
+    pictures = [
+        TrainedPicture(
+            path.relative_to(dataset.folder).as_posix(),
+            dataset.scanned[i],
+            dataset.captions[i],
+            dataset.buckets[i],
+            dataset.repeats[i],
+            len(tokenizer(dataset.captions[i].text).input_ids) - 2,
+        )
+        for i, path in enumerate(dataset.paths)
+    ]
+    return Report(dataset.folder, dataset.settings, pictures, dataset.skipped, is_exact)
 
 
 # ---------------------------------------------------------------- LoRA injection
 
 
-def inject_lora(unet: UNet2DConditionModel, cfg: TrainConfig) -> list[torch.nn.Parameter]:
+def inject_lora(
+    unet: UNet2DConditionModel, cfg: TrainConfig, init: InitLora | None = None
+) -> list[nn.Parameter]:
     """Wraps the UNet's modules through PEFT and returns the trainable parameters, float32.
 
     B = 0, so that training starts at the base itself; A ~ N(0, 1/rank), the same numbers on every device.
-    With --init_lora both are the file's.
+    init: an earlier adapter, whose modules and weights are taken instead.
     """
-    start = forms.start_of(cfg)
-    settings = forms.lora_config(cfg, unet, start)
-    unet.add_adapter(settings, adapter_name=adapters.ADAPTER_NAME)
-    for number, module in enumerate(adapters.lora_modules(unet).values()):
-        down = module.lora_A[adapters.ADAPTER_NAME].weight
+    modules = None if init is None else init_lora.module_names(init, unet)
+    unet.add_adapter(injection.lora_config(cfg, unet, modules), adapter_name=injection.ADAPTER_NAME)
+    for number, module in enumerate(injection.lora_modules(unet).values()):
+        down = module.lora_A[injection.ADAPTER_NAME].weight
         drawn = torch.randn(down.shape, generator=generator_of(cfg.seed, "lora", number)) / cfg.lora_rank
         down.data = drawn.to(down.device)
-        up = module.lora_B[adapters.ADAPTER_NAME].weight
+        up = module.lora_B[injection.ADAPTER_NAME].weight
         up.data = torch.zeros_like(up, dtype=torch.float32)  # half precision would lose updates of 1e-4
-    forms.begin(unet, start)
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    injection.reset_dora(unet)
+    if init is not None:
+        init_lora.copy_weights(init, unet)
+    return list(checkpoints.trained(unet).values())
 
 
 # ---------------------------------------------------------------- objective
@@ -233,7 +242,7 @@ PRESERVE_EVERY = 4  # one example in four is also asked for the class: enough to
 
 
 @dataclass(frozen=True)
-class Draw:
+class Batch:
     """The inputs of one micro-batch, on the training device.
 
     latents, noise (B,C,h,w); timesteps (B,); text (B,L,D); class_text (K,L,D): the states of captions that
@@ -248,38 +257,60 @@ class Draw:
     class_of: Tensor
 
 
-def draw_inputs(
-    places: Sequence[Place], encoded: Encoded, cfg: TrainConfig, scheduler: DDPMScheduler
-) -> Draw:
-    """What stands at these places: a view of the picture, its latents sampled anew from their posterior,
-    noise, timestep, a wording of the caption or no caption.
+@dataclass(frozen=True)
+class ExampleDraw:
+    """What was drawn for one example, on the CPU: rows of the encoded dataset, and randomness of its latents'
+    shape (C,h,w).
     """
-    view_rows, spreads, noises, timesteps, text_rows, class_rows = [], [], [], [], [], {}
-    for position, index in places:
-        generator = generator_of(cfg.seed, "example", position)
 
-        def one_of(rows: list[int], generator: torch.Generator = generator) -> int:
-            return rows[torch.randint(0, len(rows), (), generator=generator).item()]
+    crop_row: int
+    text_row: int
+    class_row: int | None
+    spread: Tensor
+    noise: Tensor
+    timestep: Tensor
 
-        shape = encoded.shape_of(index)
-        spreads.append(torch.randn(shape, generator=generator))
-        noises.append(noise_of(shape, cfg.noise_offset, generator))
-        timesteps.append(torch.randint(0, scheduler.config.num_train_timesteps, (), generator=generator))
-        dropped = torch.rand((), generator=generator).item() < cfg.caption_dropout
-        view, text = one_of(encoded.view_rows[index]), one_of(encoded.text_rows[index])
-        view_rows.append(view)
-        text_rows.append(0 if dropped else text)
-        if cfg.preserve_weight and position % PRESERVE_EVERY == 0:
-            class_rows[len(view_rows) - 1] = one_of(encoded.class_rows[index])
+
+def draw_example(
+    position: Position, encoded: EncodedDataset, cfg: TrainConfig, scheduler: DDPMScheduler
+) -> ExampleDraw:
+    """A position's example, from its own generator: a crop, the spread of its latents, noise, a timestep, and
+    a wording of the caption or the empty caption (row 0).
+    """
+    number, index = position
+    generator = generator_of(cfg.seed, "example", number)
+
+    def one_of(rows: Sequence[int]) -> int:
+        return rows[int(torch.randint(0, len(rows), (), generator=generator).item())]
+
+    shape = encoded.shape_of(index)
+    spread = torch.randn(shape, generator=generator)
+    noise = noise_of(shape, cfg.noise_offset, generator)
+    timestep = torch.randint(0, scheduler.config.num_train_timesteps, (), generator=generator)
+    is_dropped = torch.rand((), generator=generator).item() < cfg.caption_dropout
+    crop_row = one_of(encoded.crop_rows[index])
+    text_row = one_of(encoded.text_rows[index])
+    asks_class = bool(cfg.preserve_weight) and number % PRESERVE_EVERY == 0
+    class_row = one_of(encoded.class_rows[index]) if asks_class else None
+    return ExampleDraw(crop_row, 0 if is_dropped else text_row, class_row, spread, noise, timestep)
+
+
+def make_batch(
+    positions: Sequence[Position], encoded: EncodedDataset, cfg: TrainConfig, scheduler: DDPMScheduler
+) -> Batch:
+    """The inputs for these positions, the latents sampled from the VAE's posterior."""
+    drawn = [draw_example(position, encoded, cfg, scheduler) for position in positions]
     device = encoded.text.device
-    means, stds = (torch.stack([part[row] for row in view_rows]) for part in (encoded.means, encoded.stds))
-    return Draw(
-        means + stds * torch.stack(spreads).to(device),
-        torch.stack(noises).to(device),
-        torch.stack(timesteps).to(device),
-        encoded.text[text_rows],
-        encoded.text[list(class_rows.values())],
-        torch.tensor(list(class_rows), dtype=torch.long, device=device),
+    means = torch.stack([encoded.means[example.crop_row] for example in drawn])
+    stds = torch.stack([encoded.stds[example.crop_row] for example in drawn])
+    asking = [number for number, example in enumerate(drawn) if example.class_row is not None]
+    return Batch(
+        means + stds * torch.stack([example.spread for example in drawn]).to(device),
+        torch.stack([example.noise for example in drawn]).to(device),
+        torch.stack([example.timestep for example in drawn]).to(device),
+        encoded.text[[example.text_row for example in drawn]],
+        encoded.text[[row for example in drawn if (row := example.class_row) is not None]],
+        torch.tensor(asking, dtype=torch.long, device=device),
     )
 
 
@@ -289,13 +320,13 @@ def noise_of(shape: Sequence[int], offset: float, generator: torch.Generator) ->
     return noise + offset * torch.randn((shape[0], 1, 1), generator=generator) if offset else noise
 
 
-def fixed_draw(encoded: Encoded, index: int, timesteps: Sequence[int]) -> Draw:
+def validation_batch(encoded: EncodedDataset, index: int, timesteps: Sequence[int]) -> Batch:
     """A picture at these timesteps, always under the same noise, with its first caption: to measure on."""
     count, device = len(timesteps), encoded.text.device
     noise = torch.randn((count, *encoded.shape_of(index)), generator=generator_of(0, "held out", index))
     text = encoded.text[encoded.text_rows[index][0]].expand(count, -1, -1)
-    return Draw(
-        encoded.means[encoded.view_rows[index][0]].expand(count, -1, -1, -1),
+    return Batch(
+        encoded.means[encoded.crop_rows[index][0]].expand(count, -1, -1, -1),
         noise.to(device),
         torch.tensor(timesteps, device=device),
         text,
@@ -304,54 +335,56 @@ def fixed_draw(encoded: Encoded, index: int, timesteps: Sequence[int]) -> Draw:
     )
 
 
-def denoising_losses(unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
+def denoising_losses(unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
     """The weighted squared error of each example, (B,) float32."""
-    noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
-    predicted = _predicted(unet, noisy, draw.timesteps, draw.text)
-    errors = (predicted - _target(draw, scheduler)).square().mean(dim=(1, 2, 3))
-    return errors * min_snr_weights(draw.timesteps, scheduler, snr_gamma)
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    predicted = _predicted(unet, noisy, batch.timesteps, batch.text)
+    squared = (predicted - _target(batch, scheduler)).square().mean(dim=(1, 2, 3))
+    return squared * min_snr_weights(batch.timesteps, scheduler, snr_gamma)
 
 
 def preserving_losses(
-    unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, snr_gamma: float
+    unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, snr_gamma: float
 ) -> tuple[Tensor, Tensor]:
     """The same errors (B,), and how far the UNet strays from the base where captions name the class, (K,).
 
     Both from one pass of B + K examples: the same noisy latents under both captions. What the class looks
     like is asked of the base itself, with the adapter switched off, so no pictures of it are needed.
     """
-    noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
-    class_noisy, class_timesteps = noisy[draw.class_of], draw.timesteps[draw.class_of]
-    plain = accelerate.utils.extract_model_from_parallel(unet)
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    class_noisy = noisy[batch.class_of]
+    class_timesteps = batch.timesteps[batch.class_of]
+    plain = extract_model_from_parallel(unet)
     plain.disable_adapters()
     with torch.no_grad():
-        kept = _predicted(plain, class_noisy, class_timesteps, draw.class_text)
+        kept = _predicted(plain, class_noisy, class_timesteps, batch.class_text)
     plain.enable_adapters()
-    text, timesteps = torch.cat([draw.text, draw.class_text]), torch.cat([draw.timesteps, class_timesteps])
+    text = torch.cat([batch.text, batch.class_text])
+    timesteps = torch.cat([batch.timesteps, class_timesteps])
     predicted = _predicted(unet, torch.cat([noisy, class_noisy]), timesteps, text)
-    errors = (predicted - torch.cat([_target(draw, scheduler), kept])).square().mean(dim=(1, 2, 3))
-    errors = errors * min_snr_weights(timesteps, scheduler, snr_gamma)
-    return errors[: len(noisy)], errors[len(noisy) :]
+    squared = (predicted - torch.cat([_target(batch, scheduler), kept])).square().mean(dim=(1, 2, 3))
+    losses = squared * min_snr_weights(timesteps, scheduler, snr_gamma)
+    return losses[: len(noisy)], losses[len(noisy) :]
 
 
-def losses_of(
-    unet: torch.nn.Module, draw: Draw, scheduler: DDPMScheduler, cfg: TrainConfig
+def training_losses(
+    unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, cfg: TrainConfig
 ) -> tuple[Tensor, Tensor]:
-    """What is minimised: the errors (B,), and how far the class strays, (K,); K may be 0."""
-    if len(draw.class_of):
-        return preserving_losses(unet, draw, scheduler, cfg.snr_gamma)
-    losses = denoising_losses(unet, draw, scheduler, cfg.snr_gamma)
+    """The losses to minimise: per example (B,), and per class caption (K,); K may be 0."""
+    if len(batch.class_of):
+        return preserving_losses(unet, batch, scheduler, cfg.snr_gamma)
+    losses = denoising_losses(unet, batch, scheduler, cfg.snr_gamma)
     return losses, losses[:0]
 
 
-def _predicted(unet: torch.nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+def _predicted(unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
     return unet(noisy.to(text.dtype), timesteps, text, return_dict=False)[0].float()
 
 
-def _target(draw: Draw, scheduler: DDPMScheduler) -> Tensor:
+def _target(batch: Batch, scheduler: DDPMScheduler) -> Tensor:
     if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(draw.latents, draw.noise, draw.timesteps)
-    return draw.noise
+        return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    return batch.noise
 
 
 def min_snr_weights(timesteps: Tensor, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
@@ -364,50 +397,70 @@ def min_snr_weights(timesteps: Tensor, scheduler: DDPMScheduler, snr_gamma: floa
     return snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
 
 
-def lr_at(step: int, cfg: TrainConfig) -> float:
-    """The learning rate of a step (counted from 0): linear warm-up, then the schedule down to zero.
-
-    Restarts: three cosines; polynomial: squared.
-    """
-    warmup = cfg.lr_warmup_steps
-    if step < warmup:
-        return cfg.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, cfg.max_train_steps - warmup)
-    factor = {
-        "constant": lambda: 1.0,
-        "linear": lambda: 1 - progress,
-        "polynomial": lambda: (1 - progress) ** 2,
-        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * progress)),
-        "cosine_with_restarts": lambda: 0.5 * (1 + math.cos(math.pi * (3 * progress % 1))),
-    }
-    return cfg.learning_rate * factor[cfg.lr_scheduler]()
-
-
 # ---------------------------------------------------------------- the run
 
 
 def every(step: int, interval: int, total: int) -> bool:
-    """Whether something that happens each `interval` steps, and at the end, happens after this many steps."""
+    """True after every `interval` steps, and after the last."""
     return step % interval == 0 or step == total
 
 
 def open_store(cfg: TrainConfig) -> Store:
     """The cache folder that the user named, or the platform's."""
-    return cache.Store(Path(cfg.cache_dir) if cfg.cache_dir else cache.default_folder())
+    return Store(Path(cfg.cache_dir) if cfg.cache_dir else default_folder())
 
 
-def open_dataset(cfg: TrainConfig) -> MegaManDataset:
-    """The pictures to train on. UserError (exit 3) if there are none, or if one is skipped under --strict."""
+def open_dataset(cfg: TrainConfig, facts: BaseFacts) -> MegaManDataset:
+    """The pictures to train on. UserError (exit 3) if there are none, or if one is skipped under --strict.
+
+    facts: what is known of the base that they are for.
+    """
     for flag in ("output_dir", "cache_dir", "logging_dir"):
-        files.check_apart(flag, getattr(cfg, flag), cfg.data_dir)
-    cell_px = base_models.cell_of(cfg.pretrained_model_name)
-    tokenizer = base_models.tokenizer_of(cfg.pretrained_model_name)
-    store = open_store(cfg)
-    dataset = MegaManDataset(cfg.data_dir, tokenizer, cfg, cell_px=cell_px, seed=cfg.seed, store=store)
+        check_apart(flag, getattr(cfg, flag), cfg.data_dir)
+    dataset = MegaManDataset(
+        cfg.data_dir, facts.tokenizer, cfg, cell_px=facts.cell_px, seed=cfg.seed, store=open_store(cfg)
+    )
     if len(dataset) == 0:
         none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset demo."
-        raise UserError("\n  ".join([none, *map(str, dataset.skipped)]), errors.DATA)
+        raise UserError("\n  ".join([none, *map(str, dataset.skipped)]), console.DATA)
     return dataset
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The pictures of a run: those that it trains on, in their order, and those that it never sees."""
+
+    dataset: MegaManDataset
+    report: Report
+    held_out: frozenset[int]  # the loss on them tells when the others are learned by heart
+    sampler: Sampler
+
+
+def open_training_set(cfg: TrainConfig, processes: int) -> TrainingSet:
+    """The pictures, looked at and put in order. UserError as `open_dataset` raises it."""
+    facts = stable_diffusion.peek(cfg.pretrained_model_name)
+    dataset = open_dataset(cfg, facts)
+    digests = [picture.digest for picture in dataset.scanned]
+    names = [path.name for path in dataset.paths]
+    held_out = validation.held_out(digests, names, cfg.validation_split, cfg.seed)
+    sampler = sampler_of(dataset, pictures_a_step(cfg, processes), held_out)
+    return TrainingSet(dataset, report_of(dataset, is_exact=facts.is_exact), held_out, sampler)
+
+
+def describe_adapter(cfg: TrainConfig, base: StableDiffusion, report: Report) -> dict[str, Any]:
+    """What the run writes into the adapter's metadata; no path and no name of the user."""
+    return {
+        "base": base.name,
+        "resolution": cfg.resolution,
+        "trigger": cfg.trigger,
+        "guidance_scale": cfg.validation_guidance_scale,
+        "steps": cfg.max_train_steps,
+        "text_width": base.unet.config.cross_attention_dim,
+        "prediction_type": base.scheduler.config.prediction_type,
+        "config": published(cfg) | {"pretrained_model_name": base.name},
+        "dataset": dataset_facts(report),
+        "hashes": model_hashes(Path(cfg.pretrained_model_name)),
+    }
 
 
 @dataclass
@@ -416,251 +469,295 @@ class Run:
 
     cfg: TrainConfig  # with everything decided
     accelerator: Accelerator
-    base: BaseModel  # its UNet carries the adapter
-    stream: Stream
-    encoded: Encoded
+    base: StableDiffusion  # its UNet carries the adapter
+    data: TrainingSet
+    encoded: EncodedDataset
     validation_text: Tensor  # (1+P,L,D): the empty caption's states, then the validation prompts'
-    unet: torch.nn.Module  # base.unet as accelerate has prepared it
+    unet: nn.Module  # base.unet as accelerate has prepared it
+    trainable: list[nn.Parameter]  # the adapter's, float32
     optimizer: Optimizer
+    ema: EMA  # what previews draw and files hold
     origins: dict[str, Any]  # fingerprints of pictures, captions and base
-    progress: Progress | None  # where it goes on
-    room: Room  # how much of a step fits into memory
-    told: Report  # of the pictures
-    held_out: Sequence[int]  # those that it never trains on
-    best: validation.Best  # the checkpoint with the smallest loss on them
+    checkpoint: Checkpoint | None  # where it goes on
+    memory: MemoryPlan
+    best: BestCheckpoint  # the smallest loss on the pictures that are held out
 
     @property
-    def output(self) -> Path:
+    def folder(self) -> RunFolder:
         """Where everything goes."""
-        return Path(self.cfg.output_dir)
+        return RunFolder(Path(self.cfg.output_dir))
 
     @property
     def start(self) -> int:
         """Steps that an earlier command has done."""
-        return 0 if self.progress is None else self.progress.step
-
-    @cached_property
-    def trainable(self) -> list[torch.nn.Parameter]:
-        """The adapter's parameters, float32."""
-        return list(checkpoints.trained(self.base.unet).values())
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the adapter's files tell."""
-        return card.description(self.cfg, self.base, self.told)
-
-    @cached_property
-    def average(self) -> Average:
-        """What is shown and written."""
-        return averages.Average(checkpoints.trained(self.base.unet), self.cfg.ema_decay)
-
-    @cached_property
-    def watch(self) -> Watch:
-        """The run's metrics and samples; silent in all processes but the first."""
-        cfg, stream = self.cfg, self.stream
-        tensorboard = (
-            Path(cfg.logging_dir or self.output / "logs") if cfg.report_to == "tensorboard" else None
-        )
-        steps, names = range(self.start, cfg.max_train_steps), [row.name for row in self.told.rows]
-        each, first = len(stream) / stream.steps_an_epoch, self.accelerator.is_main_process
-        return watch.Watch(self.output, steps, names, each, logging_dir=tensorboard, enabled=first)
+        """What the run writes into the adapter's metadata."""
+        return describe_adapter(self.cfg, self.base, self.data.report)
 
 
 def set_up(cfg: TrainConfig) -> Run:
     """Everything before the first step, what is quick and may fail before what is slow. Writes nothing."""
     memory.keep_freed_memory()
-    device = devices.pick_device()
-    dtype = devices.pick_dtype(cfg.mixed_precision, device)
-    accelerator = devices.new_accelerator(device, dtype)
-    fast.check(cfg.attention, cfg.compile, accelerator.device)
-    progress = runs.progress_of(cfg.resume_from_checkpoint, Path(cfg.output_dir))
-
+    accelerator, dtype = compute.start(cfg.mixed_precision)
+    compute.try_out(cfg.attention, cfg.compile, accelerator.device)
+    checkpoint = resume.checkpoint_of(cfg.resume_from_checkpoint, RunFolder(Path(cfg.output_dir)))
+    init = init_lora.init_of(cfg)
     with accelerator.main_process_first():  # the others then find what it has seen in the cache
-        dataset = open_dataset(cfg)
-    kept_out = validation.held_out(dataset, cfg.validation_split, cfg.seed)
-    stream = stream_of(dataset, pictures_a_step(cfg, accelerator.num_processes), kept_out)
-    cfg, told = plan(cfg, stream.steps_an_epoch, progress), report.report_of(dataset)
-    for line in [*told.lines(), report.describe_plan(cfg, stream)]:
+        data = open_training_set(cfg, accelerator.num_processes)
+    cfg = plan(cfg, data.sampler.steps_an_epoch, checkpoint)
+    for line in [*data.report.lines(), describe_plan(cfg, data.sampler)]:
         say(line)
-    origins = {"the pictures": dataset.fingerprint, "pictures a step": stream.step_size}
-    if progress is not None:
-        runs.check_resume(progress, cfg, origins)
-    files.check_output(Path(cfg.output_dir), Path(cfg.data_dir))
+    origins = {"the pictures": data.dataset.fingerprint, "pictures a step": data.sampler.step_size}
+    resume.check_resume(checkpoint, cfg, origins)
+    check_output(Path(cfg.output_dir), Path(cfg.data_dir))
 
-    base = base_models.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
-    buckets.check_sizes(dataset.buckets, cfg.resolution, base.cell_px, base.name)
+    base = stable_diffusion.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
+    buckets.check_sizes(data.dataset.buckets, cfg.resolution, base.cell_px, base.name)
     origins["the base model's weights"] = base.digest
-    if progress is not None:
-        runs.check_resume(progress, cfg, origins)
+    resume.check_resume(checkpoint, cfg, origins)
     with accelerator.main_process_first():
-        classes = cfg.preserve_class if cfg.preserve_weight else []
-        encoded = cache.encode_dataset(dataset, base, open_store(cfg), classes)
+        encoded = encode_dataset(data.dataset, base, cfg)
     validation_text = base.embed(["", *cfg.validation_prompt])
     base.free_encoders()
 
-    parameters = inject_lora(base.unet, cfg)
-    optimizer = optimizers.optimizer_of(cfg.optimizer, parameters, cfg.learning_rate, cfg.weight_decay)
-    fast.speed_up(base.unet, cfg.attention, cfg.compile)
+    trainable = inject_lora(base.unet, cfg, init)
+    optimizer = optim.optimizer_of(cfg.optimizer, trainable, cfg.learning_rate, cfg.weight_decay)
+    compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
     unet, optimizer = accelerator.prepare(base.unet.train(), optimizer)
-    room = memory.Room(cfg.train_batch_size, cfg.gradient_checkpointing)
-    run = Run(
-        cfg, accelerator, base, stream, encoded, validation_text, unet, optimizer,
-        origins, progress, room, told, sorted(kept_out), validation.Best(),
-    )  # fmt: skip
-    take_up(run)
-    return run
+    return Run(
+        cfg=cfg,
+        accelerator=accelerator,
+        base=base,
+        data=data,
+        encoded=encoded,
+        validation_text=validation_text,
+        unet=unet,
+        trainable=trainable,
+        optimizer=optimizer,
+        ema=EMA(checkpoints.trained(base.unet), cfg.ema_decay),
+        origins=origins,
+        checkpoint=checkpoint,
+        memory=MemoryPlan(cfg.train_batch_size, cfg.gradient_checkpointing),
+        best=BestCheckpoint(),
+    )
 
 
-def take_up(run: Run) -> None:
-    """Puts the checkpoint's state in place, if the run goes on from one, and says what is trained where."""
-    accelerator, precision = run.accelerator, str(run.base.unet.dtype).removeprefix("torch.")
-    count, processes = sum(p.numel() for p in run.trainable), accelerator.num_processes
+def encode_dataset(dataset: MegaManDataset, base: StableDiffusion, cfg: TrainConfig) -> EncodedDataset:
+    """The dataset in the base's terms, from the cache where it was encoded before."""
+    store = open_store(cfg)
+    crops = [dataset.crops(index) for index in range(len(dataset))]
+    texts = [dataset.texts(index) for index in range(len(dataset))]
+    class_texts = dataset.class_texts(cfg.preserve_class if cfg.preserve_weight else [])
+    encoded = encoding.encode(crops, texts, base, store, class_texts)
+    say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
+    store.prune()
+    return encoded
+
+
+def begin(run: Run) -> None:
+    """Says what is trained where, and puts the checkpoint's state in place, if the run goes on from one."""
+    precision = str(run.base.unet.dtype).removeprefix("torch.")
+    count = sum(parameter.numel() for parameter in run.trainable)
+    processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
-    say(f"training: {count:,} parameters on {accelerator.device}, the base in {precision}{several}")
-    average = run.average  # begins where the adapter stands
-    if run.progress is not None:
-        tensors = average.restored(run.progress.tensors)
-        checkpoints.restore(run.base.unet, run.optimizer, tensors)
-        run.room = memory.Room.of(run.progress.run)
-        run.best = validation.Best(**run.progress.run["best"])
-        if accelerator.scaler is not None and run.progress.run["scaler"]:
-            accelerator.scaler.load_state_dict(run.progress.run["scaler"])
-        say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.progress.path}")
-    make_room(run)
+    say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
+    if run.checkpoint is not None:
+        restore_checkpoint(run, run.checkpoint)
+        say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.checkpoint.path}")
+    apply_memory_plan(run)
 
 
-def make_room(run: Run) -> None:
-    """Begins the step anew, in the room there is."""
+def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's state in place: adapter, average, optimizer, scaler, and what the run had found
+    out.
+    """
+    tensors = run.ema.take_from(checkpoint.tensors)
+    checkpoints.restore(run.base.unet, run.optimizer, tensors)
+    run.memory = MemoryPlan.of(checkpoint.run)
+    run.best = BestCheckpoint(**checkpoint.run["best"])
+    scaler = run.accelerator.scaler
+    if scaler is not None and checkpoint.run["scaler"]:
+        scaler.load_state_dict(checkpoint.run["scaler"])
+
+
+def apply_memory_plan(run: Run) -> None:
+    """Clears the gradients and applies the memory plan, before a step is tried again."""
     run.optimizer.zero_grad()
-    if run.room.checkpointing or run.cfg.gradient_checkpointing:
+    if run.memory.checkpointing or run.cfg.gradient_checkpointing:
         run.base.unet.enable_gradient_checkpointing()
 
 
-def save_state(run: Run, step: int) -> None:
+def tracker_of(run: Run) -> Tracker:
+    """The run's metrics and samples; silent in all processes but the first."""
+    logs = Path(run.cfg.logging_dir) if run.cfg.logging_dir else run.folder.logs
+    return Tracker(
+        run.folder,
+        range(run.start, run.cfg.max_train_steps),
+        [picture.name for picture in run.data.report.pictures],
+        len(run.data.sampler) / run.data.sampler.steps_an_epoch,
+        logging_dir=logs if run.cfg.report_to == "tensorboard" else None,
+        enabled=run.accelerator.is_main_process,
+    )
+
+
+def save_checkpoint(run: Run, tracker: Tracker, step: int) -> None:
     """A checkpoint after `step` steps, written by the first process."""
-    run.watch.check()  # nothing that isn't finite is saved
+    tracker.check()  # nothing that isn't finite is saved
     if run.accelerator.is_main_process:
+        run.best.note_saved(step)
         scaler = run.accelerator.scaler
-        facts = {"scaler": scaler and scaler.state_dict(), "best": asdict(run.best.saved(step))}
-        facts |= run.room.facts()
-        tensors = checkpoints.tensors_of(run.base.unet, run.optimizer) | run.average.tensors()
-        progress = checkpoints.Progress(
-            step, asdict(run.cfg), run.origins, facts, torch.get_num_threads(), tensors
+        facts = {"scaler": scaler and scaler.state_dict(), "best": asdict(run.best), **run.memory.facts()}
+        tensors = checkpoints.tensors_of(run.base.unet, run.optimizer) | run.ema.tensors()
+        threads = torch.get_num_threads()
+        checkpoint = Checkpoint(step, asdict(run.cfg), run.origins, facts, threads, tensors)
+        with run.ema.swapped_in():
+            adapter = injection.adapter_of(run.base.unet, run.description | {"steps": step})
+        keep = run.cfg.checkpoints_total_limit
+        checkpoints.save_checkpoint(
+            run.folder.checkpoints, checkpoint, adapter, keep=keep, best=run.best.step
         )
-        with run.average.shown():
-            adapter = adapters.adapter_of(run.base.unet, run.description | {"steps": step})
-        folder, keep = run.output / runs.CHECKPOINTS, run.cfg.checkpoints_total_limit
-        checkpoints.save_checkpoint(folder, progress, adapter, keep=keep, best=run.best.step)
 
 
-def validate(run: Run, step: int) -> None:
-    """Measures the plain loss on the pictures that are kept out, the adapter as it is shown."""
-    if run.held_out and run.accelerator.is_main_process:
+def validate(run: Run, tracker: Tracker, step: int) -> None:
+    """Measures the plain loss on the pictures that are held out, the adapter as it is shown."""
+    if run.data.held_out and run.accelerator.is_main_process:
         unet = run.base.unet.eval()
-        with torch.no_grad(), run.average.shown():
-            places = ((index, [time]) for index in run.held_out for time in validation.TIMESTEPS)
-            draws = (fixed_draw(run.encoded, *place) for place in places)  # one at a time: memory is scarce
-            losses = [denoising_losses(unet, draw, run.base.scheduler, snr_gamma=0) for draw in draws]
+        with torch.no_grad(), run.ema.swapped_in():
+            moments = (
+                (index, [timestep])
+                for index in sorted(run.data.held_out)
+                for timestep in validation.TIMESTEPS
+            )
+            batches = (validation_batch(run.encoded, *moment) for moment in moments)  # one at a time: memory
+            losses = [denoising_losses(unet, batch, run.base.scheduler, snr_gamma=0) for batch in batches]
         unet.train()
-        run.best.latest = step, torch.cat(losses).mean().item()
-        run.watch.record_validation(*run.best.latest)
+        loss = torch.cat(losses).mean().item()
+        run.best.note_measured(step, loss)
+        tracker.record_validation(step, loss)
 
 
-def show_samples(run: Run, step: int, stop: stopping.StopRequest) -> None:
+def draw_samples(run: Run, tracker: Tracker, step: int, stop: signals.StopRequest) -> None:
     """One picture a validation prompt, always from the same noise, drawn by the first process."""
     if run.accelerator.is_main_process:
         cfg = run.cfg
-        look = previews.Look(cfg.resolution, cfg.validation_guidance_scale, cfg.seed)
-        with run.average.shown():
-            images = previews.draw_previews(run.base, run.validation_text, look, step, stop)
+        look = validation.Look(cfg.resolution, cfg.validation_guidance_scale, cfg.seed)
+        with run.ema.swapped_in():
+            images = validation.draw_previews(run.base, run.validation_text, look, step, stop)
         if images:
-            run.watch.show_samples(step, cfg.validation_prompt, images)
+            tracker.show_samples(step, cfg.validation_prompt, images)
 
 
-def finish(run: Run) -> Path:
+def finish(run: Run, tracker: Tracker) -> Path:
     """Writes lora_weights/ and closes everything."""
-    weights = run.output / "lora_weights"
+    weights = run.folder.weights
     if run.accelerator.is_main_process:
-        unet, preview = run.base.unet, run.watch.latest_sample()
-        with run.average.shown():
-            adapter = adapters.adapter_of(unet, run.description)
-            adapters.write_adapter(adapter, weights, live=unet, preview=preview)
-        run.best.tell(run.cfg.max_train_steps, run.output / runs.CHECKPOINTS)
-    run.watch.close()
+        unet = run.base.unet
+        with run.ema.swapped_in():
+            adapter = injection.adapter_of(unet, run.description)
+            save.write_adapter(adapter, weights, live=unet, preview=tracker.latest_sample())
+        better = run.best.report_line(run.folder, run.cfg.max_train_steps)
+        if better is not None:
+            say(better)
+    tracker.close()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return weights
 
 
-Examples = list[tuple[Sequence[Place], "Tensor"]]  # the shares of a step, and each one's losses (B,)
+# ---------------------------------------------------------------- the loop
 
 
-def accumulate(run: Run, places: Sequence[Place]) -> Examples:
-    """Adds up the gradients of a step, share by share."""
-    accelerator, scheduler, cfg = run.accelerator, run.base.scheduler, run.cfg
+@dataclass(frozen=True)
+class StepLosses:
+    """What a step's examples cost: the parts that this process computed, each with its losses (B,), and the
+    mean over all examples, on all processes.
+    """
+
+    parts: list[tuple[Sequence[Position], Tensor]]
+    mean: Tensor
+
+
+def forward_backward(run: Run, positions: Sequence[Position], step: int) -> StepLosses:
+    """Forward, loss and backward of a step's examples, in parts that fit into memory: the gradients add up.
+
+    With less at a time where memory runs out; of one process only: others would wait for the one that
+    retries.
+    """
+
+    def shrink() -> None:
+        run.memory.shrink(step)
+        apply_memory_plan(run)
+
+    if run.accelerator.num_processes > 1:
+        parts = accumulate(run, positions)
+    else:
+        parts = memory.retry_with_less_memory(lambda: accumulate(run, positions), shrink)
+    total = torch.stack([losses.sum() for _, losses in parts]).sum()
+    return StepLosses(parts, run.accelerator.reduce(total, "sum") / len(positions))
+
+
+def accumulate(run: Run, positions: Sequence[Position]) -> list[tuple[Sequence[Position], Tensor]]:
+    """One pass over this process's parts of a step; the last one lets the processes share their gradients."""
+    cfg, accelerator, scheduler = run.cfg, run.accelerator, run.base.scheduler
     processes = accelerator.num_processes
-    examples, shares = [], shares_of(places, accelerator.process_index, processes, run.room.batch)
+    shares = micro_batches(positions, accelerator.process_index, processes, run.memory.batch)
+    parts = []
     for number, share in enumerate(shares, 1):
         with nullcontext() if number == len(shares) else accelerator.no_sync(run.unet):
-            draw = draw_inputs(share or places[:1], run.encoded, cfg, scheduler)
-            weight = processes / run.stream.step_size if share else 0.0  # a short step weighs by its size
+            used = share or positions[:1]  # a process without a share computes one for nothing: all must meet
+            batch = make_batch(used, run.encoded, cfg, scheduler)
             if cfg.lora_dropout:
-                seed_dropout(cfg.seed, (share or places)[0].position)
-            losses, strayed = losses_of(run.unet, draw, scheduler, cfg)
+                seed_dropout(cfg.seed, used[0].position)
+            losses, strayed = training_losses(run.unet, batch, scheduler, cfg)
+            # Divides by the full step, so a short one counts less; times processes, because DDP averages.
+            weight = processes / run.data.sampler.step_size if share else 0.0
             accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
-        examples.append((share, losses.detach()[: len(share)]))
-    return examples
-
-
-def fitted(run: Run, places: Sequence[Place], step: int) -> Examples:
-    """The same, with less at a time where memory runs out. Several processes would wait for each other."""
-    if run.accelerator.num_processes > 1:
-        return accumulate(run, places)
-    return memory.within(run.room, lambda: accumulate(run, places), lambda: make_room(run), step)
-
-
-def mean_loss(run: Run, examples: Examples, places: Sequence[Place]) -> Tensor:
-    """Over all examples of a step, on all processes."""
-    total = torch.stack([losses.sum() for _, losses in examples]).sum()
-    return run.accelerator.reduce(total, "sum") / len(places)
+        parts.append((share, losses.detach()[: len(share)]))
+    return parts
 
 
 def train(cfg: TrainConfig) -> Path:
     """Trains one adapter and returns its folder lora_weights/. UserError with the exit code when it can't."""
     run = set_up(cfg)
+    begin(run)
     cfg, accelerator, total = run.cfg, run.accelerator, run.cfg.max_train_steps
-    writes = accelerator.is_main_process
-    with runs.ready(run.output, recorded(cfg), run.progress, writes=writes) as stop, closing(run.watch):
+    is_main = accelerator.is_main_process
+    with (
+        resume.claimed(run.folder, recorded(cfg), run.checkpoint, is_main=is_main) as stop,
+        closing(tracker_of(run)) as tracker,
+    ):
         if run.start == 0:
-            if writes:
-                run.told.write(run.output)
-            validate(run, 0)
-        if every(run.start, cfg.validation_steps, total) and not run.watch.has_samples(run.start):
-            show_samples(run, run.start, stop)  # of the base, or those that a stopped run still owes
+            if is_main:
+                run.data.report.write(run.folder.path)
+            validate(run, tracker, 0)
+        if every(run.start, cfg.validation_steps, total) and not tracker.has_samples(run.start):
+            draw_samples(run, tracker, run.start, stop)  # of the base, or those that a stopped run still owes
         for step in range(run.start, total):
-            rate = optimizers.set_learning_rate(run.optimizer, lr_at(step, cfg))
-            places = run.stream.at(step)
-            examples = fitted(run, places, step)
+            rate = optim.set_learning_rate(run.optimizer, lr_at(step, cfg))
+            positions = run.data.sampler.batch(step)  # a function of the step
+            losses = forward_backward(run, positions, step)
             grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            run.average.update(step)
-            loss, skipped = mean_loss(run, examples, places), accelerator.optimizer_step_was_skipped
-            run.watch.record(watch.Step(step, loss, grad_norm, rate, skipped, examples))
+            run.ema.update(step)
+            skipped = accelerator.optimizer_step_was_skipped
+            tracker.record(StepResult(step, losses.mean, grad_norm, rate, skipped, losses.parts))
 
             done = step + 1
-            stopped = devices.is_agreed(bool(stop), accelerator)
+            is_stopped = compute.is_agreed(bool(stop), accelerator)
             if every(done, cfg.validation_steps, total) or every(done, cfg.save_steps, total):
-                validate(run, done)
-            if stopped or every(done, cfg.save_steps, total):
-                save_state(run, done)  # before the preview, which may run out of memory
-            if stopped:
-                stop.obey(
-                    f"stopped at step {done} of {total}, saved. Go on with: {runs.resume_command(run.output)}"
-                )
+                validate(run, tracker, done)
+            if is_stopped or every(done, cfg.save_steps, total):
+                save_checkpoint(run, tracker, done)  # before the preview, which may run out of memory
+            if is_stopped:
+                how = resume.resume_command(run.folder)
+                stop.obey(f"stopped at step {done} of {total}, saved. Go on with: {how}")
             if every(done, cfg.validation_steps, total):
-                show_samples(run, done, stop)
-        return finish(run)
+                draw_samples(run, tracker, done, stop)
+        return finish(run, tracker)
 
 
 # ---------------------------------------------------------------- the command
@@ -668,16 +765,14 @@ def train(cfg: TrainConfig) -> Path:
 
 def show_dataset(cfg: TrainConfig) -> None:
     """--dry_run: the report, on the terminal and as a page."""
-    dataset, output = open_dataset(cfg), Path(cfg.output_dir)
-    kept_out = validation.held_out(dataset, cfg.validation_split, cfg.seed)
-    stream, told = stream_of(dataset, pictures_a_step(cfg, 1), kept_out), report.report_of(dataset)
-    for line in [*told.lines(), report.describe_plan(plan(cfg, stream.steps_an_epoch), stream)]:
+    data, output = open_training_set(cfg, processes=1), Path(cfg.output_dir)
+    for line in [*data.report.lines(), describe_plan(plan(cfg, data.sampler.steps_an_epoch), data.sampler)]:
         say(line)
-    files.check_output(output, Path(cfg.data_dir))
-    if files.holds_run(output):
+    check_output(output, Path(cfg.data_dir))
+    if holds_run(output):
         output = output / "dry_run"  # a run's files stay as they are
-    say(f"dry run: nothing was trained. {told.write(output)} shows every picture and its caption")
-    for line in told.offer_captions(output / "captions"):
+    say(f"dry run: nothing was trained. {data.report.write(output)} shows every picture and its caption")
+    for line in data.report.offer_captions(output / CAPTIONS):
         say(line)
 
 
@@ -693,5 +788,5 @@ def main(cfg: TrainConfig, chosen: Collection[str]) -> None:
 
 
 if __name__ == "__main__":
-    with errors.reported():
+    with console.reported():
         main(CONFIG, CHOSEN)

@@ -6,27 +6,27 @@ from typing import NoReturn
 
 import generate_megaman
 import megaman_lora
-from megaman.common import console as errors
-from megaman.common import html as pages
-from megaman.data import welcome
+from megaman.common import console
+from megaman.data import first_start
+from megaman.generation import gallery
 
 
 def training() -> None:
     """megaman_lora.py."""
     cfg, chosen = megaman_lora.read_config(sys.argv[1:])
-    welcome.answer_first_start(cfg, chosen)
+    first_start.answer_first_start(cfg, chosen)
     megaman_lora.main(cfg, chosen)
 
 
 def drawing() -> None:
     """generate_megaman.py."""
     cfg = generate_megaman.read_config(sys.argv[1:])
-    pages.answer_gallery_only(cfg)
+    gallery.answer_gallery_only(cfg)
     generate_megaman.main(cfg)
 
 
 def run(command: Callable[[], object]) -> NoReturn:
     """Runs the command and leaves with its exit code."""
-    with errors.reported():
+    with console.reported():
         command()
     sys.exit(0)

@@ -36,7 +36,12 @@ from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 import megaman_lora  # noqa: E402
-from megaman.model.stable_diffusion import EMBEDDED_FOLDER, BaseModel, load_base  # noqa: E402
+from megaman.data.buckets import (  # noqa: E402
+    Bucket,
+    Crop,
+)
+from megaman.model.hub import EMBEDDED_FOLDER  # noqa: E402
+from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
 
 
 def save_tiny_base(folder: Path) -> Path:
@@ -93,15 +98,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_base(tiny_folder: Path) -> BaseModel:
+def tiny_base(tiny_folder: Path) -> StableDiffusion:
     """The tiny base, freshly loaded, float32, on the CPU."""
     return load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
-def plain(tiny_folder: Path) -> BaseModel:
+def plain(tiny_folder: Path) -> StableDiffusion:
     """The tiny base, loaded once, never changed: copies of its UNet are adapted."""
     return load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def crop_of(folder: Path, value: float, side: int = 32) -> Crop:
+    """All of a plain grey picture; value in [-1, 1]."""
+    level = round((value + 1) * 127.5)
+    path = folder / f"{level}.png"
+    Image.new("RGB", (side, side), (level, level, level)).save(path)
+    return Crop(path, str(level), Bucket(side, side))
 
 
 @pytest.fixture

@@ -10,21 +10,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from megaman.common.console import UserError
+from megaman.config.train import TrainConfig
+from megaman.lora.adapter import Adapter, LoraLayer
+from megaman.lora.formats import kohya_tensors, peft_tensors
+from megaman.lora.injection import adapter_of
+from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
-from megaman.lora.save import (
-    Adapter,
-    LoraLayer,
-    adapter_of,
-    kohya_tensors,
-    peft_tensors,
-    read_adapter,
-    write_adapter,
-)
-from megaman.model.stable_diffusion import BaseModel, load_base
-from megaman_lora import TrainConfig, inject_lora
+from megaman.lora.save import write_adapter
+from megaman.model.stable_diffusion import StableDiffusion, load_base
+from megaman_lora import inject_lora
 
 
-def unet_output(unet: torch.nn.Module, base: BaseModel) -> torch.Tensor:
+def unet_output(unet: torch.nn.Module, base: StableDiffusion) -> torch.Tensor:
     """What the UNet says to fixed inputs."""
     torch.manual_seed(5)
     noisy, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, base.unet.config.cross_attention_dim)
@@ -33,7 +30,7 @@ def unet_output(unet: torch.nn.Module, base: BaseModel) -> torch.Tensor:
 
 
 @pytest.fixture
-def live(tiny_base: BaseModel) -> BaseModel:
+def live(tiny_base: StableDiffusion) -> StableDiffusion:
     """A base with an adapter at rank 4, alpha 32 whose B is no longer zero."""
     inject_lora(tiny_base.unet, TrainConfig(lora_rank=4, lora_alpha=32))
     torch.manual_seed(9)
@@ -43,7 +40,7 @@ def live(tiny_base: BaseModel) -> BaseModel:
     return tiny_base
 
 
-def test_an_untrained_adapter_is_the_base_to_the_bit(tiny_base: BaseModel) -> None:
+def test_an_untrained_adapter_is_the_base_to_the_bit(tiny_base: StableDiffusion) -> None:
     plain = unet_output(tiny_base.unet, tiny_base)
     trainable = inject_lora(tiny_base.unet, TrainConfig())
     assert torch.equal(unet_output(tiny_base.unet, tiny_base), plain)
@@ -64,7 +61,7 @@ def test_the_adapter_is_float32_on_a_half_precision_base(tiny_folder: Path) -> N
     assert base.vae.dtype == torch.float32
 
 
-def test_all_three_files_hold_the_live_models_update(live: BaseModel, tmp_path: Path) -> None:
+def test_all_three_files_hold_the_live_models_update(live: StableDiffusion, tmp_path: Path) -> None:
     trained = adapter_of(live.unet)
     write_adapter(trained, tmp_path)
     files = ["adapter_model.safetensors", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"]
@@ -87,7 +84,9 @@ def test_all_three_files_hold_the_live_models_update(live: BaseModel, tmp_path: 
     assert (tmp_path / files[1]).read_bytes() == (tmp_path / files[2]).read_bytes()
 
 
-def test_pefts_own_loader_gives_the_live_output(live: BaseModel, tiny_folder: Path, tmp_path: Path) -> None:
+def test_pefts_own_loader_gives_the_live_output(
+    live: StableDiffusion, tiny_folder: Path, tmp_path: Path
+) -> None:
     write_adapter(adapter_of(live.unet), tmp_path)
     unet = UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet")
     model = PeftModel.from_pretrained(unet, tmp_path)
@@ -96,7 +95,7 @@ def test_pefts_own_loader_gives_the_live_output(live: BaseModel, tiny_folder: Pa
 
 @pytest.mark.parametrize("weight_name", [None, "megaman_lora.safetensors"])
 def test_diffusers_own_loader_gives_the_live_output(
-    live: BaseModel, tiny_folder: Path, tmp_path: Path, weight_name: str | None
+    live: StableDiffusion, tiny_folder: Path, tmp_path: Path, weight_name: str | None
 ) -> None:
     write_adapter(adapter_of(live.unet), tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
@@ -109,7 +108,7 @@ def test_diffusers_own_loader_gives_the_live_output(
 
 @pytest.mark.parametrize("layout", ["peft", "kohya", "diffusers", "diffusers old"])
 def test_a_merged_adapter_is_the_live_model_and_at_strength_zero_the_base(
-    live: BaseModel, tiny_folder: Path, tmp_path: Path, layout: str
+    live: StableDiffusion, tiny_folder: Path, tmp_path: Path, layout: str
 ) -> None:
     trained = adapter_of(live.unet)
     if layout == "peft":
@@ -148,7 +147,9 @@ def tensors_of(adapter: Adapter, layout: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_a_kohya_file_without_alpha_counts_as_alpha_equal_to_rank(live: BaseModel, tmp_path: Path) -> None:
+def test_a_kohya_file_without_alpha_counts_as_alpha_equal_to_rank(
+    live: StableDiffusion, tmp_path: Path
+) -> None:
     tensors = {
         key: value for key, value in kohya_tensors(adapter_of(live.unet)).items() if "alpha" not in key
     }
@@ -157,7 +158,9 @@ def test_a_kohya_file_without_alpha_counts_as_alpha_equal_to_rank(live: BaseMode
 
 
 @pytest.mark.parametrize("is_rslora", [False, True])
-def test_diffusers_own_file_is_read_at_its_strength(live: BaseModel, tmp_path: Path, is_rslora: bool) -> None:
+def test_diffusers_own_file_is_read_at_its_strength(
+    live: StableDiffusion, tmp_path: Path, is_rslora: bool
+) -> None:
     trained = adapter_of(live.unet)
     layers = {key.removeprefix("base_model.model."): value for key, value in peft_tensors(trained).items()}
     about = {"r": 4, "lora_alpha": 16, "use_rslora": is_rslora, "alpha_pattern": {"attn2.to_k": 6}}
@@ -171,7 +174,7 @@ def test_diffusers_own_file_is_read_at_its_strength(live: BaseModel, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "null", '{"base": 5}', '{"resolution": "large"}'])
-def test_damaged_metadata_is_refused(live: BaseModel, tmp_path: Path, text: str) -> None:
+def test_damaged_metadata_is_refused(live: StableDiffusion, tmp_path: Path, text: str) -> None:
     save_file(kohya_tensors(adapter_of(live.unet)), tmp_path / "a.safetensors", {"megaman": text})
     with pytest.raises(UserError, match="metadata is damaged"):
         read_adapter(tmp_path / "a.safetensors")
@@ -183,7 +186,7 @@ def test_numbers_too_large_for_float16_are_refused(tmp_path: Path) -> None:
         write_adapter(Adapter({("unet", "a.to_q"): layer}), tmp_path)
 
 
-def test_a_text_encoder_adapter_changes_the_text_encoder(tiny_base: BaseModel) -> None:
+def test_a_text_encoder_adapter_changes_the_text_encoder(tiny_base: StableDiffusion) -> None:
     module = tiny_base.text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj")
     before, embedded = module.weight.clone(), tiny_base.embed(["mega man"])
     layer = LoraLayer(torch.ones(1, 24), torch.ones(24, 1), 1.0)
@@ -193,7 +196,7 @@ def test_a_text_encoder_adapter_changes_the_text_encoder(tiny_base: BaseModel) -
     assert not torch.equal(tiny_base.embed(["mega man"]), embedded)
 
 
-def test_the_digest_is_of_the_weights_and_not_of_the_file(live: BaseModel, tmp_path: Path) -> None:
+def test_the_digest_is_of_the_weights_and_not_of_the_file(live: StableDiffusion, tmp_path: Path) -> None:
     trained = adapter_of(live.unet)
     write_adapter(trained, tmp_path)
     assert (
@@ -241,7 +244,7 @@ def broken(kind: str, good: dict[str, torch.Tensor], folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind", ["nan", "half a pair", "strange keys", "no lora", "truncated", "empty", "pickle inside"]
 )
-def test_a_damaged_or_foreign_file_is_refused(live: BaseModel, tmp_path: Path, kind: str) -> None:
+def test_a_damaged_or_foreign_file_is_refused(live: StableDiffusion, tmp_path: Path, kind: str) -> None:
     path = broken(kind, peft_tensors(adapter_of(live.unet)), tmp_path)
     with pytest.raises(UserError) as error:
         read_adapter(path)
@@ -262,7 +265,7 @@ def test_a_missing_adapter_or_an_empty_folder_names_the_remedy(tmp_path: Path) -
             read_adapter(path)
 
 
-def test_an_adapter_of_another_base_is_refused_and_says_why(live: BaseModel, tiny_folder: Path) -> None:
+def test_an_adapter_of_another_base_is_refused_and_says_why(live: StableDiffusion, tiny_folder: Path) -> None:
     plain = load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
     layers = dict(adapter_of(live.unet).layers)
     key = next(key for key in layers if key[1].endswith("attn2.to_k"))
@@ -273,14 +276,14 @@ def test_an_adapter_of_another_base_is_refused_and_says_why(live: BaseModel, tin
         MergedAdapter(Adapter({("unet", "middle.of.nowhere"): layers[key]}), plain.unet, None)
 
 
-def test_a_peft_file_without_its_configuration_is_refused(live: BaseModel, tmp_path: Path) -> None:
+def test_a_peft_file_without_its_configuration_is_refused(live: StableDiffusion, tmp_path: Path) -> None:
     write_adapter(adapter_of(live.unet), tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="strength is unknown"):
         read_adapter(tmp_path)
 
 
-def test_an_adapter_that_became_nan_in_training_is_not_written(live: BaseModel, tmp_path: Path) -> None:
+def test_an_adapter_that_became_nan_in_training_is_not_written(live: StableDiffusion, tmp_path: Path) -> None:
     next(p for name, p in live.unet.named_parameters() if "lora_B" in name).data.fill_(float("inf"))
     with pytest.raises(UserError) as error:
         adapter_of(live.unet)
@@ -295,7 +298,7 @@ def test_files_have_the_modes_that_the_umask_grants(adapter_folder: Path) -> Non
     assert modes == {oct(plain.stat().st_mode & 0o777)}
 
 
-def test_tensors_read_back_are_those_written(live: BaseModel, tmp_path: Path) -> None:
+def test_tensors_read_back_are_those_written(live: StableDiffusion, tmp_path: Path) -> None:
     trained = adapter_of(live.unet)
     write_adapter(trained, tmp_path)
     read = load_file(tmp_path / "adapter_model.safetensors")

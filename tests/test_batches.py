@@ -1,23 +1,28 @@
 """Which example stands where: a pure function of (seed, position)."""
 
 import random
+import tempfile
 from collections import Counter
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import crop_of
 
-from megaman.common.cache import Encoded, Store, View, encode
+from megaman.common.cache import Store
+from megaman.config.train import TrainConfig
 from megaman.data.buckets import bucket_for, buckets_of
-from megaman.model.stable_diffusion import BaseModel
-from megaman.training.sampler import Place, Stream, generator_of, shares_of
-from megaman_lora import TrainConfig, draw_inputs, stream_of
+from megaman.model.stable_diffusion import StableDiffusion
+from megaman.training.encoding import EncodedDataset, encode
+from megaman.training.sampler import Position, Sampler, generator_of, micro_batches
+from megaman_lora import make_batch, sampler_of
 
 
-def epoch_of(stream: Stream, number: int) -> list[list[Place]]:
+def epoch_of(stream: Sampler, number: int) -> list[list[Position]]:
     first = number * stream.steps_an_epoch
-    return [stream.at(step) for step in range(first, first + stream.steps_an_epoch)]
+    return [stream.batch(step) for step in range(first, first + stream.steps_an_epoch)]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -31,7 +36,7 @@ def test_every_epoch_shows_each_picture_as_often_as_it_repeats_whatever_the_size
             bucket += [index] * wanted[index]
             index += 1
         buckets.append(tuple(bucket))
-    stream = Stream(tuple(buckets), step_size=rng.randint(1, 13), seed=seed)
+    stream = Sampler(tuple(buckets), step_size=rng.randint(1, 13), seed=seed)
     for epoch in range(3):
         steps = epoch_of(stream, epoch)
         assert Counter(place.index for step in steps for place in step) == wanted
@@ -53,7 +58,7 @@ def test_pictures_of_any_sizes_are_each_shown_as_often_as_they_repeat(crop: str)
         dataset = SimpleNamespace(
             buckets=[bucket_for(size, offered) for size in sizes], repeats=repeats, seed=seed
         )
-        stream = stream_of(dataset, rng.randint(1, 64))
+        stream = sampler_of(dataset, rng.randint(1, 64))
         for epoch in range(2):
             steps = epoch_of(stream, epoch)
             shown = Counter(place.index for step in steps for place in step)
@@ -62,21 +67,24 @@ def test_pictures_of_any_sizes_are_each_shown_as_often_as_they_repeat(crop: str)
 
 
 def test_each_epoch_has_an_order_of_its_own_and_each_seed_others() -> None:
-    stream = Stream((tuple(range(30)),), 1, seed=3)
+    stream = Sampler((tuple(range(30)),), 1, seed=3)
     orders = [tuple(step[0].index for step in epoch_of(stream, epoch)) for epoch in range(5)]
     assert len(set(orders)) == 5
-    assert orders[0] != tuple(step[0].index for step in epoch_of(Stream(stream.buckets, 1, seed=4), 0))
+    assert orders[0] != tuple(step[0].index for step in epoch_of(Sampler(stream.buckets, 1, seed=4), 0))
 
 
 @pytest.mark.parametrize(("count", "batch"), product((1, 3, 7, 12), (1, 2, 3)))
 def test_processes_and_micro_batches_cut_a_step_without_loss_or_repetition(count: int, batch: int) -> None:
-    places = [Place(i, i) for i in range(count)]
+    places = [Position(i, i) for i in range(count)]
     for processes in (1, 2, 3):
-        shares = [shares_of(places, rank, processes, batch) for rank in range(processes)]
+        shares = [micro_batches(places, rank, processes, batch) for rank in range(processes)]
         assert len({len(each) for each in shares}) == 1  # all take part in every backward pass
         assert sorted(place for each in shares for share in each for place in share) == places
         assert all(len(share) <= batch for each in shares for share in each)
-    two, one = [shares_of(places, rank, 2, batch) for rank in (0, 1)], shares_of(places, 0, 1, 2 * batch)
+    two, one = (
+        [micro_batches(places, rank, 2, batch) for rank in (0, 1)],
+        micro_batches(places, 0, 1, 2 * batch),
+    )
     assert [list(a) + list(b) for a, b in zip(*two, strict=True)] == [list(share) for share in one]
 
 
@@ -90,80 +98,89 @@ def test_randomness_is_decided_by_seed_purpose_and_number() -> None:
 
 
 def encoded_of(
-    base: BaseModel, values: list[float], captions: list[list[str]], classes: list[list[str]] | None = None
-) -> Encoded:
-    """Plain pictures of 32 px, one view each."""
-    pixels = [torch.full((3, 32, 32), value) for value in values]
-    views = [[View(str(value), lambda p=p: p, "a.png")] for value, p in zip(values, pixels, strict=True)]
-    return encode(views, captions, base, Store(None), classes or [])
+    base: StableDiffusion,
+    values: list[float],
+    captions: list[list[str]],
+    classes: list[list[str]] | None = None,
+) -> EncodedDataset:
+    """Plain pictures of 32 px, one crop each."""
+    with tempfile.TemporaryDirectory() as folder:
+        crops = [[crop_of(Path(folder), value)] for value in values]
+        return encode(crops, captions, base, Store(None), classes or [])
 
 
 @pytest.fixture
-def encoded(tiny_base: BaseModel) -> Encoded:
+def encoded(tiny_base: StableDiffusion) -> EncodedDataset:
     return encoded_of(
         tiny_base, [-0.5, 0.0, 0.5, 0.0], [["mega man"], ["a wizard"], ["mega man"], ["a wizard"]]
     )
 
 
-def places_of(count: int, pictures: int = 4, first: int = 0) -> list[Place]:
-    return [Place(first + i, (first + i) % pictures) for i in range(count)]
+def places_of(count: int, pictures: int = 4, first: int = 0) -> list[Position]:
+    return [Position(first + i, (first + i) % pictures) for i in range(count)]
 
 
-def test_equal_pictures_and_captions_are_encoded_once(encoded: Encoded) -> None:
+def test_equal_pictures_and_captions_are_encoded_once(encoded: EncodedDataset) -> None:
     assert [tuple(mean.shape) for mean in encoded.means] == [(4, 16, 16)] * 3
-    assert encoded.view_rows == [[0], [1], [2], [1]]
+    assert encoded.crop_rows == [[0], [1], [2], [1]]
     assert encoded.text.shape[:2] == (3, 77)
     assert encoded.text_rows == [[1], [2], [1], [2]]  # row 0 is the empty caption
 
 
-def test_latents_are_the_vaes_posterior(encoded: Encoded, tiny_base: BaseModel) -> None:
+def test_latents_are_the_vaes_posterior(
+    encoded: EncodedDataset, tiny_base: StableDiffusion, tmp_path: Path
+) -> None:
     with torch.no_grad():
-        posterior = tiny_base.vae.encode(torch.full((1, 3, 32, 32), 0.5)).latent_dist
+        posterior = tiny_base.vae.encode(crop_of(tmp_path, 0.5).pixels()[None]).latent_dist
     assert torch.equal(encoded.means[2], posterior.mean[0] * tiny_base.vae.config.scaling_factor)
     assert torch.equal(encoded.stds[2], posterior.std[0] * tiny_base.vae.config.scaling_factor)
 
 
-def test_a_batch_is_its_examples_drawn_one_by_one(encoded: Encoded, tiny_base: BaseModel) -> None:
+def test_a_batch_is_its_examples_drawn_one_by_one(
+    encoded: EncodedDataset, tiny_base: StableDiffusion
+) -> None:
     cfg, places = TrainConfig(caption_dropout=0.5), places_of(8, first=20)
-    together = draw_inputs(places, encoded, cfg, tiny_base.scheduler)
-    singly = [draw_inputs([place], encoded, cfg, tiny_base.scheduler) for place in places]
+    together = make_batch(places, encoded, cfg, tiny_base.scheduler)
+    singly = [make_batch([place], encoded, cfg, tiny_base.scheduler) for place in places]
     for name in ("latents", "noise", "timesteps", "text"):
         assert torch.equal(getattr(together, name), torch.cat([getattr(draw, name) for draw in singly]))
 
 
 def test_the_posterior_is_sampled_anew_each_time_a_picture_comes_round(
-    encoded: Encoded, tiny_base: BaseModel
+    encoded: EncodedDataset, tiny_base: StableDiffusion
 ) -> None:
-    places = [Place(position, 0) for position in range(60)]
-    latents = draw_inputs(places, encoded, TrainConfig(), tiny_base.scheduler).latents
+    places = [Position(position, 0) for position in range(60)]
+    latents = make_batch(places, encoded, TrainConfig(), tiny_base.scheduler).latents
     deviations = (latents - encoded.means[0]) / encoded.stds[0]
     assert abs(deviations.mean()) < 0.05
     assert abs(deviations.std() - 1) < 0.05
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_caption_dropout_takes_its_share(encoded: Encoded, tiny_base: BaseModel, share: float) -> None:
-    draw = draw_inputs(places_of(400), encoded, TrainConfig(caption_dropout=share), tiny_base.scheduler)
+def test_caption_dropout_takes_its_share(
+    encoded: EncodedDataset, tiny_base: StableDiffusion, share: float
+) -> None:
+    draw = make_batch(places_of(400), encoded, TrainConfig(caption_dropout=share), tiny_base.scheduler)
     empty = (draw.text == encoded.text[0]).all(dim=(1, 2)).float().mean().item()
     assert abs(empty - share) < 0.07
     assert share not in (0.0, 1.0) or empty == share
 
 
-def test_variants_of_a_caption_are_drawn_per_position(tiny_base: BaseModel) -> None:
+def test_variants_of_a_caption_are_drawn_per_position(tiny_base: StableDiffusion) -> None:
     encoded = encoded_of(tiny_base, [0.1], [["mega man, a, b", "mega man, b, a"]])
-    draw = draw_inputs(places_of(60, 1), encoded, TrainConfig(caption_dropout=0), tiny_base.scheduler)
+    draw = make_batch(places_of(60, 1), encoded, TrainConfig(caption_dropout=0), tiny_base.scheduler)
     rows = [(encoded.text == text).all(dim=(1, 2)).nonzero()[0].item() for text in draw.text]
     assert 15 < rows.count(1) < 45
     assert set(rows) == {1, 2}
 
 
-def test_class_captions_stand_beside_the_pictures_own(tiny_base: BaseModel) -> None:
+def test_class_captions_stand_beside_the_pictures_own(tiny_base: StableDiffusion) -> None:
     classes = [["a robot", "a knight"], ["a robot, red", "a knight, red"]]
     encoded = encoded_of(tiny_base, [-0.5, 0.0], [["mega man"], ["mega man, red"]], classes)
     assert encoded.class_rows == [[3, 4], [5, 6]]
     cfg = TrainConfig(preserve_weight=1.0, preserve_class=["robot", "knight"])
-    drawn = draw_inputs(places_of(200, 2), encoded, cfg, tiny_base.scheduler)
-    plain = draw_inputs(places_of(200, 2), encoded, TrainConfig(), tiny_base.scheduler)
+    drawn = make_batch(places_of(200, 2), encoded, cfg, tiny_base.scheduler)
+    plain = make_batch(places_of(200, 2), encoded, TrainConfig(), tiny_base.scheduler)
     assert len(plain.class_of) == len(plain.class_text) == 0
     assert torch.equal(plain.text, drawn.text)  # preserving changes nothing of what is learned
     assert drawn.class_of.tolist() == list(range(0, 200, 4))  # one in four

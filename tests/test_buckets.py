@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megaman.data.buckets import Bucket, bucket_for, buckets_of, fit_of, fitted
+from megaman.data.buckets import Bucket, bucket_for, buckets_of, cut_out, fit_of
 
 
 @pytest.mark.parametrize(("resolution", "cell"), [(512, 64), (768, 64), (256, 64), (64, 16), (32, 4)])
@@ -63,7 +63,7 @@ def test_the_window_has_the_buckets_shape_and_covers_one_axis_entirely() -> None
 def test_a_picture_of_any_size_gives_its_buckets_pixels(size: tuple[int, int]) -> None:
     bucket = bucket_for(size, buckets_of(256, 64, "bucket"))
     for at in ((0, 0), (0.5, 0.5), (0.3, 0.9), (1, 1)):
-        pixels = fitted(Image.new("RGB", size, "red"), bucket, at)
+        pixels = cut_out(Image.new("RGB", size, "red"), bucket, at)
         assert pixels.shape == (3, bucket.height, bucket.width)
         assert pixels[:, 0, 0].tolist() == [1, -1, -1]
 
@@ -71,7 +71,7 @@ def test_a_picture_of_any_size_gives_its_buckets_pixels(size: tuple[int, int]) -
 def test_the_middle_is_seen_and_values_stay_in_range() -> None:
     image = Image.new("RGB", (30, 10), "black")
     image.paste("white", (10, 0, 20, 10))
-    pixels = fitted(image, Bucket(16, 16))
+    pixels = cut_out(image, Bucket(16, 16))
     assert pixels.shape == (3, 16, 16)
     assert pixels.dtype == torch.float32
     assert pixels[:, 8, 8].tolist() == [1, 1, 1]
@@ -81,15 +81,15 @@ def test_the_middle_is_seen_and_values_stay_in_range() -> None:
 
 def test_a_picture_in_its_own_size_is_left_as_it_is_and_a_mirrored_one_is_mirrored() -> None:
     image = Image.effect_noise((32, 48), 80).convert("RGB")
-    pixels = fitted(image, Bucket(32, 48))
+    pixels = cut_out(image, Bucket(32, 48))
     assert torch.equal(
         ((pixels + 1) * 127.5).round().byte()[0].flatten(), torch.tensor(list(image.getdata(0)))
     )
-    assert torch.equal(fitted(image, Bucket(32, 48), mirrored=True), pixels.flip(2))
+    assert torch.equal(cut_out(image, Bucket(32, 48), mirrored=True), pixels.flip(2))
 
 
 def test_a_random_window_moves_along_the_long_side() -> None:
     image = Image.linear_gradient("L").resize((64, 16)).rotate(0).convert("RGB")
     image = Image.merge("RGB", [Image.linear_gradient("L").rotate(90).resize((64, 16))] * 3)
-    left, right = (fitted(image, Bucket(16, 16), (x, 0.5)).mean() for x in (0.0, 1.0))
+    left, right = (cut_out(image, Bucket(16, 16), (x, 0.5)).mean() for x in (0.0, 1.0))
     assert abs(left - right) > 1

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import crop_of
 
-from megaman.common.cache import ENTRIES, MARK, Store, View, default_folder, encode, key_of
-from megaman.model.stable_diffusion import BaseModel
+from megaman.common.cache import ENTRIES, MARK, Store, default_folder, key_of
+from megaman.model.stable_diffusion import StableDiffusion
+from megaman.training.encoding import encode
 
 
 def made(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -163,38 +165,38 @@ def test_several_processes_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_second_encoding_asks_neither_vae_nor_text_encoder(
-    tmp_path: Path, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    views = [[View("red", lambda: torch.full((3, 32, 32), 0.3), "red.png")]]
-    first = encode(views, [["mega man"]], tiny_base, Store(tmp_path))
+    crops = [[crop_of(tmp_path, 0.3)]]
+    first = encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
     monkeypatch.setattr(tiny_base.vae, "encode", must_not_be_made)
     monkeypatch.setattr(tiny_base.text_encoder, "forward", must_not_be_made)
     store = Store(tmp_path)
-    again = encode(views, [["mega man"]], tiny_base, store)
+    again = encode(crops, [["mega man"]], tiny_base, store)
     assert torch.equal(first.means[0], again.means[0])
     assert torch.equal(first.text, again.text)
     assert (store.hits, store.misses) == (3, 0)
 
 
 def test_the_same_weights_in_another_architecture_find_nothing_of_these(
-    tmp_path: Path, tiny_base: BaseModel
+    tmp_path: Path, tiny_base: StableDiffusion
 ) -> None:
-    views = [[View("red", lambda: torch.full((3, 32, 32), 0.3), "red.png")]]
-    encode(views, [["mega man"]], tiny_base, Store(tmp_path))
+    crops = [[crop_of(tmp_path, 0.3)]]
+    encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
     tiny_base.vae.register_to_config(norm_num_groups=2)
     tiny_base.text_encoder.config.hidden_act = "gelu"
     store = Store(tmp_path)
-    encode(views, [["mega man"]], tiny_base, store)
+    encode(crops, [["mega man"]], tiny_base, store)
     assert (store.hits, store.misses) == (0, 3)
 
 
-def test_other_weights_find_nothing_of_these(tmp_path: Path, tiny_base: BaseModel) -> None:
-    views = [[View("red", lambda: torch.full((3, 32, 32), 0.3), "red.png")]]
-    encode(views, [["mega man"]], tiny_base, Store(tmp_path))
+def test_other_weights_find_nothing_of_these(tmp_path: Path, tiny_base: StableDiffusion) -> None:
+    crops = [[crop_of(tmp_path, 0.3)]]
+    encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
     with torch.no_grad():
         tiny_base.vae.quant_conv.weight[0, 0] += 1
     store = Store(tmp_path)
-    encode(views, [["mega man"]], tiny_base, store)
+    encode(crops, [["mega man"]], tiny_base, store)
     assert (store.hits, store.misses) == (2, 1)
 
 

@@ -10,18 +10,17 @@ from conftest import bound_by_modes
 
 from megaman.common.console import UserError
 from megaman.data.captions import (
-    VOCABULARY,
     Caption,
-    caption_from_name,
     odd_repeats,
     read_captions,
-    renamed,
     repeats_of,
     shared_captions,
     tag_frequencies,
     variants,
+    with_trigger_replaced,
     write_caption_set,
 )
+from megaman.data.name_captions import VOCABULARY, caption_from_name
 
 TRIGGER = "mega man"
 HOME = Path("/pictures")
@@ -346,7 +345,7 @@ def test_a_number_before_a_folders_name_is_its_repeats(picture: str, repeats: in
 # ---------------------------------------------------------------- what is made of captions
 def test_a_class_takes_the_triggers_place_and_stands_alone_where_there_is_none() -> None:
     captions = ["Mega Man, running", "a boss"]
-    assert renamed(captions, TRIGGER, "robot") == ["robot, running", "robot"]
+    assert with_trigger_replaced(captions, TRIGGER, "robot") == ["robot, running", "robot"]
 
 
 @pytest.mark.parametrize(
@@ -363,7 +362,7 @@ def test_a_class_takes_the_triggers_place_and_stands_alone_where_there_is_none()
     ],
 )
 def test_any_trigger_can_be_renamed(trigger: str, caption: str, expected: str) -> None:
-    assert renamed([caption], trigger, r"\1 robot") == [expected]
+    assert with_trigger_replaced([caption], trigger, r"\1 robot") == [expected]
 
 
 def test_variants_shuffle_the_tags_behind_those_that_are_kept() -> None:

@@ -17,9 +17,11 @@ from test_interop import trained
 
 import megaman_lora
 from megaman.config.train import FACTS, TrainConfig, published
-from megaman.lora.metadata import model_hashes
-from megaman.lora.save import Adapter, LoraLayer, adapter_of, write_adapter, write_kohya
-from megaman.model.stable_diffusion import BaseModel
+from megaman.lora.adapter import Adapter, LoraLayer
+from megaman.lora.injection import adapter_of
+from megaman.lora.save import write_adapter, write_kohya
+from megaman.model.hub import model_hashes
+from megaman.model.stable_diffusion import StableDiffusion
 
 
 def metadata_of(file: Path) -> dict[str, str]:
@@ -166,7 +168,7 @@ def test_the_model_card_tells_trigger_settings_and_every_tool(run: Path) -> None
         compile(code, "card", "exec")
 
 
-def test_a_doras_card_says_who_applies_it_exactly(plain: BaseModel, tmp_path: Path) -> None:
+def test_a_doras_card_says_who_applies_it_exactly(plain: StableDiffusion, tmp_path: Path) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)
     about = {"trigger": "mega `man`\n---\n# x", "base": "owner/model", "config": {}}
     write_adapter(adapter_of(live, about), tmp_path)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from megaman.common.console import UserError
-from megaman.common.files import check_output, check_writable, claim, moved_aside, replacing
-from megaman.lora.save import read_adapter
+from megaman.common.files import replacing
+from megaman.common.output_folder import check_output, check_writable, claim, move_aside
+from megaman.lora.load import read_adapter
 from megaman.training.checkpoints import (
     MANIFEST,
-    STATE,
-    Progress,
+    STATE_FILE,
+    Checkpoint,
     find_checkpoint,
     latest_checkpoint,
     read_checkpoint,
@@ -29,7 +30,7 @@ def test_a_checkpoint_holds_adapter_moments_and_sums_and_old_ones_lose_only_thei
     checkpoints = train("--save_steps", "1", "--checkpoints_total_limit", "2").parent / "checkpoints"
     names = [path.name for path in sorted(checkpoints.iterdir())]
     assert names == ["step-000001", "step-000002", "step-000003", "step-000004"]
-    assert [(checkpoints / name / STATE).exists() for name in names] == [False, False, True, True]
+    assert [(checkpoints / name / STATE_FILE).exists() for name in names] == [False, False, True, True]
     for number, name in enumerate(names, 1):
         assert read_adapter(checkpoints / name / "adapter.safetensors").metadata["steps"] == number
     progress = read_checkpoint(checkpoints / names[-1])
@@ -43,9 +44,9 @@ def test_a_checkpoint_holds_adapter_moments_and_sums_and_old_ones_lose_only_thei
     assert {value.item() for key, value in progress.tensors.items() if key.startswith("step.")} == {4}
 
 
-def some_progress(step: int) -> Progress:
+def some_progress(step: int) -> Checkpoint:
     tensors = {"parameter.a": torch.arange(6.0), "exp_avg.a": torch.zeros(6)}
-    return Progress(step, {"seed": 0}, {"pictures": "x"}, {"batch": 1, "scaler": None}, 2, tensors)
+    return Checkpoint(step, {"seed": 0}, {"pictures": "x"}, {"batch": 1, "scaler": None}, 2, tensors)
 
 
 def test_a_failing_save_leaves_the_older_checkpoint_and_no_half_one(
@@ -74,7 +75,7 @@ def damages(whole: bytes) -> dict[str, bytes | None]:
     return found
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", STATE, MANIFEST])
+@pytest.mark.parametrize("name", ["adapter.safetensors", STATE_FILE, MANIFEST])
 def test_every_damage_to_every_file_is_seen_and_the_older_checkpoint_taken_aloud(
     adapter_folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,12 +128,12 @@ def test_a_replacement_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_an_earlier_run_is_moved_to_the_first_free_number(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    assert moved_aside(folder) is None
+    assert move_aside(folder) is None
     for number in ("001", "002"):
         folder.mkdir()
-        assert moved_aside(folder) is None  # empty: nothing to keep
+        assert move_aside(folder) is None  # empty: nothing to keep
         (folder / "file").touch()
-        assert moved_aside(folder) == tmp_path / f"out.{number}"
+        assert move_aside(folder) == tmp_path / f"out.{number}"
 
 
 def test_the_write_probe_makes_nothing(tmp_path: Path) -> None:

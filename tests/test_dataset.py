@@ -20,9 +20,10 @@ from test_pictures import KINDS, png_of
 import megaman_lora
 from megaman.common.cache import Store
 from megaman.common.console import UserError
+from megaman.config.train import DataFlags
 from megaman.data.buckets import Bucket
-from megaman.data.report import report_of
-from megaman_lora import DataFlags, MegaManDataset, stream_of
+from megaman.model.stable_diffusion import peek
+from megaman_lora import MegaManDataset, report_of, sampler_of
 
 
 def test_the_dataset_works_without_a_model(folder_of_pictures: Path) -> None:
@@ -74,7 +75,7 @@ def test_pictures_of_many_shapes_are_trained_in_theirs_and_repeat_as_their_folde
         "small.png": Bucket(64, 64), "a.png": Bucket(64, 64),
     }  # fmt: skip
     assert dict(zip([path.name for path in dataset.paths], dataset.repeats, strict=True))["a.png"] == 3
-    stream = stream_of(dataset, 4)
+    stream = sampler_of(dataset, 4)
     assert (len(stream), stream.steps_an_epoch) == (6, 3)
     for index, bucket in enumerate(dataset.buckets):
         assert dataset[index].pixels.shape == (3, bucket.height, bucket.width)
@@ -83,7 +84,7 @@ def test_pictures_of_many_shapes_are_trained_in_theirs_and_repeat_as_their_folde
 def test_flip_and_random_crop_give_several_views_and_only_then(mixed: Path) -> None:
     def views(**settings: object) -> list[torch.Tensor]:
         dataset = MegaManDataset(mixed, None, DataFlags(resolution=64, **settings), cell_px=16)
-        return [view.pixels() for view in dataset.views([p.name for p in dataset.paths].index("wide.png"))]
+        return [view.pixels() for view in dataset.crops([p.name for p in dataset.paths].index("wide.png"))]
 
     (plain,) = views()
     assert len(views(crop="center")) == 1
@@ -103,7 +104,7 @@ def test_whatever_changes_a_views_pixels_changes_its_key(mixed: Path) -> None:
         *({"resolution": 128}, {"trigger": "zero"}),
     ):
         dataset = MegaManDataset(mixed, None, DataFlags(**{"resolution": 64} | settings), cell_px=16)
-        for view in (view for index in range(len(dataset)) for view in dataset.views(index)):
+        for view in (view for index in range(len(dataset)) for view in dataset.crops(index)):
             pixels = view.pixels().numpy().tobytes()
             assert pixels_of.setdefault(view.key, pixels) == pixels, settings
 
@@ -147,19 +148,29 @@ def test_the_trigger_counts_as_words_of_its_own_and_not_inside_of_others(folder_
     (folder_of_pictures / "megaman_0.txt").write_text("a hammer", encoding="utf-8")
     (folder_of_pictures / "megaman_1.txt").write_text("the Mm, running", encoding="utf-8")
     told = report_of(dataset_of(folder_of_pictures, trigger="mm"))
-    assert [row.name for row in told.lacking] == ["megaman_0.png", "megaman_2.png", "megaman_3.png"]
+    assert [picture.name for picture in told.without_trigger] == [
+        "megaman_0.png",
+        "megaman_2.png",
+        "megaman_3.png",
+    ]
+
+
+def opened(flags: list[str]) -> MegaManDataset:
+    """The dataset that a command trains on."""
+    cfg, _ = megaman_lora.read_config(flags)
+    return megaman_lora.open_dataset(cfg, peek(cfg.pretrained_model_name))
 
 
 def dataset_of(folder: Path, **settings: object) -> MegaManDataset:
     """The folder as the demo's base sees it."""
-    tokenizer = megaman_lora.base_models.tokenizer_of("megaman/tiny_sd")
+    tokenizer = peek("megaman/tiny_sd").tokenizer
     settings = {"pretrained_model_name": "megaman/tiny_sd", "resolution": 64} | settings
     return MegaManDataset(folder, tokenizer, DataFlags(**settings), cell_px=16)
 
 
 def test_a_count_by_another_bases_vocabulary_is_called_an_estimate(mixed: Path) -> None:
     own = "\n".join(report_of(dataset_of(mixed)).lines())
-    borrowed = "\n".join(report_of(dataset_of(mixed, pretrained_model_name="some/base")).lines())
+    borrowed = "\n".join(report_of(dataset_of(mixed), is_exact=False).lines())
     assert "a high estimate" not in own
     assert "longer than 75 tokens (a high estimate: the base's vocabulary is not here yet)" in borrowed
 
@@ -410,7 +421,7 @@ def test_nothing_may_be_written_among_the_users_pictures(
     flags = [*train_flags, f"--{flag}", str(folder_of_pictures / "sub" / "x")]
     for ending in ([], ["--dry_run"]):
         with pytest.raises(UserError, match=f"--{flag} .*never written to") as caught:
-            megaman_lora.open_dataset(megaman_lora.read_config([*flags, *ending])[0])
+            opened([*flags, *ending])
         assert caught.value.exit_code == 2
     assert tree_of(folder_of_pictures) == before
 
@@ -434,9 +445,7 @@ def test_a_missing_folder_is_an_error(tmp_path: Path, train_flags: list[str]) ->
         MegaManDataset(tmp_path / "nowhere", None, store=Store(None))
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="no such folder"):
-        megaman_lora.open_dataset(
-            megaman_lora.read_config([*train_flags, "--data_dir", str(tmp_path / "loop")])[0]
-        )
+        opened([*train_flags, "--data_dir", str(tmp_path / "loop")])
 
 
 def test_facts_are_remembered_by_content_and_not_by_name(tmp_path: Path) -> None:
@@ -450,5 +459,5 @@ def test_facts_are_remembered_by_content_and_not_by_name(tmp_path: Path) -> None
     assert (store.hits, store.misses) == (1, 0)
     Image.new("RGB", (9, 8), "red").save(folder / "b.png")
     store = Store(tmp_path / "cache")
-    assert MegaManDataset(folder, None, store=store).facts[0].size == (9, 8)
+    assert MegaManDataset(folder, None, store=store).scanned[0].size == (9, 8)
     assert (store.hits, store.misses) == (0, 1)

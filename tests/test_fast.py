@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from megaman.common.console import UserError
-from megaman.model import fast
-from megaman.model.stable_diffusion import BaseModel
+from megaman.model import compute
+from megaman.model.stable_diffusion import StableDiffusion
 
 CPU = torch.device("cpu")
 
 
-def test_torchs_own_attention_needs_nothing(tiny_base: BaseModel) -> None:
+def test_torchs_own_attention_needs_nothing(tiny_base: StableDiffusion) -> None:
     before = dict(tiny_base.unet.attn_processors)
     for wanted in ("auto", "sdpa"):
-        fast.check(wanted, False, CPU)
-        fast.speed_up(tiny_base.unet, wanted, False)
+        compute.try_out(wanted, False, CPU)
+        compute.apply_kernels(tiny_base.unet, wanted, False)
     assert dict(tiny_base.unet.attn_processors) == before
 
 
@@ -37,5 +37,5 @@ def test_a_torch_that_cant_compile_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.raises(UserError, match=r"can't compile here \(no compiler\); leave it out") as error:
-        fast.check("auto", True, CPU)
+        compute.try_out("auto", True, CPU)
     assert error.value.exit_code == 2

@@ -8,7 +8,7 @@ from conftest import run_script
 
 from megaman.common.console import UserError
 from megaman.config.train import PRESETS, TrainConfig, read_config
-from megaman_lora import plan
+from megaman.training.schedule import plan
 
 
 def test_defaults_are_the_recommended_configuration_of_the_users_readme() -> None:

@@ -18,18 +18,16 @@ from test_interop import error, trained
 
 import megaman_lora
 from megaman.common.console import UserError
+from megaman.config.train import TrainConfig
+from megaman.lora.adapter import Adapter, LoraLayer
+from megaman.lora.formats import kohya_tensors
+from megaman.lora.init_lora import init_of
+from megaman.lora.injection import adapter_of, lora_modules
+from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
-from megaman.lora.save import (
-    Adapter,
-    LoraLayer,
-    adapter_of,
-    kohya_tensors,
-    lora_modules,
-    read_adapter,
-    write_adapter,
-)
-from megaman.model.stable_diffusion import BaseModel, load_base
-from megaman_lora import TrainConfig, inject_lora, read_config, settle
+from megaman.lora.save import write_adapter
+from megaman.model.stable_diffusion import StableDiffusion, load_base
+from megaman_lora import inject_lora, read_config, settle
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -58,7 +56,7 @@ def test_training_twice_with_dropout_gives_the_same_bytes(train: Callable[..., P
     assert bytes_of(train(*flags)) == first
 
 
-def test_dropouts_masks_are_functions_of_the_position(tiny_base: BaseModel) -> None:
+def test_dropouts_masks_are_functions_of_the_position(tiny_base: StableDiffusion) -> None:
     """So a resumed run draws the masks of an unbroken one, and recomputed activations theirs."""
     from megaman.training.sampler import seed_dropout
 
@@ -150,7 +148,7 @@ KINDS = ["folder", "kohya", "kohya without alpha", "diffusers", "diffusers old",
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_training_begins_with_the_update_of_the_file(
-    plain: BaseModel,
+    plain: StableDiffusion,
     tmp_path: Path,
     kind: str,
 ) -> None:
@@ -164,14 +162,14 @@ def test_a_fresh_training_begins_with_the_update_of_the_file(
         assert error(update, merged[name]) < 1e-5
 
 
-def trained_from(base: BaseModel, cfg: TrainConfig) -> UNet2DConditionModel:
+def trained_from(base: StableDiffusion, cfg: TrainConfig) -> UNet2DConditionModel:
     """The model that training begins with."""
     unet = copy.deepcopy(base.unet)
-    inject_lora(unet, cfg)
+    inject_lora(unet, cfg, init_of(cfg))
     return unet
 
 
-def merged_updates(path: Path, base: BaseModel) -> dict[str, torch.Tensor]:
+def merged_updates(path: Path, base: StableDiffusion) -> dict[str, torch.Tensor]:
     """What our reader adds to each module."""
     unet = copy.deepcopy(base.unet)
     MergedAdapter(read_adapter(path), unet, None).set_scale(1.0)
@@ -183,7 +181,7 @@ def merged_updates(path: Path, base: BaseModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("file", ["adapter_model", "megaman_lora", "pytorch_lora_weights"])
-def test_a_dora_is_gone_on_from_with_its_lengths(plain: BaseModel, tmp_path: Path, file: str) -> None:
+def test_a_dora_is_gone_on_from_with_its_lengths(plain: StableDiffusion, tmp_path: Path, file: str) -> None:
     live = trained(plain, lora_rank=8, lora_alpha=8, lora_targets="conv", use_dora=True)
     expected = unet_output(live, plain)
     write_adapter(adapter_of(live), tmp_path)
@@ -192,7 +190,7 @@ def test_a_dora_is_gone_on_from_with_its_lengths(plain: BaseModel, tmp_path: Pat
     assert error(unet_output(trained_from(plain, cfg).eval(), plain), expected) < 1e-3
 
 
-def test_mixed_ranks_and_strengths_come_to_one(plain: BaseModel, tmp_path: Path) -> None:
+def test_mixed_ranks_and_strengths_come_to_one(plain: StableDiffusion, tmp_path: Path) -> None:
     """kohya's LoCon has a rank and an alpha of its own for the convolutions, and modules that we don't ask
     for.
     """
@@ -211,7 +209,7 @@ def test_mixed_ranks_and_strengths_come_to_one(plain: BaseModel, tmp_path: Path)
         assert error(update, merged[name]) < 1e-5
 
 
-def test_rslora_goes_on_at_the_files_strength(plain: BaseModel, tmp_path: Path) -> None:
+def test_rslora_goes_on_at_the_files_strength(plain: StableDiffusion, tmp_path: Path) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=6, use_rslora=True)
     write_adapter(adapter_of(live), tmp_path)
     for flags, alpha in (([], 12), (["--use_rslora"], 6)):
@@ -273,13 +271,13 @@ def test_flags_that_agree_with_the_file_and_a_presets_settings_are_no_contradict
 
 
 def test_a_configuration_that_never_saw_the_file_is_checked_before_it_trains(
-    tiny_base: BaseModel, adapter_folder: Path
+    tiny_base: StableDiffusion, adapter_folder: Path
 ) -> None:
     with pytest.raises(UserError, match="is of lora_rank 4"):
-        inject_lora(tiny_base.unet, TrainConfig(init_lora=str(adapter_folder)))
+        init_of(TrainConfig(init_lora=str(adapter_folder)))
 
 
-def test_what_cannot_be_gone_on_from_says_why(plain: BaseModel, tmp_path: Path) -> None:
+def test_what_cannot_be_gone_on_from_says_why(plain: StableDiffusion, tmp_path: Path) -> None:
     live = adapter_of(trained(plain, lora_rank=4, lora_alpha=4))
     tensors = kohya_tensors(live)
     first = next(iter(tensors)).split(".")[0]

@@ -17,10 +17,11 @@ from conftest import run_script
 from PIL import Image
 
 import generate_megaman
-from generate_megaman import GenerateConfig, batches, file_name, read_prompts_file, settled
+from generate_megaman import GenerateConfig, group_into_batches, read_prompts_file, resolve
 from megaman.common.console import UserError
-from megaman.generation.records import Job
-from megaman.lora.save import Adapter, read_adapter
+from megaman.generation.records import Job, file_name
+from megaman.lora.adapter import Adapter
+from megaman.lora.load import read_adapter
 
 
 @pytest.fixture
@@ -55,28 +56,28 @@ SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", nativ
 
 def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
     """The jobs of a configuration, for an adapter that was trained at side_px."""
-    cfg = settled(cfg, Adapter({}, {"resolution": side_px}), SD15)
+    cfg = resolve(cfg, Adapter({}, {"resolution": side_px}), SD15)
     return generate_megaman.make_jobs(cfg, generate_megaman.read_prompts(cfg, trigger))
 
 
 def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> None:
     trained = Adapter({}, {"resolution": 64, "guidance_scale": 4.0})
-    cfg = settled(GenerateConfig(height=128), trained, SD15)
+    cfg = resolve(GenerateConfig(height=128), trained, SD15)
     assert (cfg.width, cfg.height, cfg.guidance_scale) == (64, 128, 4.0)
-    cfg = settled(GenerateConfig(guidance_scale=0.0), trained, SD15)
+    cfg = resolve(GenerateConfig(guidance_scale=0.0), trained, SD15)
     assert cfg.guidance_scale == 0
-    cfg = settled(GenerateConfig(), Adapter({}), SD15)
+    cfg = resolve(GenerateConfig(), Adapter({}), SD15)
     assert (cfg.width, cfg.height, cfg.guidance_scale) == (512, 512, 7.5)
-    cfg = settled(GenerateConfig(), Adapter({}, {"resolution": 500}), SD15)
+    cfg = resolve(GenerateConfig(), Adapter({}, {"resolution": 500}), SD15)
     assert (cfg.width, cfg.height) == (512, 512)  # the base draws no 500
 
 
 def test_the_negative_prompt_is_the_users_else_ours_and_none_for_the_embedded_base() -> None:
     embedded = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64, cell_px=8)
-    assert settled(GenerateConfig(), Adapter({}), SD15).negative_prompt.startswith("blurry")
-    assert settled(GenerateConfig(), Adapter({}), embedded).negative_prompt == ""
-    assert settled(GenerateConfig(negative_prompt="red"), Adapter({}), embedded).negative_prompt == "red"
-    assert settled(GenerateConfig(negative_prompt=""), Adapter({}), SD15).negative_prompt == ""
+    assert resolve(GenerateConfig(), Adapter({}), SD15).negative_prompt.startswith("blurry")
+    assert resolve(GenerateConfig(), Adapter({}), embedded).negative_prompt == ""
+    assert resolve(GenerateConfig(negative_prompt="red"), Adapter({}), embedded).negative_prompt == "red"
+    assert resolve(GenerateConfig(negative_prompt=""), Adapter({}), SD15).negative_prompt == ""
 
 
 def test_prompts_come_from_flags_then_file_else_from_us(tmp_path: Path) -> None:
@@ -92,9 +93,9 @@ def test_prompts_come_from_flags_then_file_else_from_us(tmp_path: Path) -> None:
 def test_a_prompts_file_line_may_carry_kohyas_options(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("mega man, 8-bit --n blurry, bad --w 128 --h 192 --d 0 --s 30 --l 7.5\nplain\n")
-    (first, own), (second, none) = read_prompts_file(path)
-    assert (first, second, none) == ("mega man, 8-bit", "plain", {})
-    assert own == {
+    first, second = read_prompts_file(path)
+    assert (first.text, second.text, second.settings) == ("mega man, 8-bit", "plain", {})
+    assert first.settings == {
         "negative_prompt": "blurry, bad",
         "width": 128,
         "height": 192,
@@ -137,13 +138,13 @@ def test_a_batch_shares_size_and_strength_and_fits_the_device() -> None:
     jobs = make_jobs(
         GenerateConfig(prompts=["a", "b"], num_images_per_prompt=20, lora_scale=[1.0, 0.5]), "", 64
     )
-    made = list(batches(jobs, None, "cpu"))
+    made = list(group_into_batches(jobs, None, "cpu"))
     assert sorted(map(hash, jobs)) == sorted(hash(job) for batch in made for job in batch)
     assert all(len({job.batch_key for job in batch}) == 1 for batch in made)
     assert max(map(len, made)) == 16
     large = make_jobs(GenerateConfig(prompts=["a"], num_images_per_prompt=4), "", 512)
-    assert [len(batch) for batch in batches(large, None, "cpu")] == [1, 1, 1, 1]
-    assert [len(batch) for batch in batches(large, 3, "cpu")] == [3, 1]
+    assert [len(batch) for batch in group_into_batches(large, None, "cpu")] == [1, 1, 1, 1]
+    assert [len(batch) for batch in group_into_batches(large, 3, "cpu")] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_every_setting_changes_the_picture(generate: Callable[..., Path], settin
 def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_base: object) -> None:
     import torch
 
-    from megaman.model.stable_diffusion import draw, pipeline_of
+    from megaman.model.drawing import draw, pipeline_of
 
     folder = generate(prompts=["a"], lora_scale=[1.0, 0.0])
     (record,) = [record for record in records(folder) if record["lora_scale"] == 0]
@@ -430,9 +431,9 @@ def test_checkpoints_and_strengths_make_a_grid_with_one_base(
 
 @pytest.mark.parametrize("place", ["checkpoints/step-000003", "checkpoints/step-000005/adapter.safetensors"])
 def test_the_checkpoints_of_a_checkpoint_s_own_run_are_drawn(run_folder: Path, place: str) -> None:
-    from megaman.generation.candidates import sources_of
+    from megaman.generation.candidates import candidates_of
 
-    found = sources_of(str(run_folder / place), run_folder / place, with_checkpoints=True)
+    found = candidates_of(str(run_folder / place), run_folder / place, with_checkpoints=True)
     chosen = Path(place).parts[1]
     assert [(source.name, source.is_chosen) for source in found] == [
         (name, name == chosen) for name in ("step-000003", "step-000005")
@@ -629,14 +630,14 @@ def test_a_prompt_that_overflows_is_named_and_does_not_stop_the_others(
 
 
 def test_an_overflow_spoils_no_neighbour(tiny_base: object) -> None:
-    from megaman.model.stable_diffusion import attempt, pipeline_of
+    from megaman.model.drawing import draw_or_none, pipeline_of
 
     noise = [generate_megaman.torch.Generator().manual_seed(i) for i in range(3)]
     base, text = tiny_base, tiny_base.embed(["a", "b", "c"])
     spoilt = text.clone()
     spoilt[1, 3] = float("inf")
     pictures = [
-        attempt(
+        draw_or_none(
             base, pipeline_of(base), prompt_embeds=states, negative_prompt_embeds=text, height=32, width=32,
             num_inference_steps=2, generator=[generator.clone_state() for generator in noise],
         )
@@ -678,11 +679,11 @@ def test_no_memory_for_one_picture_ends_the_run_and_keeps_the_others(
 def test_a_signal_ends_the_run_with_one_line_and_keeps_what_is_drawn(
     generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, code: int
 ) -> None:
-    from megaman.common import console as errors
+    from megaman.common import console
 
     failing(monkeypatch, lambda batch: batch[0].prompt == "c" and os.kill(os.getpid(), number))
     said = []
-    monkeypatch.setattr(errors, "say", said.append)
+    monkeypatch.setattr(console, "say", said.append)
     with pytest.raises(SystemExit) as left:
         commands.run(lambda: generate(prompts=["a", "b", "c", "d"], batch_size=1))
     assert left.value.code == code
@@ -699,7 +700,7 @@ def test_a_signal_ends_the_run_with_one_line_and_keeps_what_is_drawn(
 
 
 def test_a_folder_in_use_is_left_alone(generate: Callable[..., Path], tmp_path: Path) -> None:
-    from megaman.common.files import OutputLock
+    from megaman.common.output_folder import OutputLock
 
     lock = OutputLock(tmp_path / "gen").sign()
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}") as error:

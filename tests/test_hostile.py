@@ -15,7 +15,7 @@ from PIL import Image
 
 import generate_megaman
 import megaman_lora
-from megaman.model.stable_diffusion import BaseModel
+from megaman.model.stable_diffusion import StableDiffusion
 
 
 def harmless(counts: dict[str, float], *figures: str) -> bool:
@@ -42,7 +42,7 @@ def test_any_prompts_file_is_read_or_refused_in_a_line(tmp_path: Path) -> None:
     assert harmless(counts), counts
 
 
-def test_a_disarmed_prompt_means_the_same_to_the_text_encoder(tiny_base: BaseModel) -> None:
+def test_a_disarmed_prompt_means_the_same_to_the_text_encoder(tiny_base: StableDiffusion) -> None:
     from megaman.generation.records import _plain
 
     for text in ("a, Negative prompt: b", "Steps: 1, Sampler: x", "(Negative prompt:1.2)"):
@@ -67,14 +67,16 @@ def test_a_picture_s_name_need_not_be_utf8(tmp_path: Path, tiny_folder: Path) ->
 # ---------------------------------------------------------------- adapters and bases
 
 
-def test_any_adapter_file_is_read_or_refused_in_a_line(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_any_adapter_file_is_read_or_refused_in_a_line(tiny_base: StableDiffusion, tmp_path: Path) -> None:
     counts = hostile_adapters.mutated_adapters(500, 1, tmp_path, tiny_base)
     assert harmless(counts, "read", "refused", "slowest_ms", "grown_mib"), counts
     assert counts["read"] > 20
     assert counts["grown_mib"] < 200
 
 
-def test_twelve_wrong_adapters_are_refused(tiny_base: BaseModel, tiny_folder: Path, tmp_path: Path) -> None:
+def test_twelve_wrong_adapters_are_refused(
+    tiny_base: StableDiffusion, tiny_folder: Path, tmp_path: Path
+) -> None:
     counts = hostile_models.wrong_adapters_study(tmp_path, tiny_base, tiny_folder)
     assert counts["adapters"] == 12
     assert harmless(counts), counts
@@ -90,7 +92,7 @@ def test_no_program_in_a_weight_s_place_is_run(
 
 def test_an_adapter_never_names_a_path_as_its_base(tmp_path: Path) -> None:
     from megaman.common.console import UserError
-    from megaman.lora.save import Adapter
+    from megaman.lora.adapter import Adapter
 
     for name in (
         "../base",

@@ -15,18 +15,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapters import unet_output
 
-from megaman.lora.injection import TARGETS
+from megaman.config.train import TrainConfig
+from megaman.lora.formats import kohya_tensors
+from megaman.lora.injection import TARGETS, adapter_of, lora_modules
+from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
-from megaman.lora.save import (
-    adapter_of,
-    kohya_tensors,
-    lora_modules,
-    read_adapter,
-    write_adapter,
-    write_kohya,
-)
-from megaman.model.stable_diffusion import BaseModel
-from megaman_lora import TrainConfig, inject_lora
+from megaman.lora.save import write_adapter, write_kohya
+from megaman.model.stable_diffusion import StableDiffusion
+from megaman_lora import inject_lora
 
 FORMS = [
     *itertools.product([(4, 32), (8, 8)], TARGETS, [{}, {"use_dora": True}, {"use_rslora": True}]),
@@ -34,7 +30,7 @@ FORMS = [
 FILES = ["adapter_model.safetensors", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"]
 
 
-def trained(base: BaseModel, **settings: object) -> UNet2DConditionModel:
+def trained(base: StableDiffusion, **settings: object) -> UNet2DConditionModel:
     """A copy of the base's UNet with an adapter in which everything that trains has moved."""
     unet = copy.deepcopy(base.unet)
     inject_lora(unet, TrainConfig(**settings))
@@ -61,7 +57,7 @@ def plain_modules(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize(("size", "targets", "form"), FORMS, ids=str)
 def test_every_form_is_the_live_model_in_every_loader(
-    plain: BaseModel, tmp_path: Path, size: tuple[int, int], targets: str, form: dict[str, bool]
+    plain: StableDiffusion, tmp_path: Path, size: tuple[int, int], targets: str, form: dict[str, bool]
 ) -> None:
     settings = {"lora_rank": size[0], "lora_alpha": size[1], "lora_targets": targets, **form}
     live = trained(plain, **settings)
@@ -121,7 +117,7 @@ assert not any(name.split(".")[0].startswith("megaman") for name in sys.modules)
 
 
 def test_a_program_with_those_libraries_alone_draws_as_the_live_model(
-    plain: BaseModel, tiny_folder: Path, tmp_path: Path
+    plain: StableDiffusion, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folders = [tmp_path / "lora", tmp_path / "dora"]
     for folder, is_dora in zip(folders, (False, True), strict=True):
@@ -144,7 +140,7 @@ def test_a_program_with_those_libraries_alone_draws_as_the_live_model(
 
 @pytest.mark.parametrize("form", [{}, {"use_dora": True}], ids=str)
 def test_a_merge_is_pefts_own_merge_and_other_strengths_lie_on_the_line_through_it(
-    plain: BaseModel, form: dict[str, bool]
+    plain: StableDiffusion, form: dict[str, bool]
 ) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", **form)
     adapter, unet = adapter_of(live), copy.deepcopy(plain.unet)
@@ -165,7 +161,7 @@ def test_a_merge_is_pefts_own_merge_and_other_strengths_lie_on_the_line_through_
         assert torch.equal(weights[0.0][name], base)
 
 
-def test_a_dora_along_the_inputs_is_merged_as_its_makers_do(plain: BaseModel, tmp_path: Path) -> None:
+def test_a_dora_along_the_inputs_is_merged_as_its_makers_do(plain: StableDiffusion, tmp_path: Path) -> None:
     """LyCORIS's older files and OneTrainer's measure columns: dora_scale is (1,in) there."""
     live = trained(plain, lora_rank=4, lora_alpha=4)
     tensors, name = kohya_tensors(adapter_of(live)), next(iter(lora_modules(live)))

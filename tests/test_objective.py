@@ -1,29 +1,24 @@
 """The loss and the learning rate, against diffusers' own."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import crop_of
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from megaman.common.cache import Store, View, encode
+from megaman.common.cache import Store
 from megaman.common.console import UserError
-from megaman.lora.save import ADAPTER_NAME, lora_modules
-from megaman.model.stable_diffusion import BaseModel
-from megaman.training.sampler import Place, generator_of
-from megaman_lora import (
-    Draw,
-    TrainConfig,
-    denoising_losses,
-    draw_inputs,
-    inject_lora,
-    lr_at,
-    noise_of,
-    preserving_losses,
-)
+from megaman.config.train import TrainConfig
+from megaman.lora.injection import ADAPTER_NAME, lora_modules
+from megaman.model.stable_diffusion import StableDiffusion
+from megaman.training.encoding import encode
+from megaman.training.sampler import Position, generator_of
+from megaman_lora import Batch, denoising_losses, inject_lora, lr_at, make_batch, noise_of, preserving_losses
 
 
 class Silent(torch.nn.Module):
@@ -34,11 +29,11 @@ class Silent(torch.nn.Module):
 
 
 @pytest.fixture
-def draw() -> Draw:
+def draw() -> Batch:
     torch.manual_seed(1)
     timesteps = torch.tensor([0, 50, 500, 999])
     text, nothing = torch.zeros(4, 77, 24), torch.tensor([], dtype=torch.long)
-    return Draw(
+    return Batch(
         torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), timesteps, text, torch.zeros(0, 77, 24), nothing
     )
 
@@ -55,7 +50,7 @@ def test_noise_offset_moves_whole_channels_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_min_snr_weights_are_those_of_the_paper(draw: Draw, prediction_type: str) -> None:
+def test_min_snr_weights_are_those_of_the_paper(draw: Batch, prediction_type: str) -> None:
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     scheduler.register_to_config(prediction_type=prediction_type)
     snr = compute_snr(scheduler, draw.timesteps)
@@ -109,20 +104,19 @@ def test_restarts_rise_again_and_polynomial_falls_below_linear() -> None:
 
 
 @pytest.fixture
-def preserving(tiny_base: BaseModel) -> tuple[BaseModel, Draw]:
+def preserving(tiny_base: StableDiffusion, tmp_path: Path) -> tuple[StableDiffusion, Batch]:
     """A base with an untrained LoRA, and a batch whose class is a knight or a robot."""
     cfg = TrainConfig(preserve_weight=1.0, preserve_class=["knight", "robot"])
-    pixels = [torch.full((3, 32, 32), value) for value in (-0.5, 0.5)]
-    views = [[View(str(i), lambda p=p: p, "a.png")] for i, p in enumerate(pixels)]
+    crops = [[crop_of(tmp_path, value)] for value in (-0.5, 0.5)]
     classes = [["a knight", "a robot"], ["a knight, red", "a robot, red"]]
-    encoded = encode(views, [["mega man"], ["mega man, red"]], tiny_base, Store(None), classes)
+    encoded = encode(crops, [["mega man"], ["mega man, red"]], tiny_base, Store(None), classes)
     inject_lora(tiny_base.unet, cfg)
-    places = [Place(i, i % 2) for i in range(8)]
-    return tiny_base, draw_inputs(places, encoded, cfg, tiny_base.scheduler)
+    places = [Position(i, i % 2) for i in range(8)]
+    return tiny_base, make_batch(places, encoded, cfg, tiny_base.scheduler)
 
 
 def test_an_untrained_lora_strays_nowhere_and_its_own_errors_are_the_plain_ones(
-    preserving: tuple[BaseModel, Draw],
+    preserving: tuple[StableDiffusion, Batch],
 ) -> None:
     base, draw = preserving
     own, strayed = preserving_losses(base.unet, draw, base.scheduler, 5.0)
@@ -131,7 +125,7 @@ def test_an_untrained_lora_strays_nowhere_and_its_own_errors_are_the_plain_ones(
 
 
 def test_what_strays_is_the_difference_from_the_base_under_the_class_caption(
-    preserving: tuple[BaseModel, Draw],
+    preserving: tuple[StableDiffusion, Batch],
 ) -> None:
     base, draw = preserving
     unet = base.unet.requires_grad_(False)

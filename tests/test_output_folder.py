@@ -14,12 +14,11 @@ from PIL import Image
 
 import generate_megaman
 import megaman_lora
-from megaman.common import console as errors
-from megaman.common import files
+from megaman.common import console, output_folder
 from megaman.common.console import UserError, shell_quoted
-from megaman.common.files import OutputLock, check_output, claim, is_link
+from megaman.common.output_folder import OutputLock, check_output, claim, is_link
 from megaman.config.parser import facts_of
-from megaman_lora import TrainConfig
+from megaman.config.train import TrainConfig
 
 OURS = json.dumps({"pretrained_model_name": "a", "data_dir": "b", "lora_rank": 1, "lora_alpha": 1})
 
@@ -53,7 +52,7 @@ def test_a_run_begins_beside_no_file_that_is_not_ours(tmp_path: Path, texts: Map
     before = lay(tmp_path / "out", texts)
     with pytest.raises(UserError) as caught:
         check_output(tmp_path / "out", tmp_path / "pictures")
-    assert caught.value.exit_code == errors.STATE
+    assert caught.value.exit_code == console.STATE
     assert contents(tmp_path / "out") == before
 
 
@@ -76,7 +75,7 @@ def test_a_link_is_followed_and_what_it_leads_to_stays(train: Callable[..., Path
     kept = [target.with_name(f"runs.00{number}") for number in (1, 2)]
     for earlier in kept:
         assert (earlier / "lora_weights" / "megaman_lora.safetensors").is_file()
-        assert files.holds_run(earlier)
+        assert output_folder.holds_run(earlier)
     assert sorted(path.name for path in target.parent.iterdir()) == ["runs", "runs.001", "runs.002"]
     assert (target / "notes.txt").read_text() == "mine"
 
@@ -123,7 +122,7 @@ def test_pictures_go_beside_no_file_that_is_not_ours(
     cfg = generate_megaman.read_config([f"--output_dir={tmp_path / 'site'}", *drawing, *further])
     with pytest.raises(UserError) as caught:
         generate_megaman.generate(cfg)
-    assert caught.value.exit_code == errors.STATE
+    assert caught.value.exit_code == console.STATE
     assert contents(tmp_path / "site") == before
 
 
@@ -142,7 +141,7 @@ def test_nothing_is_drawn_among_the_pictures_that_were_trained_on(adapter_folder
         flags = [f"--lora_path={adapter_folder}", f"--output_dir={folder}"]
         with pytest.raises(UserError) as caught:
             generate_megaman.generate(generate_megaman.read_config(flags))
-        assert caught.value.exit_code == (errors.STATE if folder == pictures else errors.USAGE)
+        assert caught.value.exit_code == (console.STATE if folder == pictures else console.USAGE)
     assert not (pictures / "drawn").exists()
 
 

@@ -17,9 +17,10 @@ from browser import NoBrowser, browser
 from PIL import Image
 
 import generate_megaman
-from megaman.common.html import TEMPLATES, render_gallery, render_samples
-from megaman.generation.gallery import command, newest
+from megaman.common.html import TEMPLATES
+from megaman.generation.gallery import command, newest, render_gallery
 from megaman.generation.records import ImageRecord
+from megaman.training.tracker import render_samples
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -22,13 +22,12 @@ from megaman.data.pictures import (
     MAX_FILE_BYTES,
     MAX_PICTURE_PX,
     Picture,
-    duplicates,
     find_pictures,
-    fingerprint,
     load_image,
     open_picture,
     picture_of,
 )
+from megaman.data.scan import duplicates, fingerprint
 
 Pixel = tuple[int, int, int]
 NEEDS_POSIX = pytest.mark.skipif(os.name == "nt", reason="links, pipes and modes of POSIX")

@@ -13,20 +13,23 @@ from test_interop import trained
 
 import generate_megaman
 from megaman.common.console import UserError
-from megaman.lora.save import adapter_of, kohya_tensors, peft_tensors, read_adapter, write_adapter
-from megaman.model.stable_diffusion import BaseModel
+from megaman.lora.formats import kohya_tensors, peft_tensors
+from megaman.lora.injection import adapter_of
+from megaman.lora.load import read_adapter
+from megaman.lora.save import write_adapter
+from megaman.model.stable_diffusion import StableDiffusion
 
 Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def kohya(plain: BaseModel) -> Tensors:
+def kohya(plain: StableDiffusion) -> Tensors:
     """A good file's tensors, for the tiny base."""
     return kohya_tensors(adapter_of(trained(plain, lora_rank=4, lora_alpha=32)))
 
 
 @pytest.fixture(scope="module")
-def dora(plain: BaseModel) -> Tensors:
+def dora(plain: StableDiffusion) -> Tensors:
     """A good DoRA's tensors, in PEFT's layout."""
     return peft_tensors(adapter_of(trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)))
 
@@ -151,7 +154,7 @@ def test_older_spellings_are_read_as_the_same_adapter(dora: Tensors, tmp_path: P
     assert read_adapter(tmp_path).digest == read_adapter(tmp_path / "plain").digest
 
 
-def test_a_peft_text_encoder_beside_the_unet_is_read_with_it(plain: BaseModel, tmp_path: Path) -> None:
+def test_a_peft_text_encoder_beside_the_unet_is_read_with_it(plain: StableDiffusion, tmp_path: Path) -> None:
     """As PEFT's users save a trained text encoder; transformers 4's names and 5's."""
     write_adapter(adapter_of(trained(plain, lora_rank=4, lora_alpha=32)), tmp_path)
     for level in ("text_model.", ""):
@@ -166,7 +169,7 @@ def test_a_peft_text_encoder_beside_the_unet_is_read_with_it(plain: BaseModel, t
 
 
 def test_the_line_says_how_much_was_loaded(
-    plain: BaseModel, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain: StableDiffusion, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", use_dora=True)
     write_adapter(adapter_of(live), tmp_path / "lora")

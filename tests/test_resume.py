@@ -18,7 +18,7 @@ from PIL import Image
 import megaman_lora
 from megaman.common.console import UserError
 from megaman.common.signals import Stopped
-from megaman.training.tracker import Watch
+from megaman.training.tracker import Tracker
 
 TRICKY = [
     "--gradient_accumulation_steps",
@@ -54,14 +54,14 @@ def odd_pictures(folder_of_pictures: Path) -> Path:
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sends this process a signal in the middle of the given step, once."""
-    honest, left = Watch.record, []
+    honest, left = Tracker.record, []
 
-    def record(self: Watch, step: object) -> None:
+    def record(self: Tracker, step: object) -> None:
         if left and step.number + 1 == left[0][0]:
             os.kill(os.getpid(), left.pop()[1])
         honest(self, step)
 
-    monkeypatch.setattr(Watch, "record", record)
+    monkeypatch.setattr(Tracker, "record", record)
     return lambda step, number=signal.SIGTERM: left.append((step, number))
 
 
@@ -255,7 +255,7 @@ def test_a_preview_without_memory_is_left_out_and_training_goes_on(
     def starved(*_: object, **__: object) -> list[object]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("megaman.training.previews.draw", starved)
+    monkeypatch.setattr("megaman.training.validation.draw", starved)
     assert train().is_dir()
     assert "no preview at step 4" in capsys.readouterr().err
 
@@ -275,7 +275,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_picture_and_touches_no_file
         train("--save_steps", "1")
     assert error.value.exit_code == 5
     dataset = megaman_lora.MegaManDataset(tmp_path / "pictures", None)
-    first = megaman_lora.stream_of(dataset, 2).at(step - 1)[0]
+    first = megaman_lora.sampler_of(dataset, 2).batch(step - 1)[0]
     assert f"not finite at step {step} (pictures {dataset.paths[first.index].name})" in str(error.value)
     saved = sorted(path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*"))
     assert saved == [f"step-{number:06}" for number in range(1, step)]
@@ -333,8 +333,8 @@ def test_a_second_signal_stops_at_once() -> None:
 
 def test_before_the_first_step_a_signal_stops_at_once_with_its_code() -> None:
     code = (
-        "import os, signal; from megaman.common import console as errors\n"
-        "with errors.reported(): os.kill(os.getpid(), signal.SIG{})\n"
+        "import os, signal; from megaman.common import console\n"
+        "with console.reported(): os.kill(os.getpid(), signal.SIG{})\n"
     )
     for name, exit_code in (("INT", 130), ("TERM", 143)):
         result = run_script("-c", code.format(name))

@@ -8,12 +8,13 @@ import pytest
 import torch
 from test_interop import trained
 
-import megaman_lora
 from megaman.common.console import UserError
-from megaman.lora import save as adapters
-from megaman.lora.adapter import Key
-from megaman.lora.save import Adapter, LoraLayer, adapter_of, read_adapter, write_adapter
-from megaman.model.stable_diffusion import BaseModel
+from megaman.lora import injection, save
+from megaman.lora.adapter import Adapter, Key, LoraLayer
+from megaman.lora.injection import adapter_of
+from megaman.lora.load import read_adapter
+from megaman.lora.save import write_adapter
+from megaman.model.stable_diffusion import StableDiffusion
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,7 +26,7 @@ def with_one(adapter: Adapter, **parts: object) -> Adapter:
 
 
 @pytest.mark.parametrize("form", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
-def test_what_is_trained_passes(plain: BaseModel, tmp_path: Path, form: dict[str, bool]) -> None:
+def test_what_is_trained_passes(plain: StableDiffusion, tmp_path: Path, form: dict[str, bool]) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", **form)
     write_adapter(adapter_of(live), tmp_path, live=live)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
@@ -37,7 +38,7 @@ def test_what_is_trained_passes(plain: BaseModel, tmp_path: Path, form: dict[str
         (lambda a: with_one(a, alpha=4.0), "the update of .* differs by 87.5%"),
         (lambda a: with_one(a, up=-first(a).up), "differs by 200.0%"),
         (lambda a: with_one(a, down=first(a).down[:, :8]), "another shape"),
-        (lambda a: with_one(a, magnitude=first(a).magnitude * 1.001), "lengths of .* differ"),
+        (lambda a: with_one(a, magnitude=first(a).magnitude * 1.001), "magnitude of .* differ"),
         (
             lambda a: Adapter({key: a.layers[key] for key in list(a.layers)[1:]}, a.metadata),
             "1 modules differ",
@@ -46,7 +47,7 @@ def test_what_is_trained_passes(plain: BaseModel, tmp_path: Path, form: dict[str
     ],
 )
 def test_any_difference_from_the_live_model_is_exit_4_and_no_file(
-    plain: BaseModel, tmp_path: Path, damage: Callable[[Adapter], Adapter], complaint: str
+    plain: StableDiffusion, tmp_path: Path, damage: Callable[[Adapter], Adapter], complaint: str
 ) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)
     with pytest.raises(UserError, match=complaint) as raised:
@@ -79,15 +80,15 @@ def moved(key: Key) -> Key:
     ],
 )
 def test_a_broken_writer_is_caught_by_the_file_that_it_spoils(
-    plain: BaseModel,
+    plain: StableDiffusion,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     writer: str,
     file: str,
     damage: Callable[[Tensors], Tensors],
 ) -> None:
-    honest = getattr(adapters, writer)
-    monkeypatch.setattr(adapters, writer, lambda adapter: damage(honest(adapter)))
+    honest = getattr(save, writer)
+    monkeypatch.setattr(save, writer, lambda adapter: damage(honest(adapter)))
     live = trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)
     with pytest.raises(UserError, match=f"{file}.safetensors: .* the file was not written") as raised:
         write_adapter(adapter_of(live), tmp_path, live=live)
@@ -98,12 +99,12 @@ def test_a_broken_writer_is_caught_by_the_file_that_it_spoils(
 def test_a_run_whose_file_is_spoilt_ends_with_exit_4_and_keeps_its_checkpoints(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = adapters.adapter_of
+    honest = injection.adapter_of
 
     def spoilt(*args: object) -> Adapter:
         return with_one(honest(*args), alpha=4.0)
 
-    monkeypatch.setattr(megaman_lora.adapters, "adapter_of", spoilt)
+    monkeypatch.setattr(injection, "adapter_of", spoilt)
     with pytest.raises(UserError, match="the file was not written") as raised:
         train()
     assert raised.value.exit_code == 4
@@ -113,7 +114,7 @@ def test_a_run_whose_file_is_spoilt_ends_with_exit_4_and_keeps_its_checkpoints(
 
 @pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9, 0.0])
 def test_an_adapter_that_has_hardly_begun_survives_float16(
-    plain: BaseModel, tmp_path: Path, size: float
+    plain: StableDiffusion, tmp_path: Path, size: float
 ) -> None:
     """After few small steps B lies below what float16 can tell apart: it is written larger, A smaller."""
     live = trained(plain, lora_rank=4, lora_alpha=32)

@@ -12,7 +12,10 @@ from conftest import ROOT
 from PIL import Image
 
 from megaman.common.files import sha256_of
-from megaman.model.stable_diffusion import EMBEDDED, EMBEDDED_FOLDER, draw, load_base, pipeline_of
+from megaman.config.train import EMBEDDED
+from megaman.model.drawing import draw, pipeline_of
+from megaman.model.hub import EMBEDDED_FOLDER
+from megaman.model.stable_diffusion import load_base
 from megaman.tiny_sd import build, figures, sources
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,

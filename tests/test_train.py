@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 import megaman_lora
 from megaman.common.console import UserError
-from megaman.data.welcome import GUIDE
+from megaman.common.output_folder import RunFolder
+from megaman.data.first_start import GUIDE
 from megaman.model.compute import new_accelerator, pick_device, pick_dtype
 from megaman.model.stable_diffusion import load_base
-from megaman.training.sampler import Place
-from megaman.training.tracker import Step, Watch
+from megaman.training.sampler import Position
+from megaman.training.tracker import StepResult, Tracker
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -195,12 +196,12 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(
 
 
 def test_twenty_overflowed_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
-    watcher = Watch(tmp_path, range(60), ["a.png"], 1, logging_dir=None, enabled=True)
+    watcher = Tracker(RunFolder(tmp_path), range(60), ["a.png"], 1, logging_dir=None, enabled=True)
 
     def record(number: int, was_skipped: bool) -> None:
         norm = torch.tensor(float("inf") if was_skipped else 1.0)
-        examples = [([Place(number, 0)], torch.tensor([0.5]))]
-        watcher.record(Step(number, torch.tensor(0.5), norm, 1e-4, was_skipped, examples))
+        examples = [([Position(number, 0)], torch.tensor([0.5]))]
+        watcher.record(StepResult(number, torch.tensor(0.5), norm, 1e-4, was_skipped, examples))
 
     for number, was_skipped in enumerate([True] * 19 + [False] + [True] * 19):
         record(number, was_skipped)
@@ -354,7 +355,8 @@ def test_a_base_of_another_kind_is_refused(tiny_folder: Path, tmp_path: Path) ->
 
 def test_a_disk_that_fills_up_is_exit_6_and_leaves_no_half_file(tmp_path: Path) -> None:
     code = (
-        "import resource, signal, torch; from pathlib import Path\nfrom megaman.common import console, files\n"
+        "import resource, signal, torch\nfrom pathlib import Path\n"
+        "from megaman.common import console, files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, "
         "(20000, 20000))\n"
         f"path = Path({str(tmp_path)!r}) / 'a.safetensors'\n"
@@ -386,8 +388,10 @@ def test_one_process_may_train_in_one_precision_after_another(train: Callable[..
 
 
 def test_a_skipped_steps_gradient_is_no_number_in_the_metrics(tmp_path: Path) -> None:
-    watcher = Watch(tmp_path, range(1), ["a.png"], 1, logging_dir=tmp_path / "logs", enabled=True)
-    watcher.record(Step(0, torch.tensor(0.5), torch.tensor(float("inf")), 1e-4, True, []))
+    watcher = Tracker(
+        RunFolder(tmp_path), range(1), ["a.png"], 1, logging_dir=tmp_path / "logs", enabled=True
+    )
+    watcher.record(StepResult(0, torch.tensor(0.5), torch.tensor(float("inf")), 1e-4, True, []))
     watcher.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
 

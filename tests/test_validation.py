@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,32 +11,32 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import megaman_lora
-from megaman.training.checkpoints import STATE, latest_checkpoint
-from megaman.training.validation import Best, held_out
-from megaman_lora import MegaManDataset, stream_of
+from megaman.training.checkpoints import STATE_FILE, latest_checkpoint
+from megaman.training.tracker import Tracker
+from megaman.training.validation import BestCheckpoint, held_out
+from megaman_lora import MegaManDataset, sampler_of
 
 
-def dataset_of(digests: list[str]) -> SimpleNamespace:
-    """As much of a dataset as the choice looks at."""
-    facts = [SimpleNamespace(digest=digest) for digest in digests]
-    return SimpleNamespace(facts=facts, paths=[Path(f"{i}.png") for i in range(len(digests))])
+def chosen_of(digests: list[str], share: float, seed: int) -> frozenset[int]:
+    """The choice among pictures of these contents."""
+    return held_out(digests, [f"{i}.png" for i in range(len(digests))], share, seed)
 
 
 def test_the_choice_hangs_on_contents_and_seed_alone() -> None:
     digests = [f"digest {i}" for i in range(40)]
-    chosen = held_out(dataset_of(digests), 0.1, 42)
+    chosen = chosen_of(digests, 0.1, 42)
     assert len(chosen) == 4
-    turned = held_out(dataset_of(digests[::-1]), 0.1, 42)
+    turned = chosen_of(digests[::-1], 0.1, 42)
     assert {digests[i] for i in chosen} == {digests[::-1][i] for i in turned}
-    assert held_out(dataset_of(digests), 0.1, 43) != chosen
-    more = held_out(dataset_of([*digests, "new"]), 0.1, 42)
+    assert chosen_of(digests, 0.1, 43) != chosen
+    more = chosen_of([*digests, "new"], 0.1, 42)
     assert len(chosen - more) <= 1  # one picture more changes at most one place
 
 
 def test_copies_of_a_picture_share_its_fate() -> None:
     digests = [f"digest {i % 8}" for i in range(24)]
     for seed in range(20):
-        chosen = {digests[i] for i in held_out(dataset_of(digests), 0.1, seed)}
+        chosen = {digests[i] for i in chosen_of(digests, 0.1, seed)}
         left = {digest for i, digest in enumerate(digests) if digest not in chosen}
         assert len(chosen) == 1
         assert not chosen & left
@@ -45,7 +44,7 @@ def test_copies_of_a_picture_share_its_fate() -> None:
 
 @pytest.mark.parametrize(("count", "share"), [(14, 0.5), (40, 0.0), (15, 0.01)])
 def test_few_pictures_or_no_share_keep_none_out(count: int, share: float) -> None:
-    assert held_out(dataset_of([str(i) for i in range(count)]), share, 1) == frozenset()
+    assert chosen_of([str(i) for i in range(count)], share, 1) == frozenset()
 
 
 @pytest.fixture
@@ -66,9 +65,9 @@ def lines_of(output: Path) -> dict[int, float]:
 
 def test_they_never_train(sixteen: Path) -> None:
     dataset = MegaManDataset(sixteen, None)
-    chosen = held_out(dataset, 0.25, 42)
-    stream = stream_of(dataset, 3, chosen)
-    seen = {place.index for step in range(2 * stream.steps_an_epoch) for place in stream.at(step)}
+    chosen = held_out([picture.digest for picture in dataset.scanned], ["x"] * len(dataset), 0.25, 42)
+    stream = sampler_of(dataset, 3, chosen)
+    seen = {place.index for step in range(2 * stream.steps_an_epoch) for place in stream.batch(step)}
     assert seen == set(range(len(dataset))) - chosen
     assert len(chosen) == round(0.25 * len(dataset))
 
@@ -114,24 +113,27 @@ def test_the_best_checkpoint_keeps_its_state(
 ) -> None:
     honest = megaman_lora.validate
 
-    def worse_and_worse(run: megaman_lora.Run, step: int) -> None:
-        honest(run, step)
-        run.best.latest = step, float(step + 1)
+    def worse_and_worse(run: megaman_lora.Run, tracker: Tracker, step: int) -> None:
+        honest(run, tracker, step)
+        run.best.note_measured(step, float(step + 1))
 
     monkeypatch.setattr(megaman_lora, "validate", worse_and_worse)
     flags = ("--save_steps", "1", "--max_train_steps", "5", "--checkpoints_total_limit", "2")
     folder = train(*flags).parent / "checkpoints"
-    assert sorted(path.parent.name for path in folder.glob(f"*/{STATE}")) == [
+    assert sorted(path.parent.name for path in folder.glob(f"*/{STATE_FILE}")) == [
         "step-000001", "step-000004", "step-000005",
     ]  # fmt: skip
     assert "the smallest validation loss, 2.0000, was at step 1; see" in capsys.readouterr().err
 
 
 def test_only_what_was_measured_at_a_checkpoint_can_be_best() -> None:
-    best = Best()
-    best.latest = 3, 0.1
-    assert best.saved(4).step is None
-    best.latest = 4, 0.3
-    assert best.saved(4).step == 4
-    best.latest = 8, 0.5
-    assert (best.saved(8).step, best.loss) == (4, 0.3)
+    best = BestCheckpoint()
+    best.note_measured(3, 0.1)
+    best.note_saved(4)
+    assert best.step is None
+    best.note_measured(4, 0.3)
+    best.note_saved(4)
+    assert best.step == 4
+    best.note_measured(8, 0.5)
+    best.note_saved(8)
+    assert (best.step, best.loss) == (4, 0.3)

@@ -11,19 +11,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from megaman.common import files
-from megaman.common.console import NUMBERS, UserError, say
-from megaman.data.captions import renamed
-from megaman.model.stable_diffusion import BaseModel
+from megaman.common.console import say
 
 ENTRIES = "encodings"  # the part of the cache folder that is ours alone; it carries the mark
 MARK = "CACHEDIR.TAG"  # backup programs leave such folders out (bford.info/cachedir)
@@ -175,126 +171,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 # ---------------------------------------------------------------- encoded data
-
-
-@dataclass(frozen=True)
-class View:
-    """One way in which a picture is seen: where its pixels come from, and what decides them."""
-
-    key: str
-    pixels: Callable[[], Tensor]  # (3,H,W) in [-1, 1]
-    label: str  # for an error's line
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What training needs of N pictures and their captions, all on the training device.
-
-    means, stds: the VAE's posterior of each view, (C,h,w) float32, already scaled; text (T,L,D): hidden
-    states, row 0 of the empty caption; view_rows, text_rows, class_rows: for each of the N, the rows of its
-    views, of its caption's variants, and of its captions that name something else instead of the character.
-    """
-
-    means: list[Tensor]
-    stds: list[Tensor]
-    text: Tensor
-    view_rows: list[list[int]]
-    text_rows: list[list[int]]
-    class_rows: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.view_rows)
-
-    def shape_of(self, index: int) -> torch.Size:
-        """The latents' shape (C,h,w) of one of the N: the same for all its views."""
-        return self.means[self.view_rows[index][0]].shape
-
-
-def encode(
-    views: Sequence[Sequence[View]],
-    captions: Sequence[Sequence[str]],
-    base: BaseModel,
-    store: Store,
-    class_captions: Sequence[Sequence[str]] = (),
-) -> Encoded:
-    """Runs the VAE and the text encoder over all that the store does not hold; equal things once.
-
-    For each of N pictures: its views, its caption's variants, its class captions.
-    UserError (exit 5) on a non-finite latent.
-    """
-    device, scaling = base.unet.device, base.vae.config.scaling_factor
-    vae, reader = _weights_digest(base.vae), _weights_digest(base.text_encoder)
-
-    def seen(view: View) -> dict[str, Tensor]:
-        return store.tensors(key_of("latents", vae, view.key), lambda: _posterior(view, base))
-
-    def read(caption: str) -> dict[str, Tensor]:
-        ids = base.tokenizer(caption).input_ids
-        return store.tensors(
-            key_of("text", reader, ids), lambda: {"states": base.embed([caption])[0].float().cpu()}
-        )
-
-    latents, view_rows = _each_once(views, lambda view: view.key, seen)
-    text, text_rows = _each_once([[""], *captions, *class_captions], str, read)
-    return Encoded(
-        [(entry["mean"] * scaling).to(device) for entry in latents],
-        [(entry["std"] * scaling).to(device) for entry in latents],
-        torch.stack([entry["states"] for entry in text]).to(device, base.unet.dtype),
-        view_rows,
-        text_rows[1 : 1 + len(captions)],
-        text_rows[1 + len(captions) :],
-    )
-
-
-def encode_dataset(dataset: Any, base: BaseModel, store: Store, classes: Sequence[str]) -> Encoded:
-    """The training script's MegaManDataset in the base's terms, from the store where it was encoded before;
-    also each caption with every class in the trigger's place.
-    """
-    views = [dataset.views(index) for index in range(len(dataset))]
-    texts = [dataset.texts(index) for index in range(len(dataset))]
-    plain = [caption.text for caption in dataset.captions]
-    named = [renamed(plain, dataset.settings.trigger, name) for name in classes]
-    encoded = encode(views, texts, base, store, list(zip(*named, strict=True)))
-    say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
-    store.prune()
-    return encoded
-
-
-def _posterior(view: View, base: BaseModel) -> dict[str, Tensor]:
-    with torch.no_grad():
-        latent = base.vae.encode(view.pixels()[None].to(base.vae.device, torch.float32)).latent_dist
-    made = {"mean": latent.mean[0].cpu(), "std": latent.std[0].cpu()}
-    if not all(tensor.isfinite().all() for tensor in made.values()):
-        raise UserError(
-            f"the VAE makes non-finite latents of {view.label}; remove it or use another base model", NUMBERS
-        )
-    return made
-
-
-def _weights_digest(module: torch.nn.Module) -> str:
-    """Of every bit that decides what the module computes: its weights, their precision, its architecture."""
-    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-    fixed = {name: value for name, value in config.items() if name[0] != "_" and "version" not in name}
-    total = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(raw.numpy())
-    return total.hexdigest()
-
-
-def _each_once(
-    groups: Iterable[Iterable[Any]], key: Callable[[Any], str], encoder: Callable[[Any], Any]
-) -> tuple[list[Any], list[list[int]]]:
-    """The encodings of the distinct items, and for every item of every group the row of its own."""
-    rows: dict[str, int] = {}
-    encodings: list[Any] = []
-    order: list[list[int]] = []
-    for group in groups:
-        order.append([])
-        for item in group:
-            if key(item) not in rows:
-                rows[key(item)] = len(encodings)
-                encodings.append(encoder(item))
-            order[-1].append(rows[key(item)])
-    return encodings, order

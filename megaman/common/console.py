@@ -7,8 +7,9 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import NoReturn
 
 from megaman.common.signals import Stopped, at_once
@@ -159,6 +160,20 @@ def shell_quoted(word: str) -> str:
         spelled = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
         return f"$'{spelled}'"
     return shlex.quote(word)
+
+
+NAMED = 5  # things that a line names; there may be hundreds
+
+
+def count(number: int, noun: str) -> str:
+    """1 picture, 2 pictures."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(names: Iterable[str], most: int = NAMED) -> str:
+    """The first few names, and … where there are more."""
+    first = list(islice(names, most + 1))
+    return ", ".join(first[:most]) + (", …" if len(first) > most else "")
 
 
 def _printable(message: str) -> str:

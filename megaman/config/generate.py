@@ -9,6 +9,7 @@ from megaman.config.parser import LARGEST_SEED, check_numbers, flag, parse_flags
 
 DESCRIPTION = "Draws with a trained LoRA and writes an HTML gallery."
 
+Sampler = Literal["dpm++", "euler", "euler_a", "ddim", "unipc"]
 TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
 NEGATIVE = "blurry, low quality, distorted, deformed"
 LARGEST_SIDE = 8192  # pixels; the attention of a larger picture fits no machine
@@ -80,7 +81,7 @@ class DrawingFlags:
         None, "pixels; the training resolution if not given", least=1, most=LARGEST_SIDE
     )
     width: int | None = flag(None, "pixels; the training resolution if not given", least=1, most=LARGEST_SIDE)
-    scheduler: Literal["dpm++", "euler", "euler_a", "ddim", "unipc"] = flag("dpm++", "sampler")
+    scheduler: Sampler = flag("dpm++", "sampler")
     batch_size: int | None = flag(None, "pictures at a time; fitted to device and size if not given", least=1)
     device: str = flag("auto", "cuda, mps, cpu or auto")
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = flag(

@@ -13,6 +13,10 @@ DESCRIPTION = (
 
 EMBEDDED = "megaman/tiny_sd"  # the base that ships with the code
 STARTER_IMAGES = "megaman/starter_images"
+CropMode = Literal["bucket", "center", "random"]
+Targets = Literal["attention", "attention+ff", "linear", "conv"]
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
+Attention = Literal["auto", "sdpa", "xformers"]
 PROJECT = Path(__file__).parents[2]
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -63,7 +67,7 @@ class DataFlags:
     )
     output_dir: str = flag("./megaman_lora_output", "where everything goes", is_path=True, is_free=True)
     resolution: int = flag(512, "side of the training square in pixels", least=1)
-    crop: Literal["bucket", "center", "random"] = flag(
+    crop: CropMode = flag(
         "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
     )
     flip: bool = flag(False, "also show pictures mirrored; not for a character whose sides differ")
@@ -95,7 +99,7 @@ class AdapterFlags:
         least=1,
     )
     lora_alpha: float = flag(32, "strength: the update is scaled by alpha / rank", above=0)
-    lora_targets: Literal["attention", "attention+ff", "linear", "conv"] = flag(
+    lora_targets: Targets = flag(
         "attention", "what it changes: attention; its feed-forward too; all linear; the resnets too"
     )
     lora_dropout: float = flag(
@@ -127,9 +131,7 @@ class OptimisationFlags:
     num_train_epochs: int | None = flag(
         None, "passes over the pictures, instead of --max_train_steps", least=1, is_free=True
     )
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = flag(
-        "adamw", "adamw8bit and prodigy need a package of their own"
-    )
+    optimizer: OptimizerName = flag("adamw", "adamw8bit and prodigy need a package of their own")
     weight_decay: float = flag(0.01, "how fast the adapter shrinks where nothing holds it", least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
     snr_gamma: float = flag(5.0, "min-SNR loss weighting; 0 = off", least=0)
@@ -157,7 +159,7 @@ class PrecisionFlags:
     gradient_checkpointing: bool = flag(
         False, "recompute activations: less memory, about a third slower", is_free=True
     )
-    attention: Literal["auto", "sdpa", "xformers"] = flag(
+    attention: Attention = flag(
         "auto", "attention kernels: auto and sdpa are torch's own, xformers needs an NVIDIA card"
     )
     compile: bool = flag(

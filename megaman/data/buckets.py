@@ -8,16 +8,18 @@ sticks out is cut off.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from megaman.common.cache import key_of
 from megaman.common.console import USAGE, UserError
+from megaman.config.train import CropMode
+from megaman.data.pictures import load_image
 
-Crop = Literal["bucket", "center", "random"]
 CENTRE = (0.5, 0.5)
 
 
@@ -43,7 +45,7 @@ class Fit:
     scale: float
 
 
-def buckets_of(resolution: int, cell: int, crop: Crop) -> list[Bucket]:
+def buckets_of(resolution: int, cell: int, crop: CropMode) -> list[Bucket]:
     """The sizes on offer: the square alone, or every shape from 1:4 to 4:1 of at most its area."""
     if crop != "bucket":
         return [Bucket(resolution, resolution)]
@@ -75,7 +77,7 @@ def fit_of(size: tuple[int, int], bucket: Bucket, at: tuple[float, float] = CENT
     return Fit(left, top, min(left + width, size[0]), min(top + height, size[1]), scale)
 
 
-def fitted(
+def cut_out(
     image: Image.Image, bucket: Bucket, at: tuple[float, float] = CENTRE, *, mirrored: bool = False
 ) -> Tensor:
     """The window of an RGB picture at the bucket's size, (3,height,width) float32 in [-1, 1]."""
@@ -84,6 +86,26 @@ def fitted(
     small = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
     array = np.array(small)[:, ::-1].copy() if mirrored else np.array(small)
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One way in which a picture is trained on: the window that is seen, its size, mirrored or not."""
+
+    path: Path
+    digest: str  # of the picture's content
+    bucket: Bucket
+    at: tuple[float, float] = CENTRE
+    is_mirrored: bool = False
+
+    @property
+    def key(self) -> str:
+        """Decides the pixels."""
+        return key_of(self.digest, self.bucket, self.at, self.is_mirrored)
+
+    def pixels(self) -> Tensor:
+        """(3,height,width) float32 in [-1, 1]. Raises BadPicture when the file can't be read any more."""
+        return cut_out(load_image(self.path), self.bucket, self.at, mirrored=self.is_mirrored)
 
 
 def check_sizes(buckets: Sequence[Bucket], resolution: int, cell_px: int, base: str) -> None:

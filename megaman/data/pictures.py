@@ -4,12 +4,10 @@ colour.
 
 import errno
 import io
-import math
 import os
 import re
 import stat
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -349,41 +347,3 @@ def load_image(path: Path) -> Image.Image:
 
 
 # ---------------------------------------------------------------- comparing
-
-GRID = 12  # rows and columns of the fingerprint
-NOISE = 4  # of 255: what JPEG leaves on a flat area is no edge
-COLOUR_STEP = 2  # of 255, a bit of the fingerprint
-FINGERPRINT_WORDS = -(-(GRID * GRID + 3 * 256 // COLOUR_STEP) // 64)
-SAME_SHAPE = 1.05  # a copy that is scaled to whole pixels keeps its width by height to a few per cent
-SAME_BITS = 6  # compressed or scaled copies differ in 5 at most, two poses of a sprite in 16 and more
-
-
-def fingerprint(image: Image.Image) -> int:
-    """A number whose bits hardly change when a picture is scaled or compressed again.
-
-    144 say where a 12 x 12 view brightens to the right (dHash, Krawetz 2013); 3 x 128 count up the mean red,
-    green and blue, so that flat pictures and recoloured sprites differ.
-    """
-    view = image.convert("RGB").resize((GRID + 1, GRID), Image.Resampling.HAMMING)
-    grey = np.asarray(view.convert("L"), dtype=np.int16)
-    brighter = grey[:, 1:] - grey[:, :-1] > NOISE
-    means = np.asarray(view).mean(axis=(0, 1))
-    colour = means[:, None] > np.arange(COLOUR_STEP // 2, 256, COLOUR_STEP)
-    return int.from_bytes(np.packbits(np.concatenate([brighter.ravel(), colour.ravel()])).tobytes(), "big")
-
-
-def duplicates(fingerprints: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(first, later) for each picture that repeats an earlier one: the positions of both.
-
-    Pictures of different shapes are different, however alike they are when they are squeezed to one.
-    """
-    packed = b"".join(number.to_bytes(FINGERPRINT_WORDS * 8, "big") for number in fingerprints)
-    words = np.frombuffer(packed, np.uint64).reshape(-1, FINGERPRINT_WORDS)
-    shapes = np.log([width / height for width, height in sizes])
-    pairs = []
-    for later in range(1, len(words)):
-        differing = np.bitwise_count(words[:later] ^ words[later]).sum(axis=1)
-        alike = np.abs(shapes[:later] - shapes[later]) < math.log(SAME_SHAPE)
-        same = np.flatnonzero(alike & (differing <= SAME_BITS))
-        pairs += [(int(same[0]), later)] if same.size else []
-    return pairs

@@ -1,39 +1,36 @@
 """What will be trained on, told before it costs anything: on the terminal and as a page."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megaman.common.console import one_line
-from megaman.common.files import check_page, write_text
-from megaman.common.html import render_dataset
-from megaman.data.buckets import Bucket, Crop, Fit, fit_of
+from megaman.common.console import NAMED, count, listed, one_line
+from megaman.common.files import write_text
+from megaman.common.html import check_page, render
+from megaman.common.output_folder import PAGE
+from megaman.config.train import DataFlags
+from megaman.data.buckets import Bucket, Fit, fit_of
 from megaman.data.captions import (
     Caption,
-    holds,
+    has_trigger,
     odd_repeats,
     shared_captions,
     tag_frequencies,
     write_caption_set,
 )
-from megaman.data.pictures import duplicates
-from megaman.data.scan import Fact, Skipped
-from megaman.model import stable_diffusion as base
-from megaman.training.sampler import Stream
+from megaman.data.scan import ScannedPicture, Skipped, duplicates
 
 MAX_TOKENS = 75  # Stable Diffusion reads 77, two of them mark the beginning and the end
-NAMED = 5  # files named in a line; the page names all
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainedPicture:
     """One usable picture with its caption and where it is trained."""
 
     name: str  # below the data folder, with slashes
-    fact: Fact
+    scanned: ScannedPicture
     caption: Caption
     bucket: Bucket
     repeats: int
@@ -42,194 +39,196 @@ class Row:
     @property
     def fit(self) -> Fit:
         """The part that is seen when it is cut in the middle."""
-        return fit_of(self.fact.size, self.bucket)
-
-
-class Settings(Protocol):
-    """What the report asks of the settings; the training script's DataFlags have it."""
-
-    trigger: str
-    crop: Crop
-    flip: bool
+        return fit_of(self.scanned.size, self.bucket)
 
 
 @dataclass(frozen=True)
 class Report:
     """The dataset as the training sees it.
 
-    counted_exactly: whether the tokens are the base's own; the embedded base's vocabulary, which stands in
+    is_exact: whether the tokens are the base's own; the embedded base's vocabulary, which stands in
     where the base is not at hand yet, is smaller and makes more of them.
     """
 
     folder: Path
-    settings: Settings
-    rows: Sequence[Row]
+    settings: DataFlags
+    pictures: Sequence[TrainedPicture]
     skipped: Sequence[Skipped]
-    counted_exactly: bool = True
+    is_exact: bool = True
 
     @cached_property
-    def alike(self) -> list[list[Row]]:
+    def alike(self) -> list[list[TrainedPicture]]:
         """Groups of pictures that look alike."""
-        groups: dict[int, list[Row]] = {}
-        facts = [row.fact for row in self.rows]
-        for first, later in duplicates([fact.fingerprint for fact in facts], [fact.size for fact in facts]):
-            groups.setdefault(first, [self.rows[first]]).append(self.rows[later])
+        groups: dict[int, list[TrainedPicture]] = {}
+        facts = [picture.scanned for picture in self.pictures]
+        for first, later in duplicates(
+            [scanned.fingerprint for scanned in facts], [scanned.size for scanned in facts]
+        ):
+            groups.setdefault(first, [self.pictures[first]]).append(self.pictures[later])
         return list(groups.values())
 
     @cached_property
-    def buckets(self) -> dict[Bucket, list[Row]]:
+    def buckets(self) -> dict[Bucket, list[TrainedPicture]]:
         """The pictures of each training size."""
-        members: dict[Bucket, list[Row]] = {}
-        for row in self.rows:
-            members.setdefault(row.bucket, []).append(row)
+        members: dict[Bucket, list[TrainedPicture]] = {}
+        for picture in self.pictures:
+            members.setdefault(picture.bucket, []).append(picture)
         return dict(sorted(members.items()))
 
     @property
-    def derived(self) -> list[Row]:
+    def captioned_from_name(self) -> list[TrainedPicture]:
         """Pictures whose caption was made from their name."""
-        return [row for row in self.rows if row.caption.source == "name"]
+        return [picture for picture in self.pictures if picture.caption.source == "name"]
 
     @property
-    def enlarged(self) -> list[Row]:
+    def enlarged(self) -> list[TrainedPicture]:
         """Pictures smaller than their training size, the smallest first."""
-        return sorted((row for row in self.rows if row.fit.scale > 1.001), key=lambda row: -row.fit.scale)
+        return sorted(
+            (picture for picture in self.pictures if picture.fit.scale > 1.001),
+            key=lambda picture: -picture.fit.scale,
+        )
 
     @property
-    def too_long(self) -> list[Row]:
+    def too_long(self) -> list[TrainedPicture]:
         """Captions whose end the text encoder does not see."""
-        return [row for row in self.rows if row.tokens > MAX_TOKENS]
+        return [picture for picture in self.pictures if picture.tokens > MAX_TOKENS]
 
     @cached_property
-    def lacking(self) -> list[Row]:
+    def without_trigger(self) -> list[TrainedPicture]:
         """Captions without the trigger."""
-        return [row for row in self.rows if not holds(row.caption.text, self.settings.trigger)]
+        return [
+            picture
+            for picture in self.pictures
+            if not has_trigger(picture.caption.text, self.settings.trigger)
+        ]
 
     @cached_property
     def tags(self) -> dict[str, int]:
         """How often each comma-separated tag occurs, the most frequent first."""
-        return tag_frequencies([row.caption.text for row in self.rows])
+        return tag_frequencies([picture.caption.text for picture in self.pictures])
 
     def lines(self) -> list[str]:
         """What the user should know, a line each."""
-        derived = len(self.derived)
-        from_files = _count(len(self.rows) - derived, "caption")
+        derived = len(self.captioned_from_name)
+        from_files = count(len(self.pictures) - derived, "caption")
         lines = [
-            f"pictures: {len(self.rows)} in {self.folder}, {from_files} from files, {derived} from names"
+            f"pictures: {len(self.pictures)} in {self.folder}, {from_files} from files, {derived} from names"
         ]
         sizes = (f"{bucket} ({len(members)})" for bucket, members in self.buckets.items())
         ways = {"bucket": "", "center": ", cut in the middle", "random": ", cut at random places"}
         mirrored = ", also mirrored" if self.settings.flip else ""
         lines.append(f"sizes: {', '.join(sizes)}{ways[self.settings.crop]}{mirrored}")
         if derived:
-            lines.append(
-                f"captions: from names: {_listed(f'{r.name} “{r.caption.text}”' for r in self.derived)}"
-            )
-        lines += [f"skipped: {self.below(file.path)}: {file.reason}" for file in self.skipped]
+            made = (f"{picture.name} “{picture.caption.text}”" for picture in self.captioned_from_name)
+            lines.append(f"captions: from names: {listed(made)}")
+        lines += [f"skipped: {self.relative(file.path)}: {file.reason}" for file in self.skipped]
         lines += [f"note: {note}" for note in (*self._about_pictures(), *self._about_captions())]
         return [one_line(line) for line in lines]
 
     def _about_pictures(self) -> list[str]:
         notes = []
-        with_remark: dict[str, list[Row]] = {}
-        for row in self.rows:
-            for remark in row.fact.remarks:
-                with_remark.setdefault(remark, []).append(row)
-        for remark, rows in sorted(with_remark.items(), key=lambda item: -len(item[1])):
-            notes.append(f"{_count(len(rows), 'picture')}: {remark} ({_named(rows)})")
+        with_remark: dict[str, list[TrainedPicture]] = {}
+        for picture in self.pictures:
+            for remark in picture.scanned.remarks:
+                with_remark.setdefault(remark, []).append(picture)
+        for remark, pictures in sorted(with_remark.items(), key=lambda item: -len(item[1])):
+            notes.append(f"{count(len(pictures), 'picture')}: {remark} ({_named(pictures)})")
         notes += [f"look alike: {_named(group)}" for group in self.alike[:NAMED]]
         if len(self.alike) > NAMED:
-            notes.append(f"look alike: {_count(len(self.alike) - NAMED, 'more group')} in dataset.html")
+            notes.append(f"look alike: {count(len(self.alike) - NAMED, 'more group')} in dataset.html")
         if self.enlarged:
             worst = self.enlarged[0]
             notes.append(
-                f"{_count(len(self.enlarged), 'picture')} smaller than the training size, enlarged to it "
+                f"{count(len(self.enlarged), 'picture')} smaller than the training size, enlarged to it "
                 f"(at most {worst.fit.scale:.1f} times: {worst.name})"
             )
-        for name in odd_repeats([row.fact.path for row in self.rows], self.folder):
+        for name in odd_repeats([picture.scanned.path for picture in self.pictures], self.folder):
             notes.append(f"the number of {name} is no count of repeats; its pictures count once")
         return notes
 
     def _about_captions(self) -> list[str]:
         notes = []
         if self.too_long:
-            doubt = (
-                "" if self.counted_exactly else " (a high estimate: the base's vocabulary is not here yet)"
-            )
+            doubt = "" if self.is_exact else " (a high estimate: the base's vocabulary is not here yet)"
             notes.append(
-                f"{_count(len(self.too_long), 'caption')} longer than {MAX_TOKENS} tokens{doubt}; what is "
+                f"{count(len(self.too_long), 'caption')} longer than {MAX_TOKENS} tokens{doubt}; what is "
                 f"over is not read ({_named(self.too_long)})"
             )
-        if self.lacking:
-            lacking = f"{_count(len(self.lacking), 'caption')} without the trigger {self.settings.trigger!r}"
-            notes.append(f"{lacking}, which learns nothing from there ({_named(self.lacking)})")
-        captions = [row.caption for row in self.rows]
-        for sidecar, users in shared_captions([row.fact.path for row in self.rows], captions).items():
-            notes.append(f"{self.below(sidecar)} is the caption of {len(users)} pictures")
+        if self.without_trigger:
+            lacking = (
+                f"{count(len(self.without_trigger), 'caption')} without the trigger {self.settings.trigger!r}"
+            )
+            notes.append(f"{lacking}, which learns nothing from there ({_named(self.without_trigger)})")
+        captions = [picture.caption for picture in self.pictures]
+        for sidecar, users in shared_captions(
+            [picture.scanned.path for picture in self.pictures], captions
+        ).items():
+            notes.append(f"{self.relative(sidecar)} is the caption of {len(users)} pictures")
         return notes
 
-    def below(self, path: Path) -> str:
+    def relative(self, path: Path) -> str:
         """A file's name as the user knows it."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else path.name
 
     def write(self, output: Path) -> Path:
         """Writes dataset.html and returns it. UserError (exit 7) if another's page of that name is there."""
-        page = output / "dataset.html"
+        page = output / PAGE
         check_page(page)
-        html = render_dataset(self, MAX_TOKENS)
-        write_text(page, html.encode("utf-8", "backslashreplace").decode())  # names may be any bytes
+        write_text(page, self.html().encode("utf-8", "backslashreplace").decode())  # names may be any bytes
         return page
+
+    def html(self) -> str:
+        """The page: every picture with what of it is seen, its caption and remarks."""
+        return render("dataset.html.j2", report=self, max_tokens=MAX_TOKENS)
 
     def offer_captions(self, folder: Path) -> list[str]:
         """Writes every caption that was made from a name, to be edited and copied; what is there, stays. What
         to tell of it, a line each.
         """
-        made, kept = write_caption_set(folder, [(Path(row.name), row.caption.text) for row in self.derived])
+        made, kept = write_caption_set(
+            folder, [(Path(picture.name), picture.caption.text) for picture in self.captioned_from_name]
+        )
         lines = []
         if made:
             lines.append(
                 f"captions made from names lie in {folder}: edit them and copy them to your pictures"
             )
         if kept:
-            lines.append(f"{_count(len(kept), 'caption')} of an earlier dry run left as found in {folder}")
+            lines.append(f"{count(len(kept), 'caption')} of an earlier dry run left as found in {folder}")
         return lines
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _named(pictures: Sequence[TrainedPicture]) -> str:
+    return listed(picture.name for picture in pictures)
 
 
-def _named(rows: Sequence[Row]) -> str:
-    return _listed(row.name for row in rows)
+TAGS = 200  # the commonest are told
 
 
-def _listed(names: Iterable[str]) -> str:
-    """The first few; the page names all."""
-    first = list(islice(names, NAMED + 1))
-    return ", ".join(first[:NAMED]) + (", …" if len(first) > NAMED else "")
+def dataset_facts(report: Report) -> dict[str, Any]:
+    """What other tools show of the pictures: how many, how often, in which sizes, under which tags. Folders
+    get names in kohya's notation; the user's own stay his.
+    """
+    trigger = " ".join(report.settings.trigger.split())
+    by_folder: dict[str, list[TrainedPicture]] = {}
+    for picture in report.pictures:
+        by_folder.setdefault(f"{picture.repeats}_{trigger}", []).append(picture)
+    return {
+        "folders": {
+            name: {"n_repeats": pictures[0].repeats, "img_count": len(pictures)}
+            for name, pictures in by_folder.items()
+        },
+        "tags": {name: _tags(pictures, trigger.lower()) for name, pictures in by_folder.items()},
+        "buckets": {
+            str(i): {"resolution": [bucket.width, bucket.height], "count": len(pictures)}
+            for i, (bucket, pictures) in enumerate(report.buckets.items())
+        },
+    }
 
 
-def describe_plan(cfg: Any, stream: Stream) -> str:
-    """The arithmetic of the run, in a line. cfg: the training script's TrainConfig, its steps decided."""
-    return (
-        f"plan: {cfg.max_train_steps} steps of {stream.step_size} pictures = "
-        f"{cfg.max_train_steps / stream.steps_an_epoch:.1f} epochs of {len(stream)}; rank {cfg.lora_rank}, "
-        f"alpha {cfg.lora_alpha:g}, learning rate {cfg.learning_rate:g}"
-    )
-
-
-def report_of(dataset: Any) -> Report:
-    """What the user should know of a dataset: the training script's MegaManDataset, with a tokenizer."""
-    rows = [
-        Row(
-            path.relative_to(dataset.folder).as_posix(),
-            dataset.facts[i],
-            dataset.captions[i],
-            dataset.buckets[i],
-            dataset.repeats[i],
-            len(dataset.tokenizer(dataset.captions[i].text).input_ids) - 2,
-        )
-        for i, path in enumerate(dataset.paths)
-    ]
-    borrowed = Path(dataset.tokenizer.name_or_path).parent == base.EMBEDDED_FOLDER
-    own = base.canonical_name(dataset.settings.pretrained_model_name) == base.EMBEDDED
-    return Report(dataset.folder, dataset.settings, rows, dataset.skipped, own or not borrowed)
+def _tags(pictures: Sequence[TrainedPicture], trigger: str) -> dict[str, int]:
+    """The commonest tags and the trigger, which sentences hide: web UIs cut those into words."""
+    texts = [picture.caption.text for picture in pictures]
+    called = sum(trigger in text.lower() for text in texts)
+    counts = tag_frequencies(texts) | ({trigger: called} if called else {})
+    return dict(sorted(counts.items(), key=lambda item: -item[1])[:TAGS])

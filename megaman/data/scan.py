@@ -1,24 +1,33 @@
-"""What is known of each picture file before anything is trained; remembered by content."""
+"""Scans the data folder: size, hash, thumbnail, remarks of each picture, kept by content; look-alikes."""
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from megaman.common.cache import Store, key_of
 from megaman.common.console import one_line
 from megaman.common.files import sha256_of
-from megaman.data.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, fingerprint, open_picture
+from megaman.data.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, open_picture
 
 RECIPE = 2  # raised whenever decoding changes: older facts and latents are then no longer found
 THUMBNAIL_PX = 128
+GRID = 12  # rows and columns of the fingerprint
+JPEG_NOISE = 4  # of 255: what JPEG leaves on a flat area is no edge
+COLOUR_STEP = 2  # of 255, a bit of the fingerprint
+FINGERPRINT_WORDS = -(-(GRID * GRID + 3 * 256 // COLOUR_STEP) // 64)
+SAME_SHAPE = 1.05  # a copy that is scaled to whole pixels keeps its width by height to a few per cent
+SAME_BITS = 6  # compressed or scaled copies differ in 5 at most, two poses of a sprite in 16 and more
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A usable picture."""
+class ScannedPicture:
+    """A usable picture file, and what is known of it."""
 
     path: Path
     digest: str  # of the file's bytes and of how they are decoded
@@ -39,18 +48,19 @@ class Skipped:
         return one_line(f"{self.path}: {self.reason}")
 
 
-def survey(folder: Path, store: Store) -> tuple[list[Fact], list[Skipped]]:
+def scan(folder: Path, store: Store) -> tuple[list[ScannedPicture], list[Skipped]]:
     """Every picture below the folder, decoded once in its life. UserError (exit 3) if there is no folder."""
-    facts, skipped = [], []
+    scanned: list[ScannedPicture] = []
+    skipped: list[Skipped] = []
     for path in find_pictures(folder):
         try:
-            facts.append(_fact(path, store))
+            scanned.append(_scanned(path, store))
         except BadPicture as error:
             skipped.append(Skipped(path, error.reason))
-    return facts, skipped
+    return scanned, skipped
 
 
-def _fact(path: Path, store: Store) -> Fact:
+def _scanned(path: Path, store: Store) -> ScannedPicture:
     try:
         usable = path.is_file() and 0 < path.stat().st_size <= MAX_FILE_BYTES
         digest = key_of("picture", RECIPE, path.suffix.lower(), sha256_of(path)) if usable else ""
@@ -59,8 +69,8 @@ def _fact(path: Path, store: Store) -> Fact:
     if not usable:  # opening says why; a folder, a pipe or a missing right is no fact about a content
         open_picture(path)
         raise BadPicture(path, "it changes while it is read")
-    known = store.facts(digest, lambda: _looked_at(path))
-    return Fact(
+    known = store.facts(digest, lambda: _scan(path))
+    return ScannedPicture(
         path,
         digest,
         (known["size"][0], known["size"][1]),
@@ -70,7 +80,7 @@ def _fact(path: Path, store: Store) -> Fact:
     )
 
 
-def _looked_at(path: Path) -> dict[str, object]:
+def _scan(path: Path) -> dict[str, object]:
     picture, data = open_picture(path), io.BytesIO()
     size, bits = picture.image.size, fingerprint(picture.image)
     small = picture.image  # no copy: a large scan takes 256 MB
@@ -82,3 +92,34 @@ def _looked_at(path: Path) -> dict[str, object]:
         "fingerprint": f"{bits:x}",
         "thumbnail": base64.b64encode(data.getvalue()).decode("ascii"),
     }
+
+
+def fingerprint(image: Image.Image) -> int:
+    """A number whose bits hardly change when a picture is scaled or compressed again.
+
+    144 say where a 12 x 12 view brightens to the right (dHash, Krawetz 2013); 3 x 128 count up the mean red,
+    green and blue, so that flat pictures and recoloured sprites differ.
+    """
+    view = image.convert("RGB").resize((GRID + 1, GRID), Image.Resampling.HAMMING)
+    grey = np.asarray(view.convert("L"), dtype=np.int16)
+    brighter = grey[:, 1:] - grey[:, :-1] > JPEG_NOISE
+    means = np.asarray(view).mean(axis=(0, 1))
+    colour = means[:, None] > np.arange(COLOUR_STEP // 2, 256, COLOUR_STEP)
+    return int.from_bytes(np.packbits(np.concatenate([brighter.ravel(), colour.ravel()])).tobytes(), "big")
+
+
+def duplicates(fingerprints: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(first, later) for each picture that repeats an earlier one: the positions of both.
+
+    Pictures of different shapes are different, however alike they are when they are squeezed to one.
+    """
+    packed = b"".join(number.to_bytes(FINGERPRINT_WORDS * 8, "big") for number in fingerprints)
+    words = np.frombuffer(packed, np.uint64).reshape(-1, FINGERPRINT_WORDS)
+    shapes = np.log([width / height for width, height in sizes])
+    pairs = []
+    for later in range(1, len(words)):
+        differing = np.bitwise_count(words[:later] ^ words[later]).sum(axis=1)
+        alike = np.abs(shapes[:later] - shapes[later]) < math.log(SAME_SHAPE)
+        same = np.flatnonzero(alike & (differing <= SAME_BITS))
+        pairs += [(int(same[0]), later)] if same.size else []
+    return pairs

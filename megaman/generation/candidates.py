@@ -5,17 +5,24 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaman.common import console as errors
-from megaman.common import files
-from megaman.common.console import UserError
-from megaman.lora import save as adapters
-from megaman.lora.save import Adapter
-from megaman.model import stable_diffusion as base_models
-from megaman.training import resume as runs
+from megaman.common.console import MODEL, STATE, UserError
+from megaman.common.output_folder import (
+    ADAPTER_FILE,
+    CHECKPOINTS,
+    WEIGHTS,
+    RunFolder,
+    holds_run,
+    step_folders,
+)
+from megaman.config.train import EMBEDDED
+from megaman.lora.adapter import Adapter
+from megaman.lora.load import read_adapter
+from megaman.lora.metadata import NAME
+from megaman.model.hub import is_local
 
 
 @dataclass(frozen=True)
-class Source:
+class Candidate:
     """An adapter to draw with."""
 
     name: str  # in the pictures' settings
@@ -24,33 +31,48 @@ class Source:
     is_chosen: bool  # the one of --lora_path
 
 
-def sources_of(lora_path: str, fetched: Path, *, with_checkpoints: bool) -> list[Source]:
-    """The adapter of --lora_path; before it, if wanted, those of its run's checkpoints, step by step. Equal
-    weights are drawn once: the last checkpoint's are mostly the adapter's own.
+def candidates_of(lora_path: str, fetched: Path, *, with_checkpoints: bool) -> list[Candidate]:
+    """The adapter of --lora_path; before it, if wanted, those of its run's checkpoints, step by step.
+    Adapters with equal weights count once; the last checkpoint usually equals the final adapter.
 
     fetched: where the adapter lies. UserError (exit 7) if checkpoints are wanted and there are none.
     """
-    chosen = adapters.read_adapter(fetched)
+    chosen = read_adapter(fetched)
     found = {}
-    for path in runs.checkpoints_beside(fetched) if with_checkpoints else ():
-        adapter = adapters.read_adapter(path)
+    for path in checkpoints_beside(fetched) if with_checkpoints else ():
+        adapter = read_adapter(path)
         found[adapter.digest] = (path.name, adapter)
     found[chosen.digest] = (adapter_name(lora_path), chosen)
     return [
-        Source(name, adapter, digest, digest == chosen.digest) for digest, (name, adapter) in found.items()
+        Candidate(name, adapter, digest, digest == chosen.digest) for digest, (name, adapter) in found.items()
     ]
+
+
+def checkpoints_beside(adapter: Path) -> list[Path]:
+    """The checkpoints of the run that an adapter's file or folder belongs to, by step. UserError (exit 7) if
+    it has none.
+    """
+    folders = step_folders(RunFolder.of_adapter(adapter).checkpoints).values()
+    found = [folder for folder in folders if (folder / ADAPTER_FILE).is_file()]
+    if not found:
+        raise UserError(
+            f"{adapter}: no checkpoints beside it ({CHECKPOINTS}/step-…/{ADAPTER_FILE}). Name a run's "
+            f"{WEIGHTS} with --lora_path, or leave --compare_checkpoints out.",
+            STATE,
+        )
+    return found
 
 
 def adapter_name(lora_path: str) -> str:
     """The adapter's name in the pictures' settings: the hub id, or the file or folder to copy, never a
     path.
     """
-    if lora_path.count("/") == 1 and not base_models.is_local(lora_path):
+    if lora_path.count("/") == 1 and not is_local(lora_path):
         return lora_path
     path = Path(lora_path).expanduser().resolve()
-    if path.name == adapters.CHECKPOINT_FILE:
+    if path.name == ADAPTER_FILE:
         path = path.parent  # step-000250 says more than adapter
-    return "megaman_lora" if path.name == "lora_weights" else path.stem if path.suffix else path.name
+    return NAME if path.name == WEIGHTS else path.stem if path.suffix else path.name
 
 
 def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
@@ -61,26 +83,26 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
     if not name:
         raise UserError(
             f"{lora_path}: does not say which base model it was trained on; name one with --base_model",
-            errors.MODEL,
+            MODEL,
         )
-    if name == base_models.EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if name == EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name  # a hub id; a path is never taken from an adapter that somebody else may have made
-    path = recorded(lora_path, "pretrained_model_name")
+    path = path_in_record(lora_path, "pretrained_model_name")
     if path is not None and Path(path).expanduser().resolve().name == name:
         return path
     raise UserError(
         f"{lora_path}: was trained on the local base model {name!r}, which is not where it was; name it "
         "with --base_model",
-        errors.MODEL,
+        MODEL,
     )
 
 
-def recorded(lora_path: Path, setting: str) -> str | None:
+def path_in_record(lora_path: Path, setting: str) -> str | None:
     """The path that the record of the adapter's run names for a setting, if it is still there; None for an
     adapter that lies in no run of ours.
     """
     for folder in lora_path.resolve().parents[:3]:
-        if files.holds_run(folder):
-            path = json.loads((folder / files.RECORD).read_text(encoding="utf-8"))[setting]
+        if holds_run(folder):
+            path = json.loads(RunFolder(folder).record.read_text(encoding="utf-8"))[setting]
             return path if isinstance(path, str) and Path(path).expanduser().exists() else None
     return None

@@ -3,14 +3,30 @@ belong side by side.
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megaman.generation.records import ImageRecord
+from megaman.common.console import OK, STATE, UserError, say
+from megaman.common.files import write_text
+from megaman.common.html import render, script_of
+from megaman.common.output_folder import CHECKPOINTS, WEIGHTS, OutputLock
+from megaman.config.generate import GenerateConfig
+from megaman.config.train import DataFlags
+from megaman.generation.records import (
+    PAGE,
+    ImageRecord,
+    check_folder,
+    find_records,
+    holds_gallery,
+    write_records,
+)
 
-RUN = "./megaman_lora_output"  # a picture knows its adapter's name, never its path: the place that is usual
+RUN = DataFlags.output_dir  # a picture knows its adapter's name, never its path: the place that is usual
 CHECKPOINT = re.compile(r"step-0{0,5}(\d{1,12})")
 UNSAFE_TO_PASTE = re.compile(
     r'[\x00-\x1f\x7f-\x9f"$`\\%!\u201c-\u201f]'
@@ -149,5 +165,40 @@ def command(record: ImageRecord) -> str:
 
 def _usual_place(adapter: str) -> str:
     if adapter == "megaman_lora":
-        return f"{RUN}/lora_weights"
-    return f"{RUN}/checkpoints/{adapter}" if CHECKPOINT.fullmatch(adapter) else adapter
+        return f"{RUN}/{WEIGHTS}"
+    return f"{RUN}/{CHECKPOINTS}/{adapter}" if CHECKPOINT.fullmatch(adapter) else adapter
+
+
+# ---------------------------------------------------------------- the page
+
+
+def render_gallery(drawn: Sequence[ImageRecord]) -> str:
+    """The gallery, in the order given. Works without JavaScript as a plain page of pictures."""
+    answers = {"sections": sections, "newest": newest, "adapter_text": adapter_text, "facts": facts}
+    return render("gallery.html.j2", records=drawn, script=script_of("gallery.js"), **answers)
+
+
+def answer_gallery_only(cfg: GenerateConfig) -> None:
+    """Makes the gallery anew and ends the program, if that is all that is asked."""
+    if cfg.gallery_only:
+        say(f"done: open {rebuild(Path(cfg.output_dir))} in a browser")
+        sys.exit(OK)
+
+
+def rebuild(output: Path) -> Path:
+    """Makes the gallery anew of the pictures that are there. UserError (exit 7) if there never were any."""
+    if not holds_gallery(output):  # perhaps a folder of the user's
+        reason = "holds no pictures of ours to show; draw some first, or name their folder with --output_dir"
+        raise UserError(f"{output}: {reason}", STATE)
+    check_folder(output)
+    with closing(OutputLock(output).sign()):
+        found = find_records(output)
+        show_all(output, found)
+    say(f"pictures: {len(found)}")
+    return output / PAGE
+
+
+def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
+    """metadata.jsonl and the gallery of it."""
+    write_records(output, drawn)
+    write_text(output / PAGE, render_gallery(drawn))

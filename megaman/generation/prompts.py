@@ -1,6 +1,8 @@
 """Prompts as people write them in a file: a line each, with kohya's options."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ from megaman.config.generate import LARGEST_SIDE
 from megaman.config.parser import LARGEST_SEED
 
 SHOWN = 40  # characters of a bad value that an error's line repeats
-Prompt = tuple[str, dict[str, Any]]  # and the settings of its own
 LINE_OPTIONS = {
     "n": ("negative_prompt", str),
     "w": ("width", int),
@@ -20,6 +21,14 @@ LINE_OPTIONS = {
 }
 RANGES = {"seed": (0, LARGEST_SEED - 1), "guidance_scale": (0, 1e6), "width": (1, LARGEST_SIDE)}
 RANGES |= {"height": (1, LARGEST_SIDE), "num_inference_steps": (1, 10_000)}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the settings of its own."""
+
+    text: str
+    settings: Mapping[str, Any] = field(default_factory=dict)  # by the flags' names
 
 
 def read_prompts_file(path: Path) -> list[Prompt]:
@@ -52,7 +61,7 @@ def _parse_line(line: str, where: str) -> Prompt:
     )
     if not prompt.strip():
         raise UserError(f"{where}: options without a prompt", DATA)
-    return prompt.strip(), settings
+    return Prompt(prompt.strip(), settings)
 
 
 def _option(name: str, text: str, where: str) -> tuple[str, Any]:

@@ -1,10 +1,12 @@
-"""A picture to draw and what is known of it when it is drawn, in the PNG itself and in metadata.jsonl."""
+"""A job, and the record that it leaves: in the PNG itself and in metadata.jsonl."""
 
+import hashlib
 import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from os import SEEK_END
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +16,9 @@ from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
 from megaman.common.console import STATE, UserError, say
-from megaman.common.files import LOCK, check_page, holds_files, holds_run, is_page, replacing, write_text
+from megaman.common.files import replacing, write_text
+from megaman.common.html import check_page, is_page
+from megaman.common.output_folder import LOCK, holds_files, holds_run
 
 METADATA_FILE = "metadata.jsonl"
 PAGE = "index.html"
@@ -71,6 +75,26 @@ class ImageRecord(Job):
     created: str  # ISO 8601, UTC
     seconds: float  # its share of the batch's time
     versions: Mapping[str, str]
+
+
+def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:
+    """Names everything that decides the picture's pixels."""
+    facts = json.dumps([asdict(job), adapter_hash, base_hash, precision], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def file_name(job: Job, digest: str) -> str:
+    """A safe, short, speaking name; the prompt never decides a folder."""
+    slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower())[:40].strip("-") or "picture"
+    return f"{slug}-{job.seed}-{digest[:12]}.png"  # 48 bits: many prompts without a letter share a slug
+
+
+def record_of(job: Job, digest: str, about: Mapping[str, Any], seconds: float) -> ImageRecord:
+    """The picture's line of metadata.jsonl, made now. about: the other fields, by name."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return ImageRecord(
+        file=file_name(job, digest), job=digest, created=created, seconds=seconds, **asdict(job), **about
+    )
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A LoRA apart from any model and any file: its layers, and how they are read off the model in training.
+"""A LoRA apart from any model and any file: its layers, and what they add to weights.
 
 B @ A * alpha / rank is added to a module's weight (A is "down", B is "up"). DoRA then gives every row of the
 sum the length that its magnitude says.
@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from megaman.common.console import NUMBERS, UserError
+from megaman.common.console import UserError
 
-ADAPTER_NAME = "default"  # PEFT's own name for the only adapter
-TINY, FAR = -8, 4  # powers of two: B below 2^-8 and 2^4 below A loses digits in float16
+SMALL_B_EXPONENT, GAP_EXPONENT = -8, 4  # B below 2^-8, and 2^4 below A, loses digits in float16
 Component = Literal["unet", "text_encoder"]
 Key = tuple[Component, str]
 
@@ -64,7 +63,7 @@ class LoraLayer:
         is enlarged, and `down` made smaller, by a power of two, which costs nothing.
         """
         down_size, up_size = (math.frexp(part.abs().max().item())[1] for part in (self.down, self.up))
-        if up_size > TINY or down_size - up_size < FAR or not self.up.any():
+        if up_size > SMALL_B_EXPONENT or down_size - up_size < GAP_EXPONENT or not self.up.any():
             return self
         factor = 2.0 ** ((down_size - up_size) // 2)
         return replace(self, down=self.down / factor, up=self.up * factor)
@@ -110,40 +109,3 @@ def check_finite(adapter: Adapter, where: str, exit_code: int) -> None:
                 "again with a lower --learning_rate.",
                 exit_code,
             )
-
-
-# ---------------------------------------------------------------- from the live model
-
-
-def lora_modules(unet: nn.Module) -> dict[str, nn.Module]:
-    """The modules that PEFT has wrapped, by their path in the plain model."""
-    return {
-        name: module for name, module in unet.named_modules() if ADAPTER_NAME in getattr(module, "lora_A", {})
-    }
-
-
-def adapter_of(unet: nn.Module, metadata: Mapping[str, Any] | None = None) -> Adapter:
-    """A float32 copy, on the CPU, of the adapter that is being trained.
-
-    The real alpha is scaling x rank, rsLoRA's too. UserError (exit 5) if a number isn't finite.
-    """
-    layers: dict[Key, LoraLayer] = {}
-    for name, module in lora_modules(unet).items():
-        down, up = (_copy(getattr(module, part)[ADAPTER_NAME].weight) for part in ("lora_A", "lora_B"))
-        alpha = float(module.scaling[ADAPTER_NAME]) * down.shape[0]
-        layers["unet", name] = LoraLayer(down, up, alpha, _magnitude(module, up))
-    adapter = Adapter(layers, metadata or {})
-    check_finite(adapter, "the adapter in training", NUMBERS)
-    return adapter
-
-
-def _magnitude(module: nn.Module, up: Tensor) -> Tensor | None:
-    """DoRA's lengths of a live module, one a row; PEFT keeps them as (out,) or (1,out,1,1)."""
-    lengths = module.lora_magnitude_vector
-    if ADAPTER_NAME not in lengths:
-        return None
-    return _copy(lengths[ADAPTER_NAME].weight).reshape(-1, *[1] * (up.ndim - 1))
-
-
-def _copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().float().cpu().clone()

@@ -8,13 +8,14 @@ DoRA's lengths: .lora_magnitude_vector (PEFT, diffusers; PEFT's shapes), .dora_s
 """
 
 import json
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaman.common.console import NUMBERS, UserError
-from megaman.lora.adapter import Adapter, LoraLayer, underscored
+from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, underscored
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -92,3 +93,42 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, str]:
     wanted = ("r", "lora_alpha", "use_dora", "target_modules")
     config = peft_config(adapter)
     return {"lora_adapter_metadata": json.dumps({f"unet.{name}": config[name] for name in wanted})}
+
+
+# ---------------------------------------------------------------- whose key is it?
+_PARTS = {
+    r"\.lora_down\.weight": "down",  # kohya
+    r"\.lora_up\.weight": "up",
+    r"\.alpha": "alpha",
+    r"\.dora_scale": "dora_scale",
+    r"\.lora_A\.weight": "down",  # PEFT, and diffusers since 0.2x
+    r"\.lora_B\.weight": "up",
+    r"\.lora_magnitude_vector(\.weight)?": "magnitude",
+    r"\.lora\.down\.weight": "down",  # diffusers
+    r"\.lora\.up\.weight": "up",
+    r"_lora\.down\.weight": "down",  # diffusers' attention processors
+    r"_lora\.up\.weight": "up",
+    r"\.lora_linear_layer\.down\.weight": "down",  # diffusers' text encoders
+    r"\.lora_linear_layer\.up\.weight": "up",
+}
+_HOMES: dict[str, Component] = {
+    r"base_model\.model\.(?=(text_model\.)?encoder\.layers\.)": "text_encoder",
+    r"base_model\.model\.": "unet",
+    r"lora_unet_": "unet",
+    r"lora_te1?_": "text_encoder",
+    r"unet\.": "unet",
+    r"text_encoder\.": "text_encoder",
+    r"(?=(down_blocks|mid_block|up_blocks)\.)": "unet",  # of the first trainers: nothing before the module
+}
+
+
+def split_key(key: str) -> tuple[Key, str] | None:
+    """The module and the part that a key names; None if it is no LoRA's."""
+    key = re.sub(r"\.default(?=\.weight$|$)", "", key)  # PEFT's own dictionary, saved as it was
+    home = next((home for home in _HOMES if re.match(home, key)), None)
+    part = next((part for part in _PARTS if re.search(f"{part}$", key)), None)
+    if home is None or part is None:
+        return None
+    name = re.sub(f"{part}$", "", re.sub(f"^{home}", "", key)).replace(".processor.", ".")
+    name = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name)
+    return (_HOMES[home], name), _PARTS[part]

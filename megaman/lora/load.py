@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaman.common.console import MODEL, UserError, is_text
-from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, check_finite
+from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite
+from megaman.lora.formats import split_key
 
 KOHYA_FILE = "megaman_lora.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
@@ -186,44 +187,7 @@ def _strengths(settings: Mapping[str, Any]) -> _Strengths:
     return _Strengths(float(settings["lora_alpha"]), *flags, patterns)
 
 
-# ---------------------------------------------------------------- keys
-
-_PARTS = {
-    r"\.lora_down\.weight": "down",  # kohya
-    r"\.lora_up\.weight": "up",
-    r"\.alpha": "alpha",
-    r"\.dora_scale": "dora_scale",
-    r"\.lora_A\.weight": "down",  # PEFT, and diffusers since 0.2x
-    r"\.lora_B\.weight": "up",
-    r"\.lora_magnitude_vector(\.weight)?": "magnitude",
-    r"\.lora\.down\.weight": "down",  # diffusers
-    r"\.lora\.up\.weight": "up",
-    r"_lora\.down\.weight": "down",  # diffusers' attention processors
-    r"_lora\.up\.weight": "up",
-    r"\.lora_linear_layer\.down\.weight": "down",  # diffusers' text encoders
-    r"\.lora_linear_layer\.up\.weight": "up",
-}
-_HOMES: dict[str, Component] = {
-    r"base_model\.model\.(?=(text_model\.)?encoder\.layers\.)": "text_encoder",
-    r"base_model\.model\.": "unet",
-    r"lora_unet_": "unet",
-    r"lora_te1?_": "text_encoder",
-    r"unet\.": "unet",
-    r"text_encoder\.": "text_encoder",
-    r"(?=(down_blocks|mid_block|up_blocks)\.)": "unet",  # of the first trainers: nothing before the module
-}
-
-
-def _split(key: str) -> tuple[Key, str] | None:
-    """The module and the part that a key names; None if it is no LoRA's."""
-    key = re.sub(r"\.default(?=\.weight$|$)", "", key)  # PEFT's own dictionary, saved as it was
-    home = next((home for home in _HOMES if re.match(home, key)), None)
-    part = next((part for part in _PARTS if re.search(f"{part}$", key)), None)
-    if home is None or part is None:
-        return None
-    name = re.sub(f"{part}$", "", re.sub(f"^{home}", "", key)).replace(".processor.", ".")
-    name = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name)
-    return (_HOMES[home], name), _PARTS[part]
+# ---------------------------------------------------------------- layers
 
 
 def _grouped(
@@ -236,7 +200,7 @@ def _grouped(
     parts: dict[Key, dict[str, Tensor]] = {}
     strange: list[str] = []
     for key, tensor in tensors.items():
-        place = _split(key)
+        place = split_key(key)
         if place is None:
             strange.append(key)
         else:

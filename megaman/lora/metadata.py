@@ -7,87 +7,23 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from megaman.common.files import replacing, sha256_of, write_text
-from megaman.config.train import EMBEDDED, TrainConfig, published
-from megaman.data.captions import tag_frequencies
-from megaman.data.report import Report, Row
+from megaman.common.files import LEGACY_AT, LEGACY_SIZE, replacing, with_metadata, write_text
+from megaman.common.html import render
+from megaman.config.train import EMBEDDED
 from megaman.lora.adapter import Adapter
 from megaman.lora.formats import first_layer
-from megaman.model.stable_diffusion import BaseModel
 
 NAME = "megaman_lora"
-TAGS = 200  # the commonest are told
 THUMBNAIL_PX = 256
 SD1_TEXT_WIDTH = 768  # Stable Diffusion 1.x; other tools know no relative of the embedded base
 PICTURE = {"card": "README.md", "sidecar": f"{NAME}.json", "preview": f"{NAME}.preview.png"}
 HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x" + "0" * 64}
-LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the oldest web UIs hashed
-
-
-# ---------------------------------------------------------------- facts of a run
-
-
-def description(cfg: TrainConfig, base: BaseModel, told: Report) -> dict[str, Any]:
-    """What an adapter's files tell about their making; no path and no name of the user."""
-    return {
-        "base": base.name,
-        "resolution": cfg.resolution,
-        "trigger": cfg.trigger,
-        "guidance_scale": cfg.validation_guidance_scale,
-        "steps": cfg.max_train_steps,
-        "text_width": base.unet.config.cross_attention_dim,
-        "prediction_type": base.scheduler.config.prediction_type,
-        "config": published(cfg) | {"pretrained_model_name": base.name},
-        "dataset": dataset_facts(told),
-        "hashes": model_hashes(Path(cfg.pretrained_model_name).expanduser()),
-    }
-
-
-def dataset_facts(report: Report) -> dict[str, Any]:
-    """What other tools show of the pictures: how many, how often, in which sizes, under which tags. Folders
-    get names in kohya's notation; the user's own stay his.
-    """
-    trigger = " ".join(report.settings.trigger.split())
-    by_folder: dict[str, list[Row]] = {}
-    for row in report.rows:
-        by_folder.setdefault(f"{row.repeats}_{trigger}", []).append(row)
-    return {
-        "folders": {
-            name: {"n_repeats": rows[0].repeats, "img_count": len(rows)} for name, rows in by_folder.items()
-        },
-        "tags": {name: _tags(rows, trigger.lower()) for name, rows in by_folder.items()},
-        "buckets": {
-            str(i): {"resolution": [bucket.width, bucket.height], "count": len(rows)}
-            for i, (bucket, rows) in enumerate(report.buckets.items())
-        },
-    }
-
-
-def _tags(rows: Sequence[Row], trigger: str) -> dict[str, int]:
-    """The commonest tags and the trigger, which sentences hide: web UIs cut those into words."""
-    texts = [row.caption.text for row in rows]
-    called = sum(trigger in text.lower() for text in texts)
-    counts = tag_frequencies(texts) | ({trigger: called} if called else {})
-    return dict(sorted(counts.items(), key=lambda item: -item[1])[:TAGS])
-
-
-@cache
-def model_hashes(path: Path) -> dict[str, str]:
-    """The two hashes by which web UIs know a checkpoint file; none of a folder or a hub id."""
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        file.seek(LEGACY_AT)
-        legacy = hashlib.sha256(file.read(LEGACY_SIZE)).hexdigest()[:8]
-    return {"ss_sd_model_hash": legacy, "ss_new_sd_model_hash": sha256_of(path)}
 
 
 # ---------------------------------------------------------------- inside the file
@@ -205,12 +141,10 @@ def with_hashes(file: bytes) -> bytes:
     """The same safetensors file with the hashes of HASHES filled in: of everything behind the header, and of
     the old web UIs' stretch. They are as long as what held their place, so nothing moves.
     """
-    start = 8 + int.from_bytes(file[:8], "little")
-    head, body = file[:start], file[start:]
-    digest = hashlib.sha256(body).hexdigest()
+    digest = hashlib.sha256(file[8 + int.from_bytes(file[:8], "little") :]).hexdigest()
     legacy = hashlib.sha256(file[LEGACY_AT : LEGACY_AT + LEGACY_SIZE]).hexdigest()[:8]
-    head = head.replace(b"0" * 64, digest.encode())
-    return re.sub(rb'("sshs_legacy_hash": ?")0{8}', rb"\g<1>" + legacy.encode(), head) + body
+    hashes = {"sshs_model_hash": digest, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{digest}"}
+    return with_metadata(file, hashes)
 
 
 # ---------------------------------------------------------------- beside the file
@@ -245,21 +179,18 @@ def model_card(adapter: Adapter, *, has_preview: bool) -> str:
     base = re.sub(r"[\s`|<>\"\\]+", " ", known.get("base") or "its base model")
     names = ("learning_rate", "lr_scheduler", "max_train_steps", "resolution", "lora_targets", "seed")
     settings = {name: known.get("config", {}).get(name) for name in names}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("model_card.md.j2").render(
-        trigger=trigger,
-        base=base,
-        is_on_hub="/" in base and base != EMBEDDED,
-        is_dora=adapter.is_dora,
-        modules=len(adapter.layers),
-        rank=layer.rank,
-        alpha=f"{layer.alpha:g}",
-        settings={name: value for name, value in settings.items() if value is not None},
-        preview=PICTURE["preview"] if has_preview else None,
+    return (
+        render(
+            "model_card.md.j2",
+            trigger=trigger,
+            base=base,
+            is_on_hub="/" in base and base != EMBEDDED,
+            is_dora=adapter.is_dora,
+            modules=len(adapter.layers),
+            rank=layer.rank,
+            alpha=f"{layer.alpha:g}",
+            settings={name: value for name, value in settings.items() if value is not None},
+            preview=PICTURE["preview"] if has_preview else None,
+        )
+        + "\n"
     )

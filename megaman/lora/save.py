@@ -1,15 +1,18 @@
-"""The door to adapters: writing them for every tool, each file read back and compared before it gets its
-name. Layers, layouts, reading, metadata and the self-test have rooms of their own.
+"""An adapter written for every tool. Each file is read back and compared, module by module, with what was
+trained, before it gets its name.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from megaman.common.console import MODEL, UserError
 from megaman.common.files import replacing, save_tensors, write_text
-from megaman.lora.adapter import ADAPTER_NAME, Adapter, LoraLayer, adapter_of, lora_modules, underscored
+from megaman.lora.adapter import Adapter, underscored
 from megaman.lora.formats import (
     diffusers_metadata,
     diffusers_tensors,
@@ -17,34 +20,106 @@ from megaman.lora.formats import (
     peft_config,
     peft_tensors,
 )
+from megaman.lora.injection import ADAPTER_NAME, lora_modules
 from megaman.lora.load import (
-    CHECKPOINT_FILE,
     DIFFUSERS_FILE,
     KOHYA_FILE,
     OURS,
     PEFT_CONFIG,
     PEFT_FILE,
-    read_adapter,
+    read_file,
 )
 from megaman.lora.metadata import HASHES, kohya_metadata, our_metadata, with_hashes, write_companions
-from megaman.lora.selftest import FLOAT16, FLOAT32, check_written, updates_in, updates_of
 
-__all__ = [
-    "ADAPTER_NAME",
-    "CHECKPOINT_FILE",
-    "Adapter",
-    "LoraLayer",
-    "adapter_of",
-    "kohya_tensors",
-    "lora_modules",
-    "peft_tensors",
-    "read_adapter",
-    "underscored",
-    "write_adapter",
-    "write_kohya",
-]
+# ---------------------------------------------------------------- does a file hold what was trained?
+FLOAT32, FLOAT16 = 1e-5, 2e-3  # of the update's size; float16 rounds each factor by 5e-4 at most
+NEGLIGIBLE = 1e-7  # an update below this, a weight on average, changes no tool's weights
 
 
+@dataclass(frozen=True)
+class Delta:
+    """What is added to a module's weight before DoRA: scale * up @ down; and DoRA's magnitude."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None
+
+
+def deltas_of(model: nn.Module) -> dict[str, Delta]:
+    """The live model's, straight from PEFT's modules, by underscored path."""
+    found = {}
+    for name, module in lora_modules(model).items():
+        down, up = (getattr(module, part)[ADAPTER_NAME].weight.detach() for part in ("lora_A", "lora_B"))
+        magnitude = module.lora_magnitude_vector
+        found[underscored(name)] = Delta(
+            down.cpu(),
+            up.cpu(),
+            float(module.scaling[ADAPTER_NAME]),
+            magnitude[ADAPTER_NAME].weight.detach().cpu() if ADAPTER_NAME in magnitude else None,
+        )
+    return found
+
+
+def deltas_in(adapter: Adapter) -> dict[str, Delta]:
+    """An adapter's, by underscored path."""
+    return {
+        underscored(name): Delta(layer.down, layer.up, layer.alpha / layer.rank, layer.magnitude)
+        for (_, name), layer in adapter.layers.items()
+    }
+
+
+def check_written(file: Path, shown: Path, expected: Mapping[str, Delta], tolerance: float) -> None:
+    """UserError (exit 4) unless the file reads back as the updates that were trained.
+
+    shown: the name that the file is to have; beside it lies adapter_config.json for PEFT's layout.
+    """
+    read = deltas_in(read_file(file, shown.with_name(PEFT_CONFIG)))
+    if read.keys() != expected.keys():
+        lost = sorted(read.keys() ^ expected.keys())
+        raise _mismatch(shown, f"{len(lost)} modules differ, such as {lost[0]}")
+    for name, delta in expected.items():
+        _check_module(shown, name, delta, read[name], tolerance)
+
+
+def _check_module(shown: Path, name: str, wanted: Delta, found: Delta, tolerance: float) -> None:
+    if wanted.down.shape != found.down.shape or wanted.up.shape != found.up.shape:
+        raise _mismatch(shown, f"{name} has another shape")
+    size = norm(wanted)
+    allowed = tolerance * size + NEGLIGIBLE * (wanted.up.shape[0] * wanted.down[0].numel()) ** 0.5
+    if distance(wanted, found) > allowed:
+        raise _mismatch(shown, f"the update of {name} differs by {distance(wanted, found) / size:.1%}")
+    if (wanted.magnitude is None) != (found.magnitude is None):
+        raise _mismatch(shown, f"{name} lost DoRA's magnitude")
+    if wanted.magnitude is not None:
+        magnitude = (wanted.magnitude.flatten().double(), found.magnitude.flatten().double())
+        if not torch.allclose(*magnitude, rtol=FLOAT32, atol=0):
+            raise _mismatch(shown, f"DoRA's magnitude of {name} differs")
+
+
+def norm(delta: Delta) -> float:
+    """The Frobenius norm of one update."""
+    return _norm_of_sum([(delta, 1.0)])
+
+
+def distance(one: Delta, other: Delta) -> float:
+    """The Frobenius norm of the difference of two updates."""
+    return _norm_of_sum([(one, 1.0), (other, -1.0)])
+
+
+def _norm_of_sum(terms: Sequence[tuple[Delta, float]]) -> float:
+    """From the products of the factors among themselves, in float64: the full matrices are never built."""
+    ups = torch.cat([sign * delta.scale * delta.up.flatten(1).double() for delta, sign in terms], dim=1)
+    downs = torch.cat([delta.down.flatten(1).double() for delta, _ in terms])
+    return ((ups.T @ ups) * (downs @ downs.T)).sum().clamp(min=0).sqrt().item()
+
+
+def _mismatch(shown: Path, what: str) -> UserError:
+    reason = f"{what} from what was trained, so the file was not written. The weights are in checkpoints/"
+    return UserError(f"{shown}: {reason}; please report this.", MODEL)
+
+
+# ---------------------------------------------------------------- writing
 def write_adapter(
     adapter: Adapter, folder: Path, *, live: nn.Module | None = None, preview: Path | None = None
 ) -> list[Path]:
@@ -56,17 +131,20 @@ def write_adapter(
     UserError (exit 4) if a file reads back as anything else, (exit 5) if a number isn't finite.
     """
     pair, kohya, diffusers = (folder / name for name in (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE))
-    expected = updates_in(adapter) if live is None else updates_of(live)
+    expected = deltas_in(adapter) if live is None else deltas_of(live)
 
     def checked(tolerance: float) -> Callable[[Path, Path], None]:
         return lambda file, shown: check_written(file, shown, expected, tolerance)
 
+    def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+        save_tensors(tensors, path, metadata, lambda partial: checked(FLOAT32)(partial, path))
+
     ours = our_metadata(adapter, OURS)
     write_text(folder / PEFT_CONFIG, json.dumps(peft_config(adapter), indent=2, sort_keys=True) + "\n")
-    _save(peft_tensors(adapter), pair, ours, checked(FLOAT32))
+    save(peft_tensors(adapter), pair, ours)
     write_kohya(adapter, kohya, preview=preview, check=checked(FLOAT16))
     if adapter.is_dora:
-        _save(diffusers_tensors(adapter), diffusers, ours | diffusers_metadata(adapter), checked(FLOAT32))
+        save(diffusers_tensors(adapter), diffusers, ours | diffusers_metadata(adapter))
     else:
         with replacing(diffusers) as partial:
             partial.write_bytes(kohya.read_bytes())
@@ -84,18 +162,10 @@ def write_kohya(
 ) -> None:
     """One file in kohya's layout, float16. check: called with the finished file and the name it is to get."""
     metadata = our_metadata(adapter, OURS) | kohya_metadata(adapter, preview) | HASHES
-    _save(kohya_tensors(adapter), path, metadata, check)
 
-
-def _save(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    metadata: Mapping[str, str],
-    check: Callable[[Path, Path], None] | None = None,
-) -> None:
     def finish(partial: Path) -> None:
         partial.write_bytes(with_hashes(partial.read_bytes()))
         if check is not None:
             check(partial, path)
 
-    save_tensors(tensors, path, metadata, finish)
+    save_tensors(kohya_tensors(adapter), path, metadata, finish)

@@ -1,14 +1,19 @@
-"""Where a model computes and in which precision. Knows torch's devices and accelerate."""
+"""Where and how a model computes: device, precision, kernels, compiled blocks. Knows torch's devices and
+accelerate.
+"""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
+from diffusers import UNet2DConditionModel
 
 from megaman.common.console import USAGE, UserError, say
+from megaman.config.train import Attention
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -84,8 +89,60 @@ def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     )
 
 
+def start(mixed_precision: str) -> tuple[Accelerator, torch.dtype]:
+    """This process's accelerator, and the precision of the frozen weights on its device."""
+    device = pick_device()
+    dtype = pick_dtype(mixed_precision, device)
+    return new_accelerator(device, dtype), dtype
+
+
 def is_agreed(asked: bool, accelerator: Accelerator) -> bool:
     """Whether any process asked: all of them get the same answer. Several wait for each other for it."""
     if accelerator.num_processes == 1:
         return asked
     return accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item() > 0
+
+
+# ---------------------------------------------------------------- kernels
+RECOMPILATIONS = 256  # one a shape, in training, preview and validation; torch gives up after 8
+
+
+def try_out(attention: Attention, compiled: bool, device: torch.device) -> None:
+    """Tries what is asked for on a line of its own, before anything slow. UserError (exit 2) where it does
+    not work, which an import alone does not tell.
+    """
+    if attention == "xformers":
+        _try("--attention xformers: does not work here", lambda: _run_xformers_once(device))
+    if compiled:
+        _try("--compile: torch can't compile here", lambda: _compile_a_line(device))
+
+
+def _try(complaint: str, attempt: Callable[[], object]) -> None:
+    try:
+        attempt()
+    except Exception as error:  # kernels and compilers raise whatever they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{complaint} ({reason}); leave it out", USAGE) from error
+
+
+def _run_xformers_once(device: torch.device) -> None:
+    from xformers.ops import memory_efficient_attention
+
+    half = torch.float16 if device.type == "cuda" else torch.float32
+    query = torch.ones((1, 8, 2, 16), device=device, dtype=half, requires_grad=True)
+    memory_efficient_attention(query, query, query).sum().backward()
+
+
+def _compile_a_line(device: torch.device) -> None:
+    torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64, device=device))
+
+
+def apply_kernels(unet: UNet2DConditionModel, attention: Attention, compiled: bool) -> None:
+    """Puts into force what `try_out` has tried. auto and sdpa: torch's own kernels, which diffusers takes by
+    itself. Compiled are the transformer blocks.
+    """
+    if attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    if compiled:
+        torch._dynamo.config.recompile_limit = RECOMPILATIONS
+        unet.compile_repeated_blocks()

@@ -1,14 +1,56 @@
-"""Why a base model or an adapter can't be had, in one sentence: what lies there, what the hub answers."""
+"""Names of models and where they lie: paths, the hub, its cache; and why one can't be had, in a sentence."""
 
 import json
+from functools import cache
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from megaman.common.console import MODEL, UserError
+from megaman.common.files import legacy_hash, sha256_of
+from megaman.config.train import EMBEDDED
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_sd"
+
+
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
+}  # deleted from the hub in September 2024
+
+
+def canonical_name(name: str) -> str:
+    """The base's name as an adapter may carry it: a hub id, or the last part of a path."""
+    if name == EMBEDDED or Path(name).resolve() == EMBEDDED_FOLDER:
+        return EMBEDDED
+    return Path(name).expanduser().resolve().name if is_local(name) else MOVED.get(name, name)
+
+
+def is_local(name: str) -> bool:
+    """Whether the name is meant as a path and not as a hub id.
+
+    (`owner/model` is a hub id unless such a folder exists.)
+    """
+    path = Path(name).expanduser()
+    written_as_path = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
+    return path.exists() or written_as_path or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+
+
+def local_file(name: str, file: str) -> Path:
+    """A file of a base that lies on this disk. FileNotFoundError if it doesn't."""
+    if canonical_name(name) == EMBEDDED:
+        return EMBEDDED_FOLDER / file
+    if is_local(name):
+        found = Path(name).expanduser() / file
+    else:
+        found = try_to_load_from_cache(MOVED.get(name, name), file)
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        raise FileNotFoundError(file)
+    return Path(found)
+
+
+# ---------------------------------------------------------------- why one can't be had
 _WEIGHTS = ("unet", "vae", "text_encoder")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # whose classes a model may name
 _OFFLINE = {
@@ -19,15 +61,11 @@ _OFFLINE = {
     "ConnectTimeout",
     "NetworkError",
 }
-_HUB_FAULTS: dict[tuple[str | int, ...], str] = {  # by the exceptions' names and the hub's answers
-    ("GatedRepoError", 403): "this base model is gated. Accept its licence on its page, then log in with `hf "
-    "auth login`.",
-    ("EntryNotFoundError", "RemoteEntryNotFoundError"): "the hub has it, but not as a diffusers model. Check "
-    "--pretrained_model_name, or try --preset demo.",
-    ("RepositoryNotFoundError", "HFValidationError", 401, 404): "the hub knows no such model, or keeps it "
-    "private. Check --pretrained_model_name, or try --preset demo.",
-    (429, 500, 502, 503, 504): "the hub is too busy to answer. Try again later, or name a local folder.",
-}
+_GATED = {"GatedRepoError", 403}
+_ELSEWHERE = {"EntryNotFoundError", "RemoteEntryNotFoundError"}
+_UNKNOWN = {"RepositoryNotFoundError", "HFValidationError", 401, 404}
+_BUSY = {429, 500, 502, 503, 504}
+BASE_FLAG = "--pretrained_model_name"
 
 
 def check_folder_or_file(source: Path) -> None:
@@ -88,43 +126,60 @@ def _refuse_code(source: Path) -> None:
             )
 
 
-def explanation(name: str, source: Path | str, error: Exception) -> str:
-    """One sentence for what diffusers or the hub raised: gated, missing, offline, half there or damaged."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    kinds = {type(link).__name__ for link in chain}
-    statuses = {getattr(getattr(link, "response", None), "status_code", 0) for link in chain}
-    text = " ".join(str(error).split())[:200]
-    is_offline = bool(kinds & _OFFLINE)
+def why_not_loaded(
+    name: str, source: Path | str, error: Exception, what: str = "base model", flag: str = BASE_FLAG
+) -> str:
+    """One sentence for what diffusers or the hub raised: gated, missing, offline, half there or damaged.
+
+    what, flag: the thing that was asked for, and how the user names another.
+    """
+    found = _facts_of(error)
+    text, is_offline = " ".join(str(error).split())[:200], bool(found & _OFFLINE)
     if isinstance(source, Path) and source.is_file() and is_offline:
         return (
             f"{name}: a single file takes its configuration from the hub once, and the hub can't be "
             "reached. Connect, name a diffusers folder, or try --preset demo."
         )
     if isinstance(source, Path):
-        return (
-            f"{source}: this base model can't be loaded ({text}). Is it complete, and a Stable "
-            "Diffusion 1.x in safetensors?"
-        )
-    told = next((told for faults, told in _HUB_FAULTS.items() if (kinds | statuses) & set(faults)), None)
-    if told is None and "`safetensors` weights" in text:
-        told = "this base model is only there as pickle files, which can run code. Name one in safetensors."
-    if told is None and (lacking := _lacking_parts(name)):
-        told = (
-            f"only a part of this base model is on this machine (the weights of {', '.join(lacking)} are "
-            f"missing). Connect and run this again, or `hf download {name}`: what is there is kept."
-        )
-    if told is None and is_offline:
-        told = (
-            "the hub can't be reached and this base model is not on this machine. Connect, name a local "
-            "folder, or try --preset demo."
-        )
-    return (
-        f"{name}: {told or f'this base model cannot be loaded ({text}). Try again, or name a local folder.'}"
+        complete = "Is it complete, and a Stable Diffusion 1.x in safetensors?"
+        return f"{source}: this {what} can't be loaded ({text}). {complete}"
+    lacking, another = ", ".join(_lacking_parts(name)), f"Check {flag}, or try --preset demo."
+    reasons = (
+        (
+            found & _GATED,
+            f"this {what} is gated. Accept its licence on its page, then log in with `hf auth login`.",
+        ),
+        (found & _ELSEWHERE, f"the hub has it, but not as a diffusers model. {another}"),
+        (found & _UNKNOWN, f"the hub knows no such model, or keeps it private. {another}"),
+        (found & _BUSY, "the hub is too busy to answer. Try again later, or name a local folder."),
+        (
+            "`safetensors` weights" in text,
+            f"this {what} is only there as pickle files, which can run code. Name one in safetensors.",
+        ),
+        (
+            lacking,
+            f"only a part of this {what} is on this machine (the weights of {lacking} are missing). Connect "
+            f"and run this again, or `hf download {name}`: what is there is kept.",
+        ),
+        (
+            is_offline,
+            f"the hub can't be reached and this {what} is not on this machine. Connect, name a local "
+            "folder, or try --preset demo.",
+        ),
+        (True, f"this {what} cannot be loaded ({text}). Try again, or name a local folder."),
     )
+    return f"{name}: {next(words for applies, words in reasons if applies)}"
+
+
+def _facts_of(error: Exception) -> set[str | int]:
+    """The names of the exceptions that led to this one, and what a server answered."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    answers = {getattr(getattr(link, "response", None), "status_code", 0) for link in chain}
+    return answers | {type(link).__name__ for link in chain}
 
 
 def _lacking_parts(name: str) -> list[str]:
@@ -137,3 +192,33 @@ def _lacking_parts(name: str) -> list[str]:
         return []
     folders = [(part, Path(index).parent / part) for part in _WEIGHTS]
     return [part for part, folder in folders if not any(f.is_file() for f in folder.glob("*.safetensors"))]
+
+
+def download_adapter(name: str) -> Path:
+    """The local path of an adapter: the path itself, or the folder that a hub id was fetched into.
+
+    UserError (exit 4) if the hub has none.
+    """
+    path = Path(name).expanduser()
+    if is_local(name) or name.count("/") != 1:
+        return path
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
+    except Exception as error:  # the hub, its HTTP library and what a proxy answers raise what they like
+        reason = why_not_loaded(name, name, error, what="adapter", flag="--lora_path")
+        raise UserError(reason, MODEL) from error
+    if not any(path.is_file() for path in folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name}: no .safetensors adapter there, or it was not wholly downloaded. Connect and run this "
+            "again, or name another with --lora_path.",
+            MODEL,
+        )
+    return folder
+
+
+@cache
+def model_hashes(path: Path) -> dict[str, str]:
+    """The two hashes by which web UIs know a checkpoint file; none of a folder or a hub id."""
+    if not path.is_file():
+        return {}
+    return {"ss_sd_model_hash": legacy_hash(path), "ss_new_sd_model_hash": sha256_of(path)}

@@ -30,17 +30,15 @@ def keep_freed_memory() -> None:
 
 
 @dataclass
-class Room:
-    """How much of a step is computed at a time. Part of a checkpoint, so a resumed run need not find out
-    again.
-    """
+class MemoryPlan:
+    """How a step is cut to fit memory. Saved in checkpoints: a resumed run starts with what fitted."""
 
     batch: int  # examples at a time on each device
     checkpointing: bool  # activations are recomputed
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "Room":
-        """The room that a checkpoint's run had found."""
+    def of(cls, facts: Mapping[str, Any]) -> "MemoryPlan":
+        """The plan that a checkpoint's run had found."""
         return cls(facts["batch"], facts["checkpointing"])
 
     def facts(self) -> dict[str, Any]:
@@ -63,9 +61,11 @@ class Room:
             )
 
 
-def within(room: Room, attempt: Callable[[], T], adapt: Callable[[], None], step: int) -> T:
-    """What `attempt` returns, tried again with less room each time that memory runs out. adapt: undoes a
-    half-done attempt and puts the new room into force.
+def retry_with_less_memory(attempt: Callable[[], T], shrink: Callable[[], object]) -> T:
+    """What `attempt` returns, tried again each time that memory runs out.
+
+    shrink: called before each retry, to drop what is half made and ask for less; UserError where that can't
+    be.
     """
     while True:
         try:
@@ -73,8 +73,7 @@ def within(room: Room, attempt: Callable[[], T], adapt: Callable[[], None], step
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        room.shrink(step)
-        adapt()
+        shrink()
         _collect()
 
 
@@ -84,11 +83,11 @@ def _collect() -> None:
         torch.cuda.empty_cache()
 
 
-class Fewer:
+class BatchLimit:
     """How many pictures are drawn at a time: as many as wanted, until memory runs out."""
 
     def __init__(self) -> None:
-        self.pixels: int | None = None  # that are known to be too many at a time, halved
+        self.pixels: int | None = None  # at a time, once more were known to be too many
 
     def drawn(self, batch: Sequence[S], draw: Callable[[Sequence[S]], list[T]], pixels: int) -> list[T]:
         """What `draw` makes of the batch, in as many parts as the memory asks for (it is said).
@@ -96,20 +95,16 @@ class Fewer:
         pixels: of one picture. UserError (exit 6) when there is no room for a single one.
         """
         made: list[T] = []
+
+        def part() -> Sequence[S]:
+            most = len(batch) if self.pixels is None else max(1, self.pixels // pixels)
+            return batch[len(made) : len(made) + most]
+
         while len(made) < len(batch):
-            left = batch[len(made) :]
-            count = len(left) if self.pixels is None else max(1, min(len(left), self.pixels // pixels))
-            try:
-                made += draw(left[:count])
-                continue
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._shrink(count, pixels)
-            _collect()
+            made += retry_with_less_memory(lambda: draw(part()), lambda: self._halve(len(part()), pixels))
         return made
 
-    def _shrink(self, count: int, pixels: int) -> None:
+    def _halve(self, count: int, pixels: int) -> None:
         if count == 1:
             raise UserError(
                 "out of memory with one picture at a time; take smaller ones (--height and --width) or half "

@@ -6,47 +6,34 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from megaman.common.console import MODEL, NUMBERS, UserError, say
+from megaman.common.console import MODEL, UserError, say
 from megaman.config.train import EMBEDDED
-from megaman.model.hub import PICKLE_SUFFIXES, check_folder_or_file, explanation
-
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_sd"
-MOVED = {
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
-}  # deleted from the hub in September 2024
-
-SAMPLERS = {
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_a": EulerAncestralDiscreteScheduler,
-    "ddim": DDIMScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
+from megaman.model.hub import (
+    EMBEDDED_FOLDER,
+    MOVED,
+    canonical_name,
+    check_folder_or_file,
+    is_local,
+    local_file,
+    why_not_loaded,
+)
 
 
 @dataclass
-class BaseModel:
+class StableDiffusion:
     """A Stable Diffusion's parts. Sizes are asked from the parts' configs, never assumed."""
 
     name: str  # a hub id, or the name of a folder or file without its path
@@ -68,7 +55,7 @@ class BaseModel:
 
     @property
     def digest(self) -> str:
-        """12 hexadecimal digits of weights that every finetuning changes and no LoRA of ours does."""
+        """A fingerprint of the base: of three layers that any finetune changes and our LoRAs never touch."""
         total = hashlib.sha256()
         for weight in (self.unet.conv_in.weight, self.unet.conv_out.weight, self.vae.decoder.conv_in.weight):
             total.update(weight.detach().to("cpu").half().contiguous().numpy().tobytes())
@@ -106,28 +93,33 @@ class BaseModel:
             torch.cuda.empty_cache()
 
 
-def canonical_name(name: str) -> str:
-    """The base's name as an adapter may carry it: a hub id, or the last part of a path."""
-    if name == EMBEDDED or Path(name).resolve() == EMBEDDED_FOLDER:
-        return EMBEDDED
-    return Path(name).expanduser().resolve().name if is_local(name) else MOVED.get(name, name)
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is known of a base before it is loaded."""
+
+    cell_px: int  # see StableDiffusion
+    tokenizer: CLIPTokenizer
+    is_exact: bool  # whether the tokenizer is the base's own
 
 
-def is_local(name: str) -> bool:
-    """Whether the name is meant as a path and not as a hub id.
-
-    (`owner/model` is a hub id unless such a folder exists.)
+def peek(name: str) -> BaseFacts:
+    """What this base is, as far as this disk tells. Where its configuration is not here yet: Stable
+    Diffusion's 64 pixels, and the embedded base's tokenizer, whose vocabulary is smaller and makes more
+    tokens of a text.
     """
-    path = Path(name).expanduser()
-    written_as_path = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
-    return path.exists() or written_as_path or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+    for file in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
+        with contextlib.suppress(OSError, ValueError):
+            tokenizer = CLIPTokenizer.from_pretrained(local_file(name, file).parent)
+            return BaseFacts(_cell_px_of(name), tokenizer, is_exact=True)
+    return BaseFacts(
+        _cell_px_of(name), CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer"), is_exact=False
+    )
 
 
-def cell_of(name: str) -> int:
-    """A base's cell_px before it is loaded; Stable Diffusion's 64 where its configuration is not at hand."""
+def _cell_px_of(name: str) -> int:
     try:
         halvings = [
-            len(json.loads(_at_hand(name, f"{part}/config.json").read_bytes())["block_out_channels"]) - 1
+            len(json.loads(local_file(name, f"{part}/config.json").read_bytes())["block_out_channels"]) - 1
             for part in ("vae", "unet")
         ]
     except (OSError, ValueError, KeyError):
@@ -135,30 +127,7 @@ def cell_of(name: str) -> int:
     return 2 ** sum(halvings)
 
 
-def tokenizer_of(name: str) -> CLIPTokenizer:
-    """A base's tokenizer before it is loaded; the embedded base's, cut from the same table, where it is not
-    at hand.
-    """
-    for file in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
-        with contextlib.suppress(OSError, ValueError):
-            return CLIPTokenizer.from_pretrained(_at_hand(name, file).parent)
-    return CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
-
-
-def _at_hand(name: str, file: str) -> Path:
-    """A file of a base that lies on this disk. FileNotFoundError if it doesn't."""
-    if canonical_name(name) == EMBEDDED:
-        return EMBEDDED_FOLDER / file
-    if is_local(name):
-        found = Path(name).expanduser() / file
-    else:
-        found = try_to_load_from_cache(MOVED.get(name, name), file)
-    if not isinstance(found, str | Path) or not Path(found).is_file():
-        raise FileNotFoundError(file)
-    return Path(found)
-
-
-def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> BaseModel:
+def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     """The frozen base from the embedded folder, a diffusers folder, a single .safetensors file or the hub.
 
     UserError (exit 4) if it can't.
@@ -171,7 +140,7 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> BaseMod
     if device.type == "cpu" and dtype == torch.bfloat16:
         unet.to(memory_format=torch.channels_last)  # bfloat16 is several times slower without it
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    return BaseModel(canonical_name(name), unet, vae, text_encoder, pipeline.tokenizer, scheduler)
+    return StableDiffusion(canonical_name(name), unet, vae, text_encoder, pipeline.tokenizer, scheduler)
 
 
 def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
@@ -207,79 +176,4 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
         kwargs |= {"torch_dtype": {"vae": torch.float32, "default": dtype}, "feature_extractor": None}
         return StableDiffusionPipeline.from_pretrained(str(source), requires_safety_checker=False, **kwargs)
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
-        raise UserError(explanation(name, source, error), MODEL) from error
-
-
-def pipeline_of(base: BaseModel, scheduler: str = "dpm++") -> StableDiffusionPipeline:
-    """A pipeline of the base's own parts that draws with the sampler dpm++, euler, euler_a, ddim or unipc."""
-    sampler = SAMPLERS[scheduler].from_config(base.scheduler.config)
-    pipeline = StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=sampler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-OVERFLOW = (
-    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), or a lower "
-    "--lora_scale."
-)
-
-
-def draw(base: BaseModel, pipeline: StableDiffusionPipeline, **settings: Any) -> list[Image.Image]:
-    """The pictures of one batch, as `attempt` makes them. UserError (exit 5) on non-finite numbers."""
-    pictures = attempt(base, pipeline, **settings)
-    if None in pictures:
-        raise UserError(OVERFLOW, NUMBERS)
-    return pictures
-
-
-def attempt(base: BaseModel, pipeline: StableDiffusionPipeline, **settings: Any) -> list[Image.Image | None]:
-    """The pictures of one batch, RGB; None where numbers overflowed, which leaves the others as they are.
-    settings: the pipeline's own. Latents are decoded one at a time, which halves the peak memory.
-    """
-    latents = pipeline(output_type="latent", **settings).images
-    pictures: list[Image.Image | None] = []
-    with torch.no_grad():
-        for latent in latents.split(1):
-            scaled = latent.to(base.vae.device, torch.float32) / base.vae.config.scaling_factor
-            pixels = base.vae.decode(scaled, return_dict=False)[0][0]
-            if not pixels.isfinite().all():
-                pictures.append(None)
-                continue
-            rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-            pictures.append(Image.fromarray(rounded.permute(1, 2, 0).numpy()))
-    return pictures
-
-
-def fetched_adapter(name: str) -> Path:
-    """The local path of an adapter: the path itself, or the folder that a hub id was fetched into.
-
-    UserError (exit 4) if the hub has none.
-    """
-    path = Path(name).expanduser()
-    if is_local(name) or name.count("/") != 1:
-        return path
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
-    except Exception as error:  # the hub, its HTTP library and what a proxy answers raise what they like
-        raise UserError(
-            explanation(name, name, error)
-            .replace("base model", "adapter")
-            .replace("--pretrained_model_name", "--lora_path"),
-            MODEL,
-        ) from error
-    if not any(path.is_file() for path in folder.glob("*.safetensors")):
-        raise UserError(
-            f"{name}: no .safetensors adapter there, or it was not wholly downloaded. Connect and run this "
-            "again, or name another with --lora_path.",
-            MODEL,
-        )
-    return folder
+        raise UserError(why_not_loaded(name, source, error), MODEL) from error

@@ -22,23 +22,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megaman.common.console import STATE as STATE_ERROR
-from megaman.common.console import UserError, say
-from megaman.common.files import free_name, save_tensors, sha256_of
-from megaman.lora.save import CHECKPOINT_FILE, Adapter, write_kohya
+from megaman.common.console import STATE, UserError, say
+from megaman.common.files import save_tensors, sha256_of
+from megaman.common.output_folder import ADAPTER_FILE, free_name, step_folders, step_name
+from megaman.lora.adapter import Adapter
+from megaman.lora.save import write_kohya
 
 FORMAT = 2  # raised when older checkpoints can no longer be resumed
 LEFTOVER = re.compile(r"\.step-\d{6,}\.(partial|replaced)")
-MANIFEST, ADAPTER, STATE = "manifest.json", CHECKPOINT_FILE, "state.safetensors"
-NUMBERS = (torch.int64, torch.float64)  # no optimizer has moments of these: they stand for plain numbers
-_NAMES = "|".join(map(re.escape, (MANIFEST, ADAPTER, STATE)))
+MANIFEST, STATE_FILE = "manifest.json", "state.safetensors"
+PLAIN_NUMBER_DTYPES = (
+    torch.int64,
+    torch.float64,
+)  # no optimizer has moments of these: they stand for plain numbers
+_NAMES = "|".join(map(re.escape, (MANIFEST, ADAPTER_FILE, STATE_FILE)))
 OWN_FILE = re.compile(rf"{_NAMES}|\.({_NAMES})\.\w+\.partial")  # the last: half written when it was killed
 OWN_SUM = "sha256_of_this"  # of the manifest's other entries
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A run between two steps: all that its next step needs and that (seed, position) does not tell."""
+class Checkpoint:
+    """A checkpoint's content: what the next step needs beyond the seed and the step number."""
 
     step: int  # optimizer steps done
     settings: Mapping[str, Any]  # those that decide the result
@@ -79,7 +83,7 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _kept(value: Tensor | float) -> Tensor:
-    """A copy on the CPU, since optimizers may share a table; a plain number as one of NUMBERS."""
+    """A copy on the CPU, since optimizers may share a table; a plain number as one of PLAIN_NUMBER_DTYPES."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
@@ -95,7 +99,7 @@ def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor
         value = left.pop(f"parameter.{name}", None)
         if value is None or value.shape != parameter.shape:
             reason = f"the checkpoint does not fit this adapter: {name} is missing or of another shape"
-            raise UserError(reason, STATE_ERROR)
+            raise UserError(reason, STATE)
         parameter.copy_(value)
         moments = [key for key in left if key.partition(".")[2] == name]
         optimizer.state[parameter] = {
@@ -103,14 +107,14 @@ def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor
         }
     if left:
         raise UserError(f"the checkpoint does not fit this adapter: nothing is named {next(iter(left))}",
-                        STATE_ERROR)  # fmt: skip
+                        STATE)  # fmt: skip
 
 
 def _placed(moment: Tensor, parameter: Tensor) -> Tensor | float:
-    """Adam counts its steps in a tensor on the CPU, others in a plain number; the rest lives beside its
-    parameter.
+    """Where a moment belongs: Adam's step count stays a CPU tensor, plain numbers stay numbers, all else goes
+    to the parameter's device.
     """
-    if moment.dtype in NUMBERS:
+    if moment.dtype in PLAIN_NUMBER_DTYPES:
         return moment.item()
     return moment if moment.ndim == 0 else moment.to(parameter.device)
 
@@ -119,21 +123,21 @@ def _placed(moment: Tensor, parameter: Tensor) -> Tensor | float:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, adapter: Adapter, *, keep: int, best: int | None = None
+    folder: Path, checkpoint: Checkpoint, adapter: Adapter, *, keep: int, best: int | None = None
 ) -> Path:
     """Writes `folder`/step-000250 through a temporary folder; all but the newest `keep` and the one at step
     `best` then drop their state.
     """
-    final = folder / f"step-{progress.step:06}"
+    final = folder / step_name(checkpoint.step)
     partial, replaced = (folder / f".{final.name}.{word}" for word in ("partial", "replaced"))
     for leftover in folder.glob(".step-*"):  # of a run that was killed here
         if LEFTOVER.fullmatch(leftover.name):
             _remove(leftover)
     partial.mkdir(parents=True)
-    write_kohya(adapter, partial / ADAPTER)
-    save_tensors(progress.tensors, partial / STATE, {"format": "pt"})
-    manifest = {key: getattr(progress, key) for key in ("step", "settings", "origins", "run", "threads")}
-    sums = {name: sha256_of(partial / name) for name in (ADAPTER, STATE)}
+    write_kohya(adapter, partial / ADAPTER_FILE)
+    save_tensors(checkpoint.tensors, partial / STATE_FILE, {"format": "pt"})
+    manifest = {key: getattr(checkpoint, key) for key in ("step", "settings", "origins", "run", "threads")}
+    sums = {name: sha256_of(partial / name) for name in (ADAPTER_FILE, STATE_FILE)}
     (partial / MANIFEST).write_text(_signed({"format": FORMAT, **manifest, "sha256": sums}), encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         _sync(path)
@@ -166,9 +170,9 @@ def _remove(checkpoint: Path) -> None:
 
 def _prune(folder: Path, keep: int, best: int | None) -> None:
     """Adapters stay; only what is large and superseded goes."""
-    for old in steps(folder)[keep:]:
-        if int(old.name[5:]) != best and _is_ours(old):
-            (old / STATE).unlink(missing_ok=True)
+    for step, old in [*step_folders(folder).items()][:-keep]:
+        if step != best and _is_ours(old):
+            (old / STATE_FILE).unlink(missing_ok=True)
 
 
 def _is_ours(checkpoint: Path) -> bool:
@@ -176,15 +180,9 @@ def _is_ours(checkpoint: Path) -> bool:
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
-        return text == _signed(manifest) and STATE in manifest["sha256"]
+        return text == _signed(manifest) and STATE_FILE in manifest["sha256"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
-
-
-def steps(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True,
-                  key=lambda path: int(path.name[5:]))  # fmt: skip
 
 
 def _sync(path: Path) -> None:
@@ -200,7 +198,7 @@ def _sync(path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_checkpoint(folder: Path) -> Progress:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint, every byte of it verified. Damaged, with the reason, if it is not whole."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
@@ -212,34 +210,34 @@ def read_checkpoint(folder: Path) -> Progress:
         for name, digest in manifest["sha256"].items():
             if not (folder / name).is_file():
                 raise Damaged(
-                    f"{name} is not there" + (" (older checkpoints keep none)" if name == STATE else "")
+                    f"{name} is not there" + (" (older checkpoints keep none)" if name == STATE_FILE else "")
                 )
             if sha256_of(folder / name) != digest:
                 raise Damaged(f"{name} is damaged")
         known = {key: manifest[key] for key in ("step", "settings", "origins", "run", "threads")}
-        return Progress(**known, tensors=load_file(folder / STATE), path=folder)
+        return Checkpoint(**known, tensors=load_file(folder / STATE_FILE), path=folder)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename or MANIFEST).name} is not there") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise Damaged(f"{MANIFEST} is damaged or can't be read") from error
 
 
-def latest_checkpoint(folder: Path) -> Progress:
+def latest_checkpoint(folder: Path) -> Checkpoint:
     """The newest checkpoint below `folder` that is whole; says which newer ones are not. UserError (exit 7)
     if there is none.
     """
-    for path in steps(folder):
+    for path in reversed(step_folders(folder).values()):
         try:
             return read_checkpoint(path)
         except Damaged as error:
             say(f"warning: {path} can't be resumed: {error}; an older checkpoint is looked for")
     raise UserError(
         f"{folder}: no checkpoint that can be resumed. Leave --resume_from_checkpoint out to begin anew.",
-        STATE_ERROR,
+        STATE,
     )
 
 
-def find_checkpoint(wanted: str, folder: Path) -> Progress:
+def find_checkpoint(wanted: str, folder: Path) -> Checkpoint:
     """The checkpoint that --resume_from_checkpoint names: `latest` in `folder`, or a path. UserError (exit 7)
     if it is not whole.
     """
@@ -247,11 +245,11 @@ def find_checkpoint(wanted: str, folder: Path) -> Progress:
         return latest_checkpoint(folder)
     path = Path(wanted).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint folder. Name one, or latest.", STATE_ERROR)
+        raise UserError(f"{path}: no such checkpoint folder. Name one, or latest.", STATE)
     try:
         return read_checkpoint(path)
     except Damaged as error:
-        raise UserError(f"{path}: {error}. Name another checkpoint, or latest.", STATE_ERROR) from error
+        raise UserError(f"{path}: {error}. Name another checkpoint, or latest.", STATE) from error
 
 
 def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -263,13 +261,13 @@ def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> N
         raise UserError(
             f"{path}: can't be resumed with other settings: {words}. Give the same, such as by --config "
             "with the run's training_config.json, or leave --resume_from_checkpoint out.",
-            STATE_ERROR,
+            STATE,
         )
 
 
 def set_aside_later(folder: Path, step: int) -> Path | None:
     """Moves checkpoints beyond `step` to a folder of their own, for the run goes another way from here."""
-    later = [path for path in steps(folder) if int(path.name[5:]) > step]
+    later = [path for number, path in step_folders(folder).items() if number > step]
     if not later:
         return None
     aside = free_name(Path(os.path.realpath(folder)))  # a link's target may lie on another disk

@@ -1,21 +1,24 @@
-"""What turns gradients into steps: torch's AdamW, or what the user asked for, imported only then."""
+"""The optimizers, torch's AdamW or one whose package is imported only when asked for; the moving average."""
 
 import importlib
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from megaman.common.console import USAGE, UserError, say
+from megaman.common.console import STATE, USAGE, UserError, say
+from megaman.config.train import OptimizerName
 
-Name = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
-TIMID = 0.1  # Prodigy finds the rate itself and takes ours as a factor: 1 is usual
+PRODIGY_SMALLEST_RATE = 0.1  # Prodigy finds the rate itself and takes ours as a factor: 1 is usual
 
 
-def optimizer_of(name: Name, parameters: Sequence[Tensor], rate: float, weight_decay: float) -> Optimizer:
+def optimizer_of(
+    name: OptimizerName, parameters: Sequence[Tensor], rate: float, weight_decay: float
+) -> Optimizer:
     """The optimizer. UserError (exit 2) if its package is missing."""
     own: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
     if name == "adamw":
@@ -23,7 +26,7 @@ def optimizer_of(name: Name, parameters: Sequence[Tensor], rate: float, weight_d
     if name == "adafactor":
         return Adafactor(parameters, **own, relative_step=False, scale_parameter=False, warmup_init=False)
     if name == "prodigy":
-        if rate < TIMID:
+        if rate < PRODIGY_SMALLEST_RATE:
             say(
                 f"note: --optimizer prodigy takes --learning_rate {rate:g} as a factor of its own; 1 is usual"
             )
@@ -32,7 +35,7 @@ def optimizer_of(name: Name, parameters: Sequence[Tensor], rate: float, weight_d
     return _imported("bitsandbytes", name).optim.AdamW8bit(parameters, **own)
 
 
-def _imported(package: str, name: Name) -> Any:
+def _imported(package: str, name: OptimizerName) -> Any:
     try:
         return importlib.import_module(package)
     except Exception as error:  # also a package that is there but can't load its kernels
@@ -46,3 +49,54 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
+
+
+# ---------------------------------------------------------------- the moving average
+
+EMA_PREFIX = "average."  # of its tensors in a checkpoint
+
+
+class EMA:
+    """An exponential moving average of parameters; decay 0 switches it off."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        """It begins where the parameters are."""
+        self.parameters, self.decay = dict(parameters if decay else {}), decay
+        self.kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes a step's result in; step is counted from 0. The first ones weigh more, so that the beginning
+        is forgotten: the decay is (1 + step) / (10 + step) until that exceeds it.
+        """
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():
+            self.kept[name].lerp_(parameter, weight)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside it the parameters are the average."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.kept[name] = self.kept[name], parameter.data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint, on the CPU."""
+        return {f"{EMA_PREFIX}{name}": value.cpu().contiguous() for name, value in self.kept.items()}
+
+    def take_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Takes its own out of a checkpoint's tensors and returns the rest. UserError (exit 7) if one is
+        missing.
+        """
+        left = dict(tensors)
+        for name, value in self.kept.items():
+            if f"{EMA_PREFIX}{name}" not in left:
+                raise UserError(f"the checkpoint holds no average of {name}", STATE)
+            value.copy_(left.pop(f"{EMA_PREFIX}{name}"))
+        return left

@@ -1,4 +1,4 @@
-"""Which example stands where: a pure function of (seed, position). No generator's state is ever kept."""
+"""Which examples a step trains on: a pure function of (seed, position). No generator's state is ever kept."""
 
 import hashlib
 import itertools
@@ -11,7 +11,7 @@ import torch
 
 
 def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:
-    """Randomness as a function of its place: the same on every device and after every resume."""
+    """A generator that depends on (seed, purpose, number) alone: the same after a resume, on every device."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -24,7 +24,7 @@ def seed_dropout(seed: int, position: int) -> None:
     torch.manual_seed(generator_of(seed, "dropout", position).initial_seed())
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """One example of the endless stream: its position decides all its randomness."""
 
     position: int
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stream:
+class Sampler:
     """The endless stream of examples. Every epoch holds each picture as often as it repeats, in an order of
     its own; the examples of one step come from one bucket, so the last step of a bucket may be short.
     """
@@ -50,26 +50,30 @@ class Stream:
         """A short step counts as one."""
         return sum(-(-len(bucket) // self.step_size) for bucket in self.buckets)
 
-    def at(self, step: int) -> list[Place]:
+    def batch(self, step: int) -> list[Position]:
         """The examples of an optimizer step, counted from 0."""
         epoch, number = divmod(step, self.steps_an_epoch)
         return _epoch(self, epoch)[number]
 
 
-@lru_cache(maxsize=2)
-def _epoch(stream: Stream, epoch: int) -> list[list[Place]]:
-    generator, steps = generator_of(stream.seed, "epoch", epoch), []
-    for bucket in stream.buckets:
+@lru_cache(maxsize=2)  # the epoch that ends and the one that begins
+def _epoch(sampler: Sampler, epoch: int) -> list[list[Position]]:
+    generator, steps = generator_of(sampler.seed, "epoch", epoch), []
+    for bucket in sampler.buckets:
         order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
-        steps += [order[i : i + stream.step_size] for i in range(0, len(order), stream.step_size)]
+        steps += [order[i : i + sampler.step_size] for i in range(0, len(order), sampler.step_size)]
     shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-    positions = itertools.count(epoch * len(stream))
-    return [[Place(next(positions), index) for index in step] for step in shuffled]
+    numbers = itertools.count(epoch * len(sampler))
+    return [[Position(next(numbers), index) for index in step] for step in shuffled]
 
 
-def shares_of(places: Sequence[Place], rank: int, processes: int, batch: int) -> list[Sequence[Place]]:
+def micro_batches(
+    positions: Sequence[Position], rank: int, processes: int, batch: int
+) -> list[Sequence[Position]]:
     """One process's micro-batches of a step: processes cut each between them, so two are one with twice the
     batch. A process may go without in the last one, but all have equally many.
     """
-    starts = range(0, len(places), batch * processes)
-    return [places[start + rank * batch : min(start + (rank + 1) * batch, len(places))] for start in starts]
+    starts = range(0, len(positions), batch * processes)
+    return [
+        positions[start + rank * batch : min(start + (rank + 1) * batch, len(positions))] for start in starts
+    ]

@@ -6,22 +6,23 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from megaman.common.console import NUMBERS, UserError, say
+from megaman.common.console import NUMBERS, UserError, listed, say
 from megaman.common.files import replacing, write_text
-from megaman.common.html import render_samples
-from megaman.training.sampler import Place
+from megaman.common.html import render
+from megaman.common.output_folder import RunFolder, step_folders, step_name
+from megaman.training.sampler import Position
 
-METRICS_FILE = "metrics.jsonl"
 SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
 NAMED = 8  # pictures named in an error
 STEPS_A_LINE = 10  # metrics are read from the device once per so many steps
@@ -29,7 +30,7 @@ PLAIN_LINES = 10  # progress lines in all, where stderr is no terminal
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """One optimizer step as the loop saw it; tensors stay on the device."""
 
     number: int  # counted from 0
@@ -37,15 +38,17 @@ class Step:
     grad_norm: Tensor
     learning_rate: float
     was_skipped: bool  # by fp16's scaler, after an overflow
-    examples: Sequence[tuple[Sequence[Place], Tensor]]  # this process's, with the loss of each
+    examples: Sequence[tuple[Sequence[Position], Tensor]]  # this process's, with the loss of each
 
 
-class Watch:
-    """Write-only: the loop tells it tensors and pictures, it tells the user."""
+class Tracker:
+    """Records losses, learning rates and samples: progress bar, metrics.jsonl, TensorBoard. The loop never
+    reads from it, except whether samples are there.
+    """
 
     def __init__(
         self,
-        output_dir: Path,
+        run: RunFolder,
         steps: range,
         names: Sequence[str],
         pictures_a_step: float,
@@ -56,18 +59,20 @@ class Watch:
         """steps: those that this process does; names: of the pictures, for messages. What an interrupted run
         told beyond the first of the steps is forgotten.
         """
-        self.output_dir, self.enabled, self.names = output_dir, enabled, names
+        self.run = run
+        self.enabled = enabled
+        self.names = names
         self.total, self.pictures_a_step = steps.stop, pictures_a_step
-        self.unread: list[Step] = []
+        self.unread: list[StepResult] = []
         self.skips = 0
         self.rate_since = (time.monotonic(), steps.start)
         self.started = time.monotonic()
-        self.samples = _earlier_samples(output_dir / "samples", steps.start)
+        self.samples = _earlier_samples(run.samples, steps.start)
         self.writer = self.bar = self.metrics = None
         if not enabled:
             return
-        _forget_beyond(output_dir / METRICS_FILE, steps.start)
-        self.metrics = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
+        _forget_beyond(run.metrics, steps.start)
+        self.metrics = run.metrics.open("a", encoding="utf-8")
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=self.total, initial=steps.start, desc="training", unit="step", dynamic_ncols=True
@@ -77,7 +82,7 @@ class Watch:
 
             self.writer = SummaryWriter(str(logging_dir), purge_step=steps.start + 1 if steps.start else None)
 
-    def record(self, step: Step) -> None:
+    def record(self, step: StepResult) -> None:
         """Keeps the step; waits for the device once per STEPS_A_LINE steps. UserError (exit 5) on numbers
         that aren't finite.
         """
@@ -145,7 +150,7 @@ class Watch:
         self.unread.clear()
         return sum(loss for loss, _ in rows) / len(rows), rows[-1][1]
 
-    def _count_skips(self, step: Step) -> None:
+    def _count_skips(self, step: StepResult) -> None:
         """UserError (exit 5) when fp16's scaler no longer recovers."""
         self.skips = self.skips + 1 if step.was_skipped else 0
         if self.skips >= SKIPS_IN_A_ROW:
@@ -155,13 +160,13 @@ class Watch:
                 NUMBERS,
             )
 
-    def _suspects(self, step: Step) -> str:
+    def _suspects(self, step: StepResult) -> str:
         """The pictures whose loss isn't finite; all of the step's where each one's is."""
-        places = [place for share, losses in step.examples for place in share[: len(losses)]]
+        positions = [position for share, losses in step.examples for position in share[: len(losses)]]
         finite = [ok for share, losses in step.examples for ok in losses.isfinite().tolist()[: len(share)]]
-        bad = [place for place, ok in zip(places, finite, strict=True) if not ok] or places
-        names = list(dict.fromkeys(self.names[place.index] for place in bad))
-        return f"pictures {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}"
+        bad = [position for position, ok in zip(positions, finite, strict=True) if not ok] or positions
+        names = list(dict.fromkeys(self.names[position.index] for position in bad))
+        return f"pictures {listed(names, NAMED)}"
 
     def _rate(self, done: int) -> float:
         then, before = self.rate_since
@@ -191,23 +196,21 @@ class Watch:
 
     def latest_sample(self) -> Path | None:
         """The first picture of the last samples."""
-        return self.output_dir / "samples" / self.samples[max(self.samples)][0] if self.samples else None
+        return self.run.samples / self.samples[max(self.samples)][0] if self.samples else None
 
     def show_samples(self, step: int, prompts: Sequence[str], images: Sequence[Image]) -> None:
         """Files samples/step-000100/NN.png, puts them into TensorBoard and renews samples/index.html."""
         if not self.enabled:
             return
-        folder = self.output_dir / "samples"
-        names = [f"step-{step:06}/{i:02}.png" for i in range(1, len(images) + 1)]
+        folder = self.run.samples
+        names = [f"{step_name(step)}/{i:02}.png" for i in range(1, len(images) + 1)]
         for name, image in zip(names, images, strict=True):
             with replacing(folder / name) as partial:
                 image.save(partial, format="PNG")
         self.samples = {at: files for at, files in self.samples.items() if len(files) == len(names)}
         self.samples[step] = names
-        write_text(folder / "index.html", render_samples(list(prompts), self.samples, images[0].size))
+        write_text(folder / "index.html", render_samples(prompts, self.samples, images[0].size))
         if self.writer:
-            import numpy as np
-
             for i, image in enumerate(images):
                 self.writer.add_image(f"samples/{i + 1:02}", np.asarray(image), step, dataformats="HWC")
         self.rate_since = (time.monotonic(), step)  # drawing is not training time
@@ -218,6 +221,15 @@ class Watch:
             if sink is not None:
                 sink.close()
         self.bar = self.metrics = self.writer = None
+
+
+def render_samples(
+    prompts: Sequence[str], samples: Mapping[int, Sequence[str]], size: tuple[int, int]
+) -> str:
+    """How the sample pictures evolve: a row a prompt, a column a step. samples: step -> a file a prompt;
+    size: width and height in pixels.
+    """
+    return render("samples.html.j2", prompts=list(prompts), samples=samples, size=size)
 
 
 def _forget_beyond(metrics: Path, step: int) -> None:
@@ -234,12 +246,11 @@ def _forget_beyond(metrics: Path, step: int) -> None:
 
 
 def _earlier_samples(folder: Path, step: int) -> dict[int, list[str]]:
-    """The sample pictures up to a step, as `Watch.samples` holds them: those that came as far as the page."""
+    """The sample pictures up to a step, as `Tracker.samples` holds them: those that are on the page."""
     page = folder / "index.html"
     shown = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
-    found = sorted((int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdigit())
     return {
         number: [f"{path.name}/{file.name}" for file in sorted(path.glob("[0-9]*.png"))]
-        for number, path in found
+        for number, path in step_folders(folder).items()
         if number <= step and f"{path.name}/" in shown
     }

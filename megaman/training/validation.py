@@ -1,25 +1,30 @@
-"""Pictures that are kept out of the training: the loss on them tells when the others are learned by heart."""
+"""What is looked at while it trains: the loss on pictures that are kept out, and sample pictures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-from megaman.common.console import one_line, say
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from megaman.common.console import UserError, is_out_of_memory, listed, one_line, say
+from megaman.common.output_folder import RunFolder
+from megaman.common.signals import StopRequest
+from megaman.model.drawing import draw, pipeline_of
+from megaman.model.stable_diffusion import StableDiffusion
 
 FEWEST = 15  # pictures; of fewer every one is needed
 TIMESTEPS = (200, 400, 600, 800)  # of 1000, where the loss is measured: kohya's own
-NAMED = 5  # in the line that says so
 
 
-def held_out(dataset: Any, share: float, seed: int) -> frozenset[int]:
-    """The indices of the pictures to keep out, about `share` of them, which is said: those whose contents,
-    mixed with the seed, come first in line. So a picture's fate does not hang on its name, and copies of one
-    share it.
+def held_out(digests: Sequence[str], names: Sequence[str], share: float, seed: int) -> frozenset[int]:
+    """The indices of the pictures to keep out, about `share` of them, which is said. Chosen by a hash of
+    content and seed, so renaming a picture changes nothing and copies stay together.
 
-    dataset: the training script's MegaManDataset.
+    digests, names: of every picture's content, and of its file.
     """
-    digests = [fact.digest for fact in dataset.facts]
     wanted = round(share * len(digests)) if len(digests) >= FEWEST else 0
     chosen: set[int] = set()
     for digest in sorted(set(digests), key=lambda each: sha256(f"{seed}/{each}".encode()).digest()):
@@ -27,29 +32,95 @@ def held_out(dataset: Any, share: float, seed: int) -> frozenset[int]:
             chosen |= {index for index, other in enumerate(digests) if other == digest}
     if not chosen or len(chosen) == len(digests):
         return frozenset()
-    names = [one_line(dataset.paths[index].name) for index in sorted(chosen)]
-    shown = f"{', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}"
-    say(f"validation: {len(names)} kept out of the training (--validation_split): {shown}")
+    shown = listed(one_line(names[index]) for index in sorted(chosen))
+    say(f"validation: {len(chosen)} kept out of the training (--validation_split): {shown}")
     return frozenset(chosen)
 
 
 @dataclass
-class Best:
+class BestCheckpoint:
     """The checkpoint with the smallest loss on the pictures that are kept out. Part of every checkpoint."""
 
     step: int | None = None
     loss: float | None = None
     latest: tuple[int, float] | None = None  # step and loss of the last measurement
 
-    def saved(self, step: int) -> "Best":
-        """A checkpoint is made after `step` steps; returns itself."""
-        measured = self.latest is not None and self.latest[0] == step
-        if measured and (self.loss is None or self.latest[1] < self.loss):
-            self.step, self.loss = self.latest
-        return self
+    def note_measured(self, step: int, loss: float) -> None:
+        """The loss after `step` steps."""
+        self.latest = step, loss
 
-    def tell(self, total: int, checkpoints: Path) -> None:
-        """Says where the adapter was better than it is at the end."""
-        if self.step is not None and self.step < total:
-            folder = checkpoints / f"step-{self.step:06}"
-            say(f"note: the smallest validation loss, {self.loss:.4f}, was at step {self.step}; see {folder}")
+    def note_saved(self, step: int) -> None:
+        """A checkpoint is made after `step` steps."""
+        if self.latest is None or self.latest[0] != step:
+            return
+        if self.loss is None or self.latest[1] < self.loss:
+            self.step, self.loss = self.latest
+
+    def report_line(self, run: RunFolder, total: int) -> str | None:
+        """Where the adapter was better than it is at the end, if anywhere."""
+        if self.step is None or self.step >= total:
+            return None
+        folder = run.checkpoint(self.step)
+        return f"note: the smallest validation loss, {self.loss:.4f}, was at step {self.step}; see {folder}"
+
+
+# ---------------------------------------------------------------- sample pictures
+
+SAMPLE_STEPS = 20  # denoising steps of a preview
+
+
+@dataclass(frozen=True)
+class Look:
+    """How previews are drawn."""
+
+    side_px: int
+    guidance_scale: float
+    seed: int
+
+
+def draw_previews(
+    base: StableDiffusion, text: Tensor, look: Look, step: int, stop: StopRequest
+) -> list[Image]:
+    """A picture each of text[1:], always from the same noise; none when somebody wants to stop, or (it is
+    said) when memory runs out.
+
+    text (1+P,L,D): hidden states, row 0 of the empty caption. UserError (exit 5) with the step on numbers
+    that aren't finite.
+    """
+    try:
+        images = [] if stop else _draw(base, text, look, stop)
+    except UserError as error:
+        raise UserError(f"the preview at step {step}: {error}", error.exit_code) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say(f"note: no preview at step {step}: not enough memory for it; the training goes on")
+        return []
+    return [] if stop else images
+
+
+def _draw(base: StableDiffusion, text: Tensor, look: Look, stop: StopRequest) -> list[Image]:
+    unet, pipeline, images = base.unet, pipeline_of(base), []
+
+    def hurry(pipeline: Any, _: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipeline._interrupt = bool(stop)  # diffusers' own way to leave out the steps that are left
+        return kwargs
+
+    wrapper = unet.__dict__.pop("forward", None)  # accelerate's, under fp16: its float32 would be fed back
+    base.vae.to(unet.device)
+    unet.eval()
+    try:
+        for i in range(1, len(text)):
+            images += draw(
+                base, pipeline, prompt_embeds=text[i : i + 1], negative_prompt_embeds=text[:1],
+                num_inference_steps=SAMPLE_STEPS, guidance_scale=look.guidance_scale, height=look.side_px,
+                width=look.side_px, generator=torch.Generator().manual_seed(look.seed + i),
+                callback_on_step_end=hurry,
+            )  # fmt: skip
+    finally:
+        unet.train()
+        if wrapper is not None:
+            unet.forward = wrapper
+        if unet.device.type == "cuda":
+            base.vae.to("cpu")
+    return images

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megaman.common.console import DATA, UserError  # noqa: E402
-from megaman.data.captions import VOCABULARY, caption_from_name, read_captions  # noqa: E402
+from megaman.data.captions import read_captions  # noqa: E402
+from megaman.data.name_captions import VOCABULARY, caption_from_name  # noqa: E402
 
 TEXTS = (
     "mega man, blue robot, helmet, game character, detailed armor",

@@ -22,7 +22,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
-from megaman_lora import Run, fitted, read_config, set_up  # noqa: E402
+from megaman_lora import Run, forward_backward, read_config, set_up  # noqa: E402
 
 WARM_UP = 6  # steps that are not timed: compilation, caches
 
@@ -30,7 +30,7 @@ WARM_UP = 6  # steps that are not timed: compilation, caches
 def step(run: Run, number: int) -> float:
     """One optimizer step; its seconds."""
     started = time.perf_counter()
-    fitted(run, run.stream.at(number), number)
+    forward_backward(run, run.data.sampler.batch(number), number)
     run.accelerator.clip_grad_norm_(run.trainable, run.cfg.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad()

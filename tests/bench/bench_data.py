@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megaman.common.console import quiet_libraries  # noqa: E402
-from megaman.model.stable_diffusion import EMBEDDED_FOLDER  # noqa: E402
+from megaman.model.hub import EMBEDDED_FOLDER  # noqa: E402
 
 quiet_libraries()
 

@@ -40,11 +40,10 @@ from conftest import save_tiny_base  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import megaman_lora  # noqa: E402
-from megaman.common import console as errors  # noqa: E402
-from megaman.common import files  # noqa: E402
-from megaman.lora.save import read_adapter  # noqa: E402
+from megaman.common import console, output_folder  # noqa: E402
+from megaman.lora.load import read_adapter  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
-from megaman.training import checkpoints  # noqa: E402
+from megaman.training import checkpoints, resume  # noqa: E402
 
 torch.set_num_threads(1)
 STEPS, SAVE = 21, 4
@@ -207,16 +206,16 @@ class Bench:
 
 def is_whole(step: Path) -> bool:
     """Whether a checkpoint loads; one whose state was dropped by rotation still has its adapter."""
-    if (step / checkpoints.STATE).exists():
+    if (step / checkpoints.STATE_FILE).exists():
         return loads(lambda: checkpoints.read_checkpoint(step))
-    return loads(lambda: read_adapter(step / checkpoints.ADAPTER))
+    return loads(lambda: read_adapter(step / output_folder.ADAPTER_FILE))
 
 
 def loads(read: Callable[[], object]) -> bool:
     """Whether it can be read."""
     try:
         read()
-    except (errors.UserError, checkpoints.Damaged):
+    except (console.UserError, checkpoints.Damaged):
         return False
     return True
 
@@ -250,10 +249,10 @@ def tripwire(place: str, number: int, when: str) -> Prepare:
 
 
 PHASES = {
-    "scan": ("megaman.data.scan:survey", 1, "before"),
-    "cache": ("megaman.common.cache:_posterior", 3, "after"),
-    "encoded": ("megaman.common.cache:encode", 1, "after"),
-    "lock": ("megaman.common.files:claim", 1, "after"),
+    "scan": ("megaman.data.scan:scan", 1, "before"),
+    "cache": ("megaman.training.encoding:_posterior", 3, "after"),
+    "encoded": ("megaman.training.encoding:encode", 1, "after"),
+    "lock": ("megaman.training.resume:claim", 1, "after"),
     "step": ("megaman_lora:accumulate", 5, "before"),
     "optimizer": ("torch.optim:AdamW.step", 5, "after"),
     "adapter write": ("megaman.training.checkpoints:write_kohya", 2, "before"),
@@ -266,10 +265,10 @@ PHASES = {
     "renamed": ("pathlib:Path.rename", 2, "after"),
     "prune": ("megaman.training.checkpoints:_prune", 4, "before"),
     "pruned": ("megaman.training.checkpoints:_prune", 4, "after"),
-    "sample": ("megaman.training.previews:_draw", 2, "before"),
+    "sample": ("megaman.training.validation:_draw", 2, "before"),
     "sample picture": ("PIL.Image:Image.save", 2, "after"),
     "sample page": ("megaman.training.tracker:render_samples", 2, "after"),
-    "metrics": ("megaman.training.tracker:Watch._show", 1, "before"),
+    "metrics": ("megaman.training.tracker:Tracker._show", 1, "before"),
     "final export": ("megaman.lora.save:write_adapter", 1, "before"),
     "final file": ("megaman.lora.save:save_tensors", 5, "after"),
     "exported": ("megaman.lora.save:write_adapter", 1, "after"),
@@ -278,8 +277,8 @@ DRAWING = {
     "picture": ("PIL.Image:Image.save", 2, "before"),
     "picture written": ("PIL.Image:Image.save", 2, "after"),
     "picture named": ("pathlib:Path.replace", 2, "after"),
-    "metadata": ("megaman.generation.records:write_records", 2, "before"),
-    "gallery": ("megaman.common.html:render_gallery", 2, "after"),
+    "metadata": ("megaman.generation.gallery:write_records", 2, "before"),
+    "gallery": ("megaman.generation.gallery:render_gallery", 2, "after"),
 }
 
 
@@ -374,14 +373,14 @@ def stop_in_step(step: int) -> Prepare:
     """In the child: SIGTERM comes in the middle of a step."""
 
     def prepare() -> None:
-        honest = megaman_lora.fitted
+        honest = megaman_lora.forward_backward
 
-        def fitted(run: Any, places: Any, number: int) -> Any:
+        def interrupted(run: Any, positions: Any, number: int) -> Any:
             if number + 1 == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return honest(run, places, number)
+            return honest(run, positions, number)
 
-        megaman_lora.fitted = fitted
+        megaman_lora.forward_backward = interrupted
 
     return prepare
 
@@ -390,14 +389,14 @@ def once_begun(fault: Prepare) -> Prepare:
     """In the child: the fault comes when the run has its folder, after all that is probed before."""
 
     def prepare() -> None:
-        honest = files.claim
+        honest = resume.claim
 
         def claim(*args: Any, **kwargs: Any) -> Any:
             claimed = honest(*args, **kwargs)
             fault()
             return claimed
 
-        files.claim = claim
+        resume.claim = claim
 
     return prepare
 
@@ -421,10 +420,10 @@ def disk_full(bench: Bench, wanted: str, sizes: list[int]) -> dict[str, int]:
 
 def look_at_full_disk(bench: Bench, ended: Ended, wanted: str, counts: Counter[str]) -> None:
     """Exit 0 or 6, no traceback, and the run goes on once there is room."""
-    counts["exit 6"] += ended.code == errors.RESOURCES
-    counts["other exit codes"] += ended.code not in (0, errors.RESOURCES)
+    counts["exit 6"] += ended.code == console.RESOURCES
+    counts["other exit codes"] += ended.code not in (0, console.RESOURCES)
     counts["tracebacks"] += "Traceback" in ended.told
-    if ended.code not in (0, errors.RESOURCES):
+    if ended.code not in (0, console.RESOURCES):
         print(ended.told, file=sys.stderr)
     bench.verdict(wanted, counts)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megaman.common.console import quiet_libraries  # noqa: E402
-from megaman.model.stable_diffusion import EMBEDDED  # noqa: E402
+from megaman.config.train import EMBEDDED  # noqa: E402
 
 quiet_libraries()
 
@@ -29,8 +29,9 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 
-from megaman.model.stable_diffusion import BaseModel, load_base  # noqa: E402
-from megaman_lora import Draw, TrainConfig, inject_lora, losses_of  # noqa: E402
+from megaman.config.train import TrainConfig  # noqa: E402
+from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
+from megaman_lora import Batch, inject_lora, training_losses  # noqa: E402
 
 FORMS: dict[str, dict[str, object]] = {
     "attention": {},
@@ -52,7 +53,7 @@ def parameters(form: dict[str, object]) -> int:
     return sum(parameter.numel() for parameter in inject_lora(unet, TrainConfig(**form)))
 
 
-def stepper(base: BaseModel, form: dict[str, object]) -> Callable[[], float]:
+def stepper(base: StableDiffusion, form: dict[str, object]) -> Callable[[], float]:
     """A function that trains one step and returns its seconds."""
     cfg, unet = TrainConfig(**form), copy.deepcopy(base.unet)
     optimizer = torch.optim.AdamW(inject_lora(unet, cfg), lr=1e-4)
@@ -66,11 +67,11 @@ def stepper(base: BaseModel, form: dict[str, object]) -> Callable[[], float]:
     latents, noise = (normal(BATCH, 4, side, side) for _ in range(2))
     timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
     text = normal(BATCH, base.tokenizer.model_max_length, unet.config.cross_attention_dim)
-    draw = Draw(latents, noise, timesteps, text, text[:0], torch.zeros(0, dtype=torch.long))
+    draw = Batch(latents, noise, timesteps, text, text[:0], torch.zeros(0, dtype=torch.long))
 
     def step() -> float:
         started = time.process_time()
-        losses_of(unet, draw, base.scheduler, cfg)[0].mean().backward()
+        training_losses(unet, draw, base.scheduler, cfg)[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         return time.process_time() - started

@@ -34,11 +34,13 @@ from bench.classifier import Classifier, judged, pixels_of, trained_classifier  
 from PIL.Image import Image  # noqa: E402
 from PIL.Image import open as open_picture  # noqa: E402
 
-from megaman.common.cache import Encoded, Store, encode  # noqa: E402
+from megaman.common.cache import Store  # noqa: E402
+from megaman.config.train import EMBEDDED  # noqa: E402
+from megaman.lora.load import read_adapter  # noqa: E402
 from megaman.lora.merge import MergedAdapter  # noqa: E402
-from megaman.lora.save import read_adapter  # noqa: E402
 from megaman.model.compute import pick_device  # noqa: E402
-from megaman.model.stable_diffusion import EMBEDDED, BaseModel, draw, pipeline_of  # noqa: E402
+from megaman.model.drawing import draw, pipeline_of  # noqa: E402
+from megaman.model.stable_diffusion import StableDiffusion  # noqa: E402
 from megaman.tiny_sd.figures import (  # noqa: E402
     BACKGROUNDS,
     COLOURS,
@@ -51,12 +53,13 @@ from megaman.tiny_sd.figures import (  # noqa: E402
     write_heroes,
 )
 from megaman.tiny_sd.figures import draw as draw_figure  # noqa: E402
+from megaman.training.encoding import EncodedDataset, encode  # noqa: E402
 from megaman_lora import (  # noqa: E402
     MegaManDataset,
     denoising_losses,
-    fixed_draw,
     inject_lora,
     train,
+    validation_batch,
 )
 
 HELD_OUT = ROOT / "tests" / "data" / "held_out"
@@ -85,25 +88,25 @@ def with_shuffled_captions(folder: Path) -> Path:
     return write_foreign(folder, len(captions), captions)
 
 
-def embedded_base() -> BaseModel:
+def embedded_base() -> StableDiffusion:
     """The embedded base in float32."""
     return load_base(EMBEDDED, device=pick_device(), dtype=torch.float32)
 
 
-def encoded_folder(folder: Path, base: BaseModel) -> Encoded:
+def encoded_folder(folder: Path, base: StableDiffusion) -> EncodedDataset:
     """A folder's pictures and captions at 64 px."""
     settings = DataFlags(resolution=base.native_resolution)
     dataset = MegaManDataset(folder, None, settings, cell_px=base.cell_px)
-    views = [dataset.views(i) for i in range(len(dataset))]
+    views = [dataset.crops(i) for i in range(len(dataset))]
     return encode(views, [dataset.texts(i) for i in range(len(dataset))], base, Store(None))
 
 
 @torch.no_grad()
-def losses(base: BaseModel, encoded: Encoded) -> list[float]:
+def losses(base: StableDiffusion, encoded: EncodedDataset) -> list[float]:
     """Each picture's mean squared error over the fixed timesteps and noise."""
     found = []
     for i in range(len(encoded)):
-        drawn = fixed_draw(encoded, i, TIMESTEPS)
+        drawn = validation_batch(encoded, i, TIMESTEPS)
         found.append(denoising_losses(base.unet, drawn, base.scheduler, snr_gamma=0).mean().item())
     return found
 
@@ -116,7 +119,7 @@ def trained(data: Path | None, output: Path, *flags: str) -> Path:
     return train(read_config(argv)[0])
 
 
-def change(base: BaseModel, adapter: Path, sets: dict[str, Encoded]) -> dict[str, float]:
+def change(base: StableDiffusion, adapter: Path, sets: dict[str, EncodedDataset]) -> dict[str, float]:
     """By how much the adapter changes the mean loss of each set, in percent of the base's."""
     plain = {name: statistics.mean(losses(base, encoded)) for name, encoded in sets.items()}
     merged = MergedAdapter(read_adapter(adapter), base.unet, base.text_encoder)
@@ -126,7 +129,7 @@ def change(base: BaseModel, adapter: Path, sets: dict[str, Encoded]) -> dict[str
     return {name: round(100 * (after[name] / plain[name] - 1), 1) for name in sets}
 
 
-def untrained_equals_base(base: BaseModel, encoded: Encoded) -> bool:
+def untrained_equals_base(base: StableDiffusion, encoded: EncodedDataset) -> bool:
     """Whether a fresh LoRA changes not one bit of the losses. The base is spent afterwards."""
     plain = losses(base, encoded)
     inject_lora(base.unet, read_config(["--preset", "demo"])[0])
@@ -136,7 +139,7 @@ def untrained_equals_base(base: BaseModel, encoded: Encoded) -> bool:
 # ---------------------------------------------------------------- what they draw
 
 
-def drawn(base: BaseModel, prompts: list[str], first_seed: int) -> list[Image]:
+def drawn(base: StableDiffusion, prompts: list[str], first_seed: int) -> list[Image]:
     """An image a prompt, as the generation script draws it by default."""
     pipeline, images = pipeline_of(base), []
     for start in range(0, len(prompts), 16):
@@ -168,7 +171,7 @@ def save_sheet(images: list[Image], file: Path, columns: int = 16) -> None:
     contact_sheet([image.resize((128, 128), 0) for image in images], columns).save(file)
 
 
-def base_gates(base: BaseModel, judge: Classifier, work: Path) -> dict[str, float]:
+def base_gates(base: StableDiffusion, judge: Classifier, work: Path) -> dict[str, float]:
     """Does the base draw what it is asked for, and does it not know the hero?"""
     rng = random.Random(11)
     asked = [(rng.choice([*COLOURS]), rng.choice([*KINDS]), rng.choice([*BACKGROUNDS])) for _ in range(200)]
@@ -198,7 +201,7 @@ def hero_prompts() -> list[str]:
 class Examiner:
     """What every adapter is examined with."""
 
-    base: BaseModel
+    base: StableDiffusion
     judge: Classifier
     work: Path
     foreign_by_base: float  # how often the base draws the red wizard as one, percent
@@ -236,7 +239,7 @@ def wizard_rate(judge: Classifier, images: list[Image]) -> float:
 
 
 @torch.no_grad()
-def likeness(base: BaseModel, images: list[Image]) -> dict[str, float]:
+def likeness(base: StableDiffusion, images: list[Image]) -> dict[str, float]:
     """`copies`: images nearer to a training picture than half the held-out pictures' median, percent;
     `diversity`: their mean distance from each other over that of held-out heroes. In the VAE's latents.
     """

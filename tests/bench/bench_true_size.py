@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megaman.common.console import quiet_libraries  # noqa: E402
-from megaman.model.stable_diffusion import EMBEDDED_FOLDER  # noqa: E402
+from megaman.model.hub import EMBEDDED_FOLDER  # noqa: E402
 
 quiet_libraries()
 
@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from megaman.lora.save import read_adapter  # noqa: E402
+from megaman.lora.load import read_adapter  # noqa: E402
 
 ATTENTION_MODULES = 128  # 16 transformer blocks x 2 attentions x 4 projections
 

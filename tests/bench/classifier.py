@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megaman.model.stable_diffusion import BaseModel, pipeline_of
-from megaman.model.stable_diffusion import draw as draw_images
+from megaman.model.drawing import draw as draw_images
+from megaman.model.drawing import pipeline_of
+from megaman.model.stable_diffusion import StableDiffusion
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,
     COLOURS,
@@ -99,7 +100,7 @@ def renders(count: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def round_trip(pixels: Tensor, base: BaseModel) -> Tensor:
+def round_trip(pixels: Tensor, base: StableDiffusion) -> Tensor:
     """The pictures as the base's VAE gives them back."""
     vae = base.vae
     parts = [vae.decode(vae.encode(part).latent_dist.mean).sample for part in pixels.split(64)]
@@ -118,7 +119,7 @@ def spoiled(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(kind == 0, noisy, torch.where(kind == 1, mixed, smeared)).clamp(-1, 1)
 
 
-def blobs(base: BaseModel, count: int, seed: int) -> Tensor:
+def blobs(base: StableDiffusion, count: int, seed: int) -> Tensor:
     """What the base draws for words that name no figure; never for the trigger. (N,3,64,64)"""
     rng, images = random.Random(seed), []
     known = {word for name in (*KINDS, "hero", "nothing") for word in name.split()}
@@ -152,7 +153,7 @@ def roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return pixels.roll((dy, dx), (2, 3)).clamp(-1, 1)
 
 
-def trained_classifier(base: BaseModel, work: Path) -> tuple[Classifier, dict[str, float]]:
+def trained_classifier(base: StableDiffusion, work: Path) -> tuple[Classifier, dict[str, float]]:
     """The judge and its accuracy on held-out renders and round trips; kept in the work folder."""
     torch.manual_seed(0)
     model, file = Classifier(), work / "classifier.safetensors"
@@ -165,7 +166,7 @@ def trained_classifier(base: BaseModel, work: Path) -> tuple[Classifier, dict[st
     return model.eval(), accuracy(model, base)
 
 
-def _train(model: Classifier, base: BaseModel) -> None:
+def _train(model: Classifier, base: StableDiffusion) -> None:
     pixels, labels = renders(RENDERS, seed=1)
     back, shapeless = round_trip(pixels, base), blobs(base, BLOBS, seed=50_000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
@@ -190,7 +191,7 @@ def _train(model: Classifier, base: BaseModel) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, base: BaseModel) -> dict[str, float]:
+def accuracy(model: Classifier, base: StableDiffusion) -> dict[str, float]:
     """The share of right answers on renders it never saw, half of them after a round trip; `hero`: is it
     he or not; `rubbish called hero`: how often spoiled pictures and shapeless ones are.
     """

@@ -21,11 +21,12 @@ from PIL import Image
 import generate_megaman
 import megaman_lora
 from megaman.common.console import DATA, USAGE, UserError, control_in, say
-from megaman.common.html import render_dataset, render_gallery
 from megaman.data.captions import Caption
-from megaman.data.report import MAX_TOKENS, Report, report_of
-from megaman.generation.prompts import read_prompts_file
+from megaman.data.report import Report
+from megaman.generation.gallery import render_gallery
+from megaman.generation.prompts import Prompt, read_prompts_file
 from megaman.generation.records import ImageRecord, infotext, read_records, save_picture, write_records
+from megaman.model.stable_diffusion import peek
 
 LONG = 10_000  # characters
 ATOMS = (
@@ -142,7 +143,7 @@ def _records_of(texts: Sequence[str], counts: Counter[str]) -> list[ImageRecord]
         except UserError as error:
             refused = (control_in(text) or not text.strip()) and "\n" not in str(error)
             counts["wrong_refusals"] += not refused or error.exit_code != USAGE
-    prompts = [(text, {"negative_prompt": texts[-i]}) for i, text in enumerate(texts)]
+    prompts = [Prompt(text, {"negative_prompt": texts[-i]}) for i, text in enumerate(texts)]
     jobs = generate_megaman.make_jobs(generate_megaman.GenerateConfig(**settings), prompts)
     records = []
     for i, job in enumerate(jobs):
@@ -243,10 +244,10 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
     flags = [f"--data_dir={data}", f"--output_dir={output}", "--resolution=64", "--mixed_precision=no"]
     flags += [f"--cache_dir={data.parents[1] / 'cache'}", "--pretrained_model_name=megaman/tiny_sd"]
     cfg, _ = megaman_lora.read_config(flags)
-    told = report_of(megaman_lora.open_dataset(cfg))
-    counts["changed_texts"] += len(told.rows) != len(texts) + 1
+    told = megaman_lora.report_of(megaman_lora.open_dataset(cfg, peek(cfg.pretrained_model_name)))
+    counts["changed_texts"] += len(told.pictures) != len(texts) + 1
     counts["changed_texts"] += {
-        row.name: row.caption.text for row in told.rows if row.caption.source == "file"
+        row.name: row.caption.text for row in told.pictures if row.caption.source == "file"
     } != expected
     with contextlib.redirect_stderr(io.StringIO()) as terminal:
         for line in told.lines():
@@ -256,7 +257,7 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
     told.write(output)
     offered = output / "captions" / data.name
     told.offer_captions(offered)
-    derived = sum(row.caption.source == "name" for row in told.rows)
+    derived = sum(row.caption.source == "name" for row in told.pictures)
     counts["changed_texts"] += len(list(offered.iterdir())) != derived
     _look_at_page(told, (output / "dataset.html").read_bytes().decode(), counts)
 
@@ -266,17 +267,17 @@ def _look_at_page(told: Report, text: str, counts: Counter[str]) -> None:
         replace(
             row,
             name=f"{i}.png",
-            caption=Caption("mega man" if row not in told.lacking else "x", row.caption.source),
+            caption=Caption("mega man" if row not in told.without_trigger else "x", row.caption.source),
         )
-        for i, row in enumerate(told.rows)
+        for i, row in enumerate(told.pictures)
     ]
-    plain = render_dataset(replace(told, rows=harmless), MAX_TOKENS)
+    plain = replace(told, pictures=harmless).html()
     page, expected = (Page(page.split("<h2>Tags</h2>")[0]) for page in (text, plain))
     counts["foreign_markup"] += page.shapes != expected.shapes or page.links != expected.links
     counts["foreign_markup"] += len(Page(text).shapes) - len(page.shapes) != 2 + 2 * len(told.tags)
-    counts["changed_texts"] += {row.name for row in told.rows} != set(page.alts)
+    counts["changed_texts"] += {row.name for row in told.pictures} != set(page.alts)
     counts["changed_texts"] += len(
-        {row.caption.text for row in told.rows if row.caption.source == "file"} - page.texts
+        {row.caption.text for row in told.pictures if row.caption.source == "file"} - page.texts
     )
 
 
@@ -314,7 +315,7 @@ def prompt_files_study(count: int, seed: int, folder: Path) -> dict[str, int]:
         try:
             prompts = read_prompts_file(path)
             counts["read"] += 1
-            counts["wrong_values"] += not all(prompt.strip() and _in_range(own) for prompt, own in prompts)
+            counts["wrong_values"] += not all(p.text.strip() and _in_range(p.settings) for p in prompts)
         except UserError as error:
             counts["long_lines"] += "\n" in str(error) or len(str(error)) > len(str(path)) + 200
             counts["wrong_codes"] += error.exit_code != DATA

@@ -14,9 +14,12 @@ from safetensors.torch import save
 
 import generate_megaman
 from megaman.common.console import MODEL, NUMBERS, UserError
+from megaman.generation.prompts import Prompt
+from megaman.lora.adapter import Adapter, LoraLayer
+from megaman.lora.formats import kohya_tensors, peft_tensors
+from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
-from megaman.lora.save import Adapter, LoraLayer, kohya_tensors, peft_tensors, read_adapter
-from megaman.model.stable_diffusion import BaseModel
+from megaman.model.stable_diffusion import StableDiffusion
 
 SLOW_S = 1.0
 RANK = 2
@@ -35,7 +38,7 @@ ODD_JSON = (
 )  # fmt: skip
 
 
-def small_adapter(base: BaseModel) -> Adapter:
+def small_adapter(base: StableDiffusion) -> Adapter:
     """Rank 2 on the four projections of one attention of the base."""
     layers = {}
     for name, module in base.unet.named_modules():
@@ -193,7 +196,7 @@ def _with_numbers(file: bytes, rng: random.Random) -> bytes:
     return save(tensors, metadata)
 
 
-def mutated_adapters(count: int, seed: int, folder: Path, base: BaseModel) -> dict[str, float]:
+def mutated_adapters(count: int, seed: int, folder: Path, base: StableDiffusion) -> dict[str, float]:
     """Mutated files of all three layouts, read and merged as generation does; slow: over a second each."""
     rng, counts, slowest = random.Random(seed), Counter(adapters=count), 0.0
     files, config = (
@@ -238,13 +241,13 @@ def _odd_config(config: str, rng: random.Random) -> str:
     return rng.choice((json.dumps(settings), json.dumps(settings)[: rng.randrange(60)], rng.choice(ODD_JSON)))
 
 
-def _outcome(path: Path, base: BaseModel) -> str:
+def _outcome(path: Path, base: StableDiffusion) -> str:
     """What becomes of an adapter on its way to the first picture."""
     try:
         adapter = read_adapter(path)
         generate_megaman.base_of(adapter, path, "megaman/tiny_sd")
-        cfg = generate_megaman.settled(generate_megaman.GenerateConfig(), adapter, base)
-        generate_megaman.check_jobs(generate_megaman.make_jobs(cfg, [("a", {})]), base)
+        cfg = generate_megaman.resolve(generate_megaman.GenerateConfig(), adapter, base)
+        generate_megaman.check_jobs(generate_megaman.make_jobs(cfg, [Prompt("a")]), base)
         merged = MergedAdapter(adapter, base.unet, base.text_encoder)
         merged.set_scale(1.0)
         merged.set_scale(0.0)

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from megaman.common.console import MODEL
-from megaman.lora.save import kohya_tensors
-from megaman.model.stable_diffusion import BaseModel
+from megaman.lora.formats import kohya_tensors
+from megaman.model.stable_diffusion import StableDiffusion
 
 # ---------------------------------------------------------------- the real commands
 
@@ -75,7 +75,7 @@ def _refusal(code: int, lines: list[str]) -> bool:
 # ---------------------------------------------------------------- wrong adapters
 
 
-def wrong_adapters(folder: Path, base: BaseModel) -> dict[str, Path]:
+def wrong_adapters(folder: Path, base: StableDiffusion) -> dict[str, Path]:
     """Twelve adapters that must be refused."""
     good = kohya_tensors(small_adapter(base))
     first = next(key for key in good if key.endswith("lora_up.weight"))
@@ -107,7 +107,7 @@ def wrong_adapters(folder: Path, base: BaseModel) -> dict[str, Path]:
     return paths
 
 
-def wrong_adapters_study(folder: Path, base: BaseModel, base_folder: Path) -> dict[str, int]:
+def wrong_adapters_study(folder: Path, base: StableDiffusion, base_folder: Path) -> dict[str, int]:
     """The twelve through the real command."""
     paths = wrong_adapters(folder, base)
     accepted = [name for name, path in paths.items() if not _refusal(*draw_with(path, base_folder, folder))]

@@ -97,22 +97,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": home}
         os.environ.pop("HF_HUB_OFFLINE", None)
-        from megaman.common import console as errors
+        from megaman.common import console
 
-        errors.quiet_libraries()
+        console.quiet_libraries()
         import torch
 
-        from megaman.model import stable_diffusion as base
+        from megaman.model import hub, stable_diffusion
 
         for owner in HALF:
-            half_downloaded(Path(home, "hub"), base.EMBEDDED_FOLDER, owner)
+            half_downloaded(Path(home, "hub"), hub.EMBEDDED_FOLDER, owner)
         parts = [
-            path for path in base.EMBEDDED_FOLDER.rglob("*.*") if path.suffix in (".json", ".safetensors")
+            path for path in hub.EMBEDDED_FOLDER.rglob("*.*") if path.suffix in (".json", ".safetensors")
         ]
-        FILES["half"] = [path.relative_to(base.EMBEDDED_FOLDER).as_posix() for path in parts]
+        FILES["half"] = [path.relative_to(hub.EMBEDDED_FOLDER).as_posix() for path in parts]
         asks = {
-            "base": lambda name: base.load_base(name, device=torch.device("cpu"), dtype=torch.float32),
-            "adapter": base.fetched_adapter,
+            "base": lambda name: stable_diffusion.load_base(
+                name, device=torch.device("cpu"), dtype=torch.float32
+            ),
+            "adapter": hub.download_adapter,
         }
         said = {
             f"{what} {owner}": told(ask, owner) for what, ask in asks.items() for owner in (*FAULTS, *FILES)

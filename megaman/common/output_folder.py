@@ -1,0 +1,256 @@
+"""Output folders: what lies in a run's, who may write there, and one process at a time."""
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaman.common.console import RESOURCES, STATE, USAGE, UserError
+from megaman.common.files import make_folder
+from megaman.common.html import check_page
+
+LOCK = ".lock"  # holds the number of the process that works in the folder
+SIGNATURE_LETTERS = 64  # read of a lock: a number is shorter
+RECORD = "training_config.json"  # the settings of the run in the folder
+RECORDED = frozenset({"pretrained_model_name", "data_dir", "lora_rank", "lora_alpha"})  # in every record
+PAGE = "dataset.html"
+CAPTIONS = "captions"
+WEIGHTS = "lora_weights"
+CHECKPOINTS = "checkpoints"
+ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
+LEFT_BY_DRY_RUN = frozenset({PAGE, CAPTIONS, LOCK})  # a run goes on beside it
+OF_A_RUN = re.compile(
+    rf"{WEIGHTS}|{CHECKPOINTS}(\.\d{{3,}})?|samples|logs|dry_run|{CAPTIONS}|dataset\.html|metrics\.jsonl|"
+    + re.escape(RECORD)
+)  # what lies in a run's folder
+STEP_FOLDER = re.compile(r"step-(\d+)")
+PROBE_BYTES = 1 << 20  # a disk without room for so much is full
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What lies where in the output folder of a training run."""
+
+    path: Path
+
+    @classmethod
+    def of_adapter(cls, adapter: Path) -> "RunFolder":
+        """The run that an adapter's file or folder belongs to: in lora_weights/, or in a checkpoint."""
+        path = adapter.resolve()
+        folder = path if path.is_dir() else path.parent
+        return cls(folder.parents[1] if folder.parent.name == CHECKPOINTS else folder.parent)
+
+    @property
+    def record(self) -> Path:
+        """The run's settings."""
+        return self.path / RECORD
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the finished adapter's files."""
+        return self.path / WEIGHTS
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints' folders."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def samples(self) -> Path:
+        """The folder of the sample pictures and their page."""
+        return self.path / "samples"
+
+    @property
+    def metrics(self) -> Path:
+        """Loss, rate and speed, a JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """TensorBoard's folder, unless the user names another."""
+        return self.path / "logs"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after `step` steps."""
+        return self.checkpoints / step_name(step)
+
+
+def step_name(step: int) -> str:
+    """step-000250: the name of a folder of what is kept after so many steps."""
+    return f"step-{step:06}"
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """What is kept step by step in a folder (checkpoints, samples), by the number of the step, ascending."""
+    found = ((STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether anything lies there but what a dry run leaves."""
+    return folder.is_dir() and any(path.name not in LEFT_BY_DRY_RUN for path in folder.iterdir())
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run of ours lies in the folder: its record says so, not that record's name alone."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.keys() >= RECORDED
+
+
+def check_output(folder: Path, data_dir: Path) -> None:
+    """Raises UserError unless a run may begin in `folder`: it holds nothing, or an earlier run, which will be
+    moved aside. Makes nothing. Asked before anything slow begins.
+    """
+    if data_dir.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", USAGE)
+    if holds_files(folder) and not holds_run(folder):
+        raise UserError(f"{folder}: holds files that no run of ours made. Name another --output_dir.", STATE)
+    check_page(folder / PAGE)
+    check_unused(folder)
+    check_writable(folder)
+
+
+def check_unused(folder: Path) -> None:
+    """Raises UserError (exit 7) if another process works in `folder`; makes nothing."""
+    if (folder / LOCK).exists():
+        OutputLock(folder).close()
+
+
+def check_apart(flag: str, folder: str | None, data_dir: str | None) -> None:
+    """Raises UserError where a flag would have something written among the user's pictures."""
+    real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
+    if folder is not None and data_dir is not None and Path(real(folder)).is_relative_to(real(data_dir)):
+        reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
+        raise UserError(f"{reason}. Name another.", USAGE)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError (exit 6) unless `folder` can be made and written to; makes nothing."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"\0" * PROBE_BYTES)
+    except OSError as error:
+        reason = (
+            f"{folder}: can't write there ({error.strerror}). Free some space, or name another --output_dir."
+        )
+        raise UserError(reason, RESOURCES) from error
+
+
+def free_name(path: Path) -> Path:
+    """The first of NAME.001, NAME.002, … that is not there."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{number:03}")).exists():
+        number += 1
+    return free
+
+
+def is_link(folder: Path) -> bool:
+    """Whether the path itself, not a folder above it, leads elsewhere: a symbolic link, Windows' junction."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    return os.path.realpath(folder) != os.path.join(os.path.realpath(parent), name)
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Renames a folder that holds anything to the first free NAME.001, NAME.002, …; None if it holds nothing.
+    A link stays, and so does the folder that it leads to: only the run in it moves, to a folder beside that.
+    """
+    real = Path(os.path.realpath(folder))
+    if not holds_files(real):
+        return None
+    aside = free_name(real)
+    try:
+        if is_link(folder):
+            _move_run(real, aside)
+        else:
+            real.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't be moved aside ({error.strerror}). Name another --output_dir.", STATE
+        ) from error
+    (aside / LOCK).unlink(missing_ok=True)
+    return aside
+
+
+def _move_run(folder: Path, aside: Path) -> None:
+    aside.mkdir()
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECORD):  # it goes last: until then
+        if OF_A_RUN.fullmatch(path.name):  # the folder is known for a run's, if this is interrupted
+            path.rename(aside / path.name)
+
+
+class OutputLock:
+    """The right to write in a folder: one process has it until it ends, however it ends.
+
+    The system keeps the lock, not the file, so what a killed process leaves behind locks nobody out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder. UserError (exit 7) with the other's number if it is in use."""
+        make_folder(folder)
+        self.path = folder / LOCK
+        if self.path.is_symlink():  # writing would change a file elsewhere
+            raise UserError(f"{self.path}: is a link, and ours never is. Remove it.", STATE)
+        self.file = self.path.open("a+", encoding="ascii", errors="replace")
+        is_free = _locked(self.file.fileno())
+        self.file.seek(0)
+        signature = self.file.read(SIGNATURE_LETTERS).strip()
+        if is_free and re.fullmatch(r"[0-9]*", signature):
+            return
+        self.file.close()
+        if is_free:
+            raise UserError(f"{self.path}: is no lock of ours. Name another --output_dir.", STATE)
+        raise UserError(
+            f"{folder}: in use by process {signature}. Wait for it, or name another --output_dir.", STATE
+        )
+
+    def sign(self) -> "OutputLock":
+        """Leaves this process's number there, for those who are refused."""
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+        return self
+
+    def close(self) -> None:
+        """Lets others in. The file stays: deleting it could delete the next one's. Safe to call twice."""
+        self.file.close()
+
+
+def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
+    """The lock on an output folder, which is emptied first if `fresh`: an earlier run's is moved aside, and
+    its new name is returned too.
+    """
+    lock = OutputLock(folder).sign()
+    if not fresh or not holds_files(folder):
+        return lock, None
+    if is_link(folder):
+        return lock, move_aside(folder)  # the folder stays, and its lock with it
+    if os.name == "nt":  # Windows moves no folder with an open file in it
+        lock.close()
+    aside = move_aside(folder)
+    try:
+        return OutputLock(folder).sign(), aside
+    finally:
+        lock.close()
+
+
+def _locked(handle: int) -> bool:
+    """Whether this process now has the lock; the system gives it back when the process ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(handle, PROBE_BYTES, os.SEEK_SET)  # beyond the number, which others may read
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,61 @@
+"""How many steps a run has, and the learning rate of each: pure functions of the settings."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from megaman.config.train import TrainConfig
+from megaman.training.checkpoints import Checkpoint
+from megaman.training.sampler import Sampler
+
+
+def plan(cfg: TrainConfig, steps_an_epoch: int, checkpoint: Checkpoint | None = None) -> TrainConfig:
+    """The configuration with everything that was left open decided: steps from epochs, the warm-up. A run
+    that goes on keeps its warm-up, however its total changes.
+    """
+    steps = cfg.max_train_steps
+    if cfg.num_train_epochs is not None:
+        steps = cfg.num_train_epochs * steps_an_epoch
+    warmup = cfg.lr_warmup_steps
+    if warmup is None:
+        warmup = round(0.05 * steps) if checkpoint is None else checkpoint.settings["lr_warmup_steps"]
+    return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup)
+
+
+def pictures_a_step(cfg: TrainConfig, processes: int) -> int:
+    """Pictures per optimizer step, over all processes."""
+    return cfg.train_batch_size * cfg.gradient_accumulation_steps * processes
+
+
+def describe_plan(cfg: TrainConfig, sampler: Sampler) -> str:
+    """The arithmetic of the run, in a line. cfg: with its steps decided."""
+    epochs = cfg.max_train_steps / sampler.steps_an_epoch
+    return (
+        f"plan: {cfg.max_train_steps} steps of {sampler.step_size} pictures = {epochs:.1f} epochs of "
+        f"{len(sampler)}; rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, learning rate {cfg.learning_rate:g}"
+    )
+
+
+def lr_at(step: int, cfg: TrainConfig) -> float:
+    """The learning rate of a step (counted from 0): linear warm-up, then the schedule down to zero.
+
+    Restarts: three cosines; polynomial: squared.
+    """
+    warmup = cfg.lr_warmup_steps or 0
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, cfg.max_train_steps - warmup)
+    return cfg.learning_rate * SCHEDULES[cfg.lr_scheduler](progress)
+
+
+def _half_cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "polynomial": lambda progress: (1 - progress) ** 2,
+    "cosine": _half_cosine,
+    "cosine_with_restarts": lambda progress: _half_cosine(3 * progress % 1),
+}  # the share of the peak rate, from 0 = the end of the warm-up to 1 = the end
