@@ -29,7 +29,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -133,6 +133,14 @@ class Task:
     digest: str  # job_hash
 
 
+class Drawing(NamedTuple):
+    """What became of a task."""
+
+    task: Task
+    image: Image | None  # None if its numbers overflowed
+    seconds: float  # its share of the batch's time
+
+
 def make_tasks(
     jobs: Sequence[Job], candidates: Sequence[Candidate], base_hash: str, precision: str
 ) -> list[Task]:
@@ -163,10 +171,10 @@ def check_jobs(jobs: Sequence[Job], base: StableDiffusion) -> None:
     for job in jobs:
         if job.width % cell or job.height % cell:
             reason = f"width and height must be multiples of {cell} for {base.name}"
-            raise UserError(f"{job.width} x {job.height}: {reason}", console.USAGE)
+            raise UserError(f"{job.width} x {job.height}: {reason}", console.Exit.USAGE)
         if job.num_inference_steps > limit:
             raise UserError(
-                f"{job.num_inference_steps} steps: {base.name} takes at most {limit}", console.USAGE
+                f"{job.num_inference_steps} steps: {base.name} takes at most {limit}", console.Exit.USAGE
             )
 
 
@@ -276,25 +284,31 @@ def draw_missing(
     with bar, ExitStack() as at_the_end:
         at_the_end.callback(show)  # however it ends: what is drawn is shown
         for batch in draw_batches(missing, cfg.batch_size, base):
-            for task, image, seconds in batch:
-                if image is None:
-                    continue
-                own = {"adapter": task.candidate.name, "adapter_hash": task.candidate.digest}
-                record = record_of(task.job, task.digest, about | own, seconds)
-                records.save_picture(image, record, output, described=not cfg.no_metadata)
-                finished[task.digest] = record
+            finished |= save_batch(batch, cfg, about)
             show()
             bar.update(len(batch))
     raise_if_overflowed([task.job for task in missing if task.digest not in finished])
     return output / records.PAGE
 
 
+def save_batch(
+    batch: Sequence[Drawing], cfg: GenerateConfig, about: dict[str, Any]
+) -> dict[str, records.ImageRecord]:
+    """Saves a batch's pictures, but for those that overflowed. Their records, by the task's digest."""
+    saved = {}
+    for task, image, seconds in batch:
+        if image is not None:
+            own = {"adapter": task.candidate.name, "adapter_hash": task.candidate.digest}
+            record = record_of(task.job, task.digest, about | own, seconds)
+            records.save_picture(image, record, Path(cfg.output_dir), described=not cfg.no_metadata)
+            saved[task.digest] = record
+    return saved
+
+
 def draw_batches(
     tasks: Sequence[Task], batch_size: int | None, base: StableDiffusion
-) -> Iterator[list[tuple[Task, Image | None, float]]]:
-    """The pictures batch by batch, one adapter after the other; None for one whose numbers overflowed. With
-    the seconds that each took.
-    """
+) -> Iterator[list[Drawing]]:
+    """The pictures batch by batch, one adapter after the other."""
     limit = memory.BatchLimit()
     by_adapter: dict[str, dict[Job, Task]] = {}
     for task in tasks:
@@ -308,7 +322,7 @@ def draw_batches(
                 batch, lambda part, merged=merged: render(part, base, merged), batch[0].pixels
             )
             seconds = round((time.monotonic() - started) / len(batch), 3)
-            yield [(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
+            yield [Drawing(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
         merged.set_scale(0)  # the next adapter goes into the base's own weights
 
 
@@ -317,7 +331,7 @@ def raise_if_overflowed(jobs: Sequence[Job]) -> None:
     if jobs:
         named = "; ".join(f"{job.prompt[:40]!r} (seed {job.seed})" for job in jobs[: console.NAMED])
         more = f" and {len(jobs) - console.NAMED} more" if len(jobs) > console.NAMED else ""
-        raise UserError(f"{len(jobs)} not drawn: {named}{more}: {drawing.OVERFLOW}", console.NUMBERS)
+        raise UserError(f"{len(jobs)} not drawn: {named}{more}: {drawing.OVERFLOW}", console.Exit.NUMBERS)
 
 
 def main(cfg: GenerateConfig) -> None:

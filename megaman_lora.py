@@ -422,7 +422,7 @@ def open_dataset(cfg: TrainConfig, facts: BaseFacts) -> MegaManDataset:
     )
     if len(dataset) == 0:
         none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset demo."
-        raise UserError("\n  ".join([none, *map(str, dataset.skipped)]), console.DATA)
+        raise UserError("\n  ".join([none, *map(str, dataset.skipped)]), console.Exit.DATA)
     return dataset
 
 
@@ -765,7 +765,8 @@ def train(cfg: TrainConfig) -> Path:
 
 def show_dataset(cfg: TrainConfig) -> None:
     """--dry_run: the report, on the terminal and as a page."""
-    data, output = open_training_set(cfg, processes=1), Path(cfg.output_dir)
+    data = open_training_set(cfg, processes=1)
+    output = Path(cfg.output_dir)
     for line in [*data.report.lines(), describe_plan(plan(cfg, data.sampler.steps_an_epoch), data.sampler)]:
         say(line)
     check_output(output, Path(cfg.data_dir))

@@ -52,7 +52,7 @@ def test_a_run_begins_beside_no_file_that_is_not_ours(tmp_path: Path, texts: Map
     before = lay(tmp_path / "out", texts)
     with pytest.raises(UserError) as caught:
         check_output(tmp_path / "out", tmp_path / "pictures")
-    assert caught.value.exit_code == console.STATE
+    assert caught.value.exit_code == console.Exit.STATE
     assert contents(tmp_path / "out") == before
 
 
@@ -122,7 +122,7 @@ def test_pictures_go_beside_no_file_that_is_not_ours(
     cfg = generate_megaman.read_config([f"--output_dir={tmp_path / 'site'}", *drawing, *further])
     with pytest.raises(UserError) as caught:
         generate_megaman.generate(cfg)
-    assert caught.value.exit_code == console.STATE
+    assert caught.value.exit_code == console.Exit.STATE
     assert contents(tmp_path / "site") == before
 
 
@@ -141,7 +141,7 @@ def test_nothing_is_drawn_among_the_pictures_that_were_trained_on(adapter_folder
         flags = [f"--lora_path={adapter_folder}", f"--output_dir={folder}"]
         with pytest.raises(UserError) as caught:
             generate_megaman.generate(generate_megaman.read_config(flags))
-        assert caught.value.exit_code == (console.STATE if folder == pictures else console.USAGE)
+        assert caught.value.exit_code == (console.Exit.STATE if folder == pictures else console.Exit.USAGE)
     assert not (pictures / "drawn").exists()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
 
-from megaman.common.console import DATA, UserError
+from megaman.common.console import Exit, UserError
 from megaman.data.pictures import (
     MAX_FILE_BYTES,
     MAX_PICTURE_PX,
@@ -583,7 +583,7 @@ def reason_of(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         open_picture(path)
     message = str(caught.value)
-    assert caught.value.exit_code == DATA
+    assert caught.value.exit_code == Exit.DATA
     assert message.splitlines() == [message]
     assert message == f"{path}: not a readable picture ({caught.value.reason})"
     return caught.value.reason

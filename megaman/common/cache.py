@@ -12,15 +12,17 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
-from torch import Tensor
 
 from megaman.common import files
 from megaman.common.console import say
+from megaman.common.files import TensorOnCpu
 
+T = TypeVar("T", bound=TensorOnCpu)
 ENTRIES = "encodings"  # the part of the cache folder that is ours alone; it carries the mark
 MARK = "CACHEDIR.TAG"  # backup programs leave such folders out (bford.info/cachedir)
 MARK_TEXT = (
@@ -50,6 +52,53 @@ def key_of(*parts: object) -> str:
     return total.hexdigest()
 
 
+# ---------------------------------------------------------------- how entries are written
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a kind of entries is read and written. Reading raises anything where the file is not whole."""
+
+    suffix: str
+    read: Callable[[Path], Any]
+    write: Callable[[Path, Any], None]
+
+
+def _read_json(path: Path) -> Any:
+    entry = json.loads(path.read_bytes())
+    if entry[CHECKSUM] != key_of(json.dumps(entry["facts"])):
+        raise ValueError("damaged")
+    return entry["facts"]
+
+
+def _write_json(path: Path, facts: Any) -> None:
+    files.write_text(path, json.dumps({"facts": facts, CHECKSUM: key_of(json.dumps(facts))}))
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors):
+            raise ValueError("damaged")
+    return tensors
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, TensorOnCpu]) -> None:
+    files.save_tensors(tensors, path, {CHECKSUM: _checksum(tensors)})
+
+
+def _checksum(tensors: Mapping[str, TensorOnCpu]) -> str:
+    parts = [part for name in sorted(tensors) for part in (name, tensors[name].numpy().tobytes())]
+    return key_of(*parts)
+
+
+JSON = Codec(".json", _read_json, _write_json)
+TENSORS = Codec(".safetensors", _read_tensors, _write_tensors)
+
+
+# ---------------------------------------------------------------- the store
+
+
 class Store:
     """The cache folder. Without one, nothing is remembered.
 
@@ -64,45 +113,18 @@ class Store:
 
     def facts(self, key: str, make: Callable[[], Any]) -> Any:
         """What `make` returns (JSON's types), made only if it is not there yet."""
+        return self._remembered(key, make, JSON)
 
-        def read(path: Path) -> Any:
-            entry = json.loads(path.read_bytes())
-            if entry[CHECKSUM] != key_of(json.dumps(entry["facts"])):
-                raise ValueError("damaged")
-            return entry["facts"]
-
-        def write(path: Path, facts: Any) -> None:
-            files.write_text(path, json.dumps({"facts": facts, CHECKSUM: key_of(json.dumps(facts))}))
-
-        return self._remembered(f"{key}.json", make, read, write)
-
-    def tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def tensors(self, key: str, make: Callable[[], dict[str, T]]) -> dict[str, T]:
         """What `make` returns, made only if it is not there yet. On the CPU."""
+        return self._remembered(key, make, TENSORS)
 
-        def read(path: Path) -> dict[str, Tensor]:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors):
-                    raise ValueError("damaged")
-            return tensors
-
-        def write(path: Path, tensors: dict[str, Tensor]) -> None:
-            files.save_tensors(tensors, path, {CHECKSUM: _checksum(tensors)})
-
-        return self._remembered(f"{key}.safetensors", make, read, write)
-
-    def _remembered(
-        self,
-        name: str,
-        make: Callable[[], Any],
-        read: Callable[[Path], Any],
-        write: Callable[[Path, Any], None],
-    ) -> Any:
+    def _remembered(self, key: str, make: Callable[[], Any], codec: Codec) -> Any:
         if self.entries is None:
             return make()
-        path = self.entries / name[:2] / name
+        path = self.entries / key[:2] / f"{key}{codec.suffix}"
         try:
-            found = read(path)
+            found = codec.read(path)
         except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain
             self.misses += 1
         else:
@@ -112,14 +134,14 @@ class Store:
             return found
         made = make()
         if self.is_writable:
-            self._keep(path, made, write)
+            self._keep(path, made, codec)
         return made
 
-    def _keep(self, path: Path, made: Any, write: Callable[[Path, Any], None]) -> None:
+    def _keep(self, path: Path, made: Any, codec: Codec) -> None:
         try:
             if not self._is_ours():
-                files.write_text(self.entries / MARK, MARK_TEXT)
-            write(path, made)
+                files.write_text(path.parents[1] / MARK, MARK_TEXT)
+            codec.write(path, made)
         except OSError as error:  # a full or read-only cache folder costs time, never the run
             if path.exists():  # another process was quicker; Windows does not replace what is being read
                 return
@@ -128,6 +150,8 @@ class Store:
 
     def _is_ours(self) -> bool:
         """Whether the entries' folder bears our mark. FileExistsError if it holds anything without."""
+        if self.entries is None:
+            return False
         try:
             if (self.entries / MARK).read_text(encoding="utf-8") == MARK_TEXT:
                 return True
@@ -161,13 +185,3 @@ class Store:
                     path.unlink()
                     deleted += 1
         return deleted
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    parts = [
-        part for name in sorted(tensors) for part in (name, tensors[name].contiguous().numpy().tobytes())
-    ]
-    return key_of(*parts)
-
-
-# ---------------------------------------------------------------- encoded data

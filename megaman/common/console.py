@@ -9,12 +9,25 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from itertools import islice
 from typing import NoReturn
 
 from megaman.common.signals import Stopped, at_once
 
-OK, BUG, USAGE, DATA, MODEL, NUMBERS, RESOURCES, STATE = range(8)  # exit codes
+
+class Exit(IntEnum):
+    """The exit codes of both scripts."""
+
+    OK = 0
+    BUG = 1  # of ours: the only one with a traceback
+    USAGE = 2
+    DATA = 3
+    MODEL = 4  # or adapter
+    NUMBERS = 5  # NaN or infinite
+    RESOURCES = 6  # disk, memory, permission
+    STATE = 7  # of a checkpoint or an output folder
+
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PATHS = {
@@ -119,14 +132,14 @@ def reported() -> Iterator[None]:
         if error.errno not in _DISK | _PATHS:
             raise
         remedy = "free some space" if error.errno in _DISK else "name a file or folder that can be used"
-        leave(f"{error.filename or 'disk'}: {error.strerror}; {remedy}", RESOURCES)
+        leave(f"{error.filename or 'disk'}: {error.strerror}; {remedy}", Exit.RESOURCES)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         leave(
             "out of memory; take smaller pictures (--resolution, or --height and --width), a smaller "
             "--batch_size or --train_batch_size, or half precision (--mixed_precision fp16)",
-            RESOURCES,
+            Exit.RESOURCES,
         )
 
 
@@ -139,7 +152,7 @@ def leave(message: str, exit_code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         say(f"error: {message}")
-    elif exit_code in (RESOURCES, NUMBERS):
+    elif exit_code in (Exit.RESOURCES, Exit.NUMBERS):
         print(_printable(f"error: process {rank}: {message}"), file=sys.stderr, flush=True)
     sys.exit(exit_code)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from megaman.common.console import STATE, UserError
+from megaman.common.console import Exit, UserError
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 SMALL_PX = 128  # pictures up to this size are shown enlarged, with hard pixels
@@ -66,7 +66,7 @@ def is_page(path: Path) -> bool:
 def check_page(path: Path) -> None:
     """UserError (exit 7) if something else than a page of ours lies where one is to be written."""
     if os.path.lexists(path) and not is_page(path):
-        raise UserError(f"{path}: is no page of ours. Move it, or name another --output_dir.", STATE)
+        raise UserError(f"{path}: is no page of ours. Move it, or name another --output_dir.", Exit.STATE)
 
 
 PAGE_HEAD_BYTES = 1024

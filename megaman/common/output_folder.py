@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaman.common.console import RESOURCES, STATE, USAGE, UserError
+from megaman.common.console import Exit, UserError
 from megaman.common.files import make_folder
 from megaman.common.html import check_page
 
@@ -107,9 +107,11 @@ def check_output(folder: Path, data_dir: Path) -> None:
     moved aside. Makes nothing. Asked before anything slow begins.
     """
     if data_dir.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", USAGE)
+        raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", Exit.USAGE)
     if holds_files(folder) and not holds_run(folder):
-        raise UserError(f"{folder}: holds files that no run of ours made. Name another --output_dir.", STATE)
+        raise UserError(
+            f"{folder}: holds files that no run of ours made. Name another --output_dir.", Exit.STATE
+        )
     check_page(folder / PAGE)
     check_unused(folder)
     check_writable(folder)
@@ -126,7 +128,7 @@ def check_apart(flag: str, folder: str | None, data_dir: str | None) -> None:
     real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
     if folder is not None and data_dir is not None and Path(real(folder)).is_relative_to(real(data_dir)):
         reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
-        raise UserError(f"{reason}. Name another.", USAGE)
+        raise UserError(f"{reason}. Name another.", Exit.USAGE)
 
 
 def check_writable(folder: Path) -> None:
@@ -139,7 +141,7 @@ def check_writable(folder: Path) -> None:
         reason = (
             f"{folder}: can't write there ({error.strerror}). Free some space, or name another --output_dir."
         )
-        raise UserError(reason, RESOURCES) from error
+        raise UserError(reason, Exit.RESOURCES) from error
 
 
 def free_name(path: Path) -> Path:
@@ -171,7 +173,7 @@ def move_aside(folder: Path) -> Path | None:
             real.rename(aside)
     except OSError as error:
         raise UserError(
-            f"{folder}: can't be moved aside ({error.strerror}). Name another --output_dir.", STATE
+            f"{folder}: can't be moved aside ({error.strerror}). Name another --output_dir.", Exit.STATE
         ) from error
     (aside / LOCK).unlink(missing_ok=True)
     return aside
@@ -195,7 +197,7 @@ class OutputLock:
         make_folder(folder)
         self.path = folder / LOCK
         if self.path.is_symlink():  # writing would change a file elsewhere
-            raise UserError(f"{self.path}: is a link, and ours never is. Remove it.", STATE)
+            raise UserError(f"{self.path}: is a link, and ours never is. Remove it.", Exit.STATE)
         self.file = self.path.open("a+", encoding="ascii", errors="replace")
         is_free = _locked(self.file.fileno())
         self.file.seek(0)
@@ -204,9 +206,9 @@ class OutputLock:
             return
         self.file.close()
         if is_free:
-            raise UserError(f"{self.path}: is no lock of ours. Name another --output_dir.", STATE)
+            raise UserError(f"{self.path}: is no lock of ours. Name another --output_dir.", Exit.STATE)
         raise UserError(
-            f"{folder}: in use by process {signature}. Wait for it, or name another --output_dir.", STATE
+            f"{folder}: in use by process {signature}. Wait for it, or name another --output_dir.", Exit.STATE
         )
 
     def sign(self) -> "OutputLock":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megaman.common.console import USAGE, check_text
+from megaman.common.console import Exit, check_text
 from megaman.config.parser import LARGEST_SEED, check_numbers, flag, parse_flags, require
 
 DESCRIPTION = "Draws with a trained LoRA and writes an HTML gallery."
@@ -110,8 +110,8 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
             require(any(self.lora_scale) or not getattr(self, name), alone)
         for prompt in self.prompts or ():
             require(bool(prompt.strip()), "--prompts: one of them is empty")
-            check_text(prompt, "--prompts", USAGE)
-        check_text(self.negative_prompt or "", "--negative_prompt", USAGE)
+            check_text(prompt, "--prompts", Exit.USAGE)
+        check_text(self.negative_prompt or "", "--negative_prompt", Exit.USAGE)
 
 
 def read_config(argv: Sequence[str]) -> GenerateConfig:

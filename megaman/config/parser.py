@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from megaman.common.console import USAGE, UserError, is_text, leave
+from megaman.common.console import Exit, UserError, is_text, leave
 
 FACTS = "facts"  # of a field's metadata
 LARGEST_SEED = 2**63  # torch takes no more
@@ -80,7 +80,7 @@ def facts_of(settings: type) -> dict[str, Facts]:
 def require(holds: bool, complaint: str) -> None:
     """UserError (exit 2) with the complaint unless it holds."""
     if not holds:
-        raise UserError(complaint, USAGE)
+        raise UserError(complaint, Exit.USAGE)
 
 
 def check_numbers(settings: Any) -> None:
@@ -154,7 +154,7 @@ class _OneLineParser(argparse.ArgumentParser):
         if unknown != message:
             flag = unknown.split()[0].split("=")[0]
             message = f"{flag}: unknown flag{_suggestion(flag, self.spellings)}; --help lists all"
-        leave(message.removeprefix("argument "), USAGE)
+        leave(message.removeprefix("argument "), Exit.USAGE)
 
 
 def _spellings(name: str) -> list[str]:
@@ -196,7 +196,7 @@ def parse_flags(
     for source in (preset, file, given):
         rivals = either_or & source.keys()
         if len(rivals) > 1:
-            raise UserError(f"--{' and --'.join(sorted(either_or))} say the same thing; give one", USAGE)
+            raise UserError(f"--{' and --'.join(sorted(either_or))} say the same thing; give one", Exit.USAGE)
         if rivals:
             values |= {name: known[name].default for name in either_or}
         values |= source
@@ -214,7 +214,7 @@ def _refuse_unwritable(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not is_text(text):
-                raise UserError(f"--{key}: holds a character that is no text; type it as UTF-8", USAGE)
+                raise UserError(f"--{key}: holds a character that is no text; type it as UTF-8", Exit.USAGE)
 
 
 # ---------------------------------------------------------------- configuration files
@@ -230,25 +230,25 @@ def _read_config(path: str, known: Mapping[str, Flag]) -> dict[str, Any]:
     """The settings that a file gives. UserError (exit 2) that names the file and the key."""
     suffix = Path(path).suffix
     if suffix not in _LOADERS:
-        raise UserError(f"--config {path}: the name must end in .json, .toml or .yaml", USAGE)
+        raise UserError(f"--config {path}: the name must end in .json, .toml or .yaml", Exit.USAGE)
     try:
         values = _LOADERS[suffix](Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: can't be read ({error})", USAGE) from error
+        raise UserError(f"--config {path}: can't be read ({error})", Exit.USAGE) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {' '.join(str(error).split())}", USAGE) from error
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}", Exit.USAGE) from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: must hold settings, a name and a value each", USAGE)
+        raise UserError(f"--config {path}: must hold settings, a name and a value each", Exit.USAGE)
     settings: dict[str, Any] = {}
     for key, value in ((str(key).replace("-", "_"), value) for key, value in values.items()):
         if key in ("config", "preset"):
             raise UserError(
-                f"--config {path}: a file holds settings; give --{key} on the command line", USAGE
+                f"--config {path}: a file holds settings; give --{key} on the command line", Exit.USAGE
             )
         if key not in known:
-            raise UserError(f"--config {path}: unknown key {key!r}{_suggestion(key, known)}", USAGE)
+            raise UserError(f"--config {path}: unknown key {key!r}{_suggestion(key, known)}", Exit.USAGE)
         if value == [] or (value is None and known[key].default is not None):
-            raise UserError(f"{path}: {key} has no value; give one, or leave the line out", USAGE)
+            raise UserError(f"{path}: {key} has no value; give one, or leave the line out", Exit.USAGE)
         if value is not None:
             settings[key] = _typed(value, known[key], path)
     return settings
@@ -262,11 +262,13 @@ def _typed(value: Any, flag: Flag, path: str) -> Any:
             raise argparse.ArgumentTypeError(f"takes {'texts' if flag.takes_several else 'one value'}")
         read = [flag.read(str(each)) for each in several]
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"{path}: {flag.name}: {error}", USAGE) from error
+        raise UserError(f"{path}: {flag.name}: {error}", Exit.USAGE) from error
     for each in read:
         if flag.choices and each not in flag.choices:
             choices = ", ".join(flag.choices)
-            raise UserError(f"{path}: {flag.name}: invalid choice: {each!r} (choose from {choices})", USAGE)
+            raise UserError(
+                f"{path}: {flag.name}: invalid choice: {each!r} (choose from {choices})", Exit.USAGE
+            )
     return read if flag.takes_several else read[0]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from megaman.common.cache import key_of
-from megaman.common.console import USAGE, UserError
+from megaman.common.console import Exit, UserError
 from megaman.config.train import CropMode
 from megaman.data.pictures import load_image
 
@@ -114,4 +114,4 @@ def check_sizes(buckets: Sequence[Bucket], resolution: int, cell_px: int, base: 
     if any(side % cell_px for side in sides):
         near = max(cell_px, resolution // cell_px * cell_px)
         reason = f"{base} needs a multiple of {cell_px}; {near} is near"
-        raise UserError(f"--resolution {resolution}: {reason}", USAGE)
+        raise UserError(f"--resolution {resolution}: {reason}", Exit.USAGE)

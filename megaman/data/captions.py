@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megaman.common.console import DATA, USAGE, UserError, control_in, one_line
+from megaman.common.console import Exit, UserError, control_in, one_line
 from megaman.common.files import write_text
 from megaman.data.name_captions import beside, caption_from_name
 
@@ -53,7 +53,7 @@ def read_captions(
         except UserError as error:
             problems.append(one_line(str(error)))
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)), DATA)  # two pictures may share a bad file
+        raise UserError("\n".join(dict.fromkeys(problems)), Exit.DATA)  # two pictures may share a bad file
     return captions
 
 
@@ -73,7 +73,9 @@ def _sidecars_of(pictures: Sequence[Path]) -> dict[Path, list[Path]]:
         try:
             files = sorted(path for path in parent.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES)
         except OSError as error:
-            raise UserError(f"{parent}: can't be listed ({error.strerror}); mend its rights", DATA) from error
+            raise UserError(
+                f"{parent}: can't be listed ({error.strerror}); mend its rights", Exit.DATA
+            ) from error
         for path in reversed(files):  # ".txt" before ".TXT"
             named.setdefault((parent, _alike(path.name)), []).append(path)
     found: dict[Path, list[Path]] = {}
@@ -113,12 +115,12 @@ def _text_of(sidecar: Path) -> str:
     except UnicodeDecodeError as error:
         at = error.start + len(mark)
         reason = f"not {encoding.upper()} at byte {at} (0x{data[at]:02x})"
-        raise UserError(f"{sidecar}: {reason}; save it as UTF-8", DATA) from error
+        raise UserError(f"{sidecar}: {reason}; save it as UTF-8", Exit.DATA) from error
     if control := control_in(text):
         at = len(mark) + len(text[: control.start()].encode(encoding))
         kind = f"control character U+{ord(control[0]):04X}" if control[0] != "\0" else "NUL"
         reason = f"holds {kind} at byte {at}" + (", as UTF-16 without a mark does" if kind == "NUL" else "")
-        raise UserError(f"{sidecar}: {reason}; save it as UTF-8 text", DATA)
+        raise UserError(f"{sidecar}: {reason}; save it as UTF-8 text", Exit.DATA)
     return text.replace("\ufeff", "")  # a second mark in the middle, where files were joined, is no word
 
 
@@ -126,19 +128,21 @@ def _bytes_of(sidecar: Path) -> bytes:
     try:
         mode = sidecar.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise UserError(f"{sidecar}: is a folder, not a caption; rename it", DATA)
+            raise UserError(f"{sidecar}: is a folder, not a caption; rename it", Exit.DATA)
         if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
-            raise UserError(f"{sidecar}: is no ordinary file; remove it", DATA)
+            raise UserError(f"{sidecar}: is no ordinary file; remove it", Exit.DATA)
         with sidecar.open("rb") as file:
             data = file.read(MAX_CAPTION_BYTES + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{sidecar}: a link to a file that is gone; remove it or mend it", DATA) from error
+        raise UserError(
+            f"{sidecar}: a link to a file that is gone; remove it or mend it", Exit.DATA
+        ) from error
     except OSError as error:
         reason = f"caption can't be read ({error.strerror})"
-        raise UserError(f"{sidecar}: {reason}; mend its rights or remove it", DATA) from error
+        raise UserError(f"{sidecar}: {reason}; mend its rights or remove it", Exit.DATA) from error
     if len(data) > MAX_CAPTION_BYTES:
         reason = f"over {MAX_CAPTION_BYTES // 1000} kB, which is no caption"
-        raise UserError(f"{sidecar}: {reason}; shorten it or rename it", DATA)
+        raise UserError(f"{sidecar}: {reason}; shorten it or rename it", Exit.DATA)
     return data
 
 
@@ -225,7 +229,7 @@ def write_caption_set(folder: Path, captions: Sequence[tuple[Path, str]]) -> tup
         texts[file] = text
     for file in texts:
         if not file.parent.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{file}: would lie outside {folder}. Name another --output_dir.", USAGE)
+            raise UserError(f"{file}: would lie outside {folder}. Name another --output_dir.", Exit.USAGE)
     new = [file for file in texts if not os.path.lexists(file)]
     for file in new:
         write_text(file, f"{texts[file]}\n")

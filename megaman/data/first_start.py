@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from megaman.common.console import OK, say
+from megaman.common.console import Exit, say
 from megaman.common.files import write_text
 from megaman.config.train import TrainConfig
 from megaman.data.pictures import find_pictures
@@ -29,7 +29,7 @@ def answer_first_start(cfg: TrainConfig, chosen: Collection[str]) -> None:
     """Welcomes the user and ends the program, where there is nothing to train on yet."""
     if is_first_start(Path(cfg.data_dir), cfg.preset, chosen):
         welcome(Path(cfg.data_dir))
-        sys.exit(OK)
+        sys.exit(Exit.OK)
 
 
 def is_first_start(folder: Path, preset: str | None, chosen: Collection[str]) -> bool:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
-from megaman.common.console import DATA, UserError, one_line
+from megaman.common.console import Exit, UserError, one_line
 
 SUFFIX_FORMATS = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP",
@@ -41,7 +41,7 @@ class BadPicture(UserError):
 
     def __init__(self, path: Path, reason: str) -> None:
         self.reason = one_line(reason)
-        super().__init__(f"{one_line(str(path))}: not a readable picture ({self.reason})", DATA)
+        super().__init__(f"{one_line(str(path))}: not a readable picture ({self.reason})", Exit.DATA)
 
 
 class _Unfit(Exception):
@@ -59,7 +59,7 @@ def find_pictures(folder: Path) -> list[Path]:
     not followed, and folders that may not be looked into.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures. Check --data_dir.", DATA)
+        raise UserError(f"{folder}: no such folder of pictures. Check --data_dir.", Exit.DATA)
     found: list[Path] = []
     for place, folders, files in os.walk(folder, onerror=lambda error: found.append(Path(error.filename))):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -163,7 +163,8 @@ def _narrowed(image: Image.Image) -> tuple[Image.Image, str]:
         return image, ""
     values = np.asarray(image)
     black, white, remark = _tone_range(values, image.mode)
-    flat, grey = values.ravel(), np.empty(values.size, np.uint8)
+    flat = values.ravel()
+    grey = np.empty(values.size, np.uint8)
     step = 255 / max(white - black, 1e-30)  # one tone alone is black
     for start in range(0, flat.size, 1 << 20):  # in parts: doubles of a whole scan would need half a GB
         part = flat[start : start + (1 << 20)].astype(np.float64)

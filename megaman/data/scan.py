@@ -81,8 +81,10 @@ def _scanned(path: Path, store: Store) -> ScannedPicture:
 
 
 def _scan(path: Path) -> dict[str, object]:
-    picture, data = open_picture(path), io.BytesIO()
-    size, bits = picture.image.size, fingerprint(picture.image)
+    picture = open_picture(path)
+    size = picture.image.size
+    bits = fingerprint(picture.image)
+    data = io.BytesIO()
     small = picture.image  # no copy: a large scan takes 256 MB
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
     small.save(data, "WEBP", quality=70, lossless=max(size) <= THUMBNAIL_PX)  # sprites

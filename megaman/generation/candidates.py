@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaman.common.console import MODEL, STATE, UserError
+from megaman.common.console import Exit, UserError
 from megaman.common.output_folder import (
     ADAPTER_FILE,
     CHECKPOINTS,
@@ -58,7 +58,7 @@ def checkpoints_beside(adapter: Path) -> list[Path]:
         raise UserError(
             f"{adapter}: no checkpoints beside it ({CHECKPOINTS}/step-…/{ADAPTER_FILE}). Name a run's "
             f"{WEIGHTS} with --lora_path, or leave --compare_checkpoints out.",
-            STATE,
+            Exit.STATE,
         )
     return found
 
@@ -83,7 +83,7 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
     if not name:
         raise UserError(
             f"{lora_path}: does not say which base model it was trained on; name one with --base_model",
-            MODEL,
+            Exit.MODEL,
         )
     if name == EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name  # a hub id; a path is never taken from an adapter that somebody else may have made
@@ -93,7 +93,7 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
     raise UserError(
         f"{lora_path}: was trained on the local base model {name!r}, which is not where it was; name it "
         "with --base_model",
-        MODEL,
+        Exit.MODEL,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaman.common.console import OK, STATE, UserError, say
+from megaman.common.console import Exit, UserError, say
 from megaman.common.files import write_text
 from megaman.common.html import render, script_of
 from megaman.common.output_folder import CHECKPOINTS, WEIGHTS, OutputLock
@@ -182,14 +182,14 @@ def answer_gallery_only(cfg: GenerateConfig) -> None:
     """Makes the gallery anew and ends the program, if that is all that is asked."""
     if cfg.gallery_only:
         say(f"done: open {rebuild(Path(cfg.output_dir))} in a browser")
-        sys.exit(OK)
+        sys.exit(Exit.OK)
 
 
 def rebuild(output: Path) -> Path:
     """Makes the gallery anew of the pictures that are there. UserError (exit 7) if there never were any."""
     if not holds_gallery(output):  # perhaps a folder of the user's
         reason = "holds no pictures of ours to show; draw some first, or name their folder with --output_dir"
-        raise UserError(f"{output}: {reason}", STATE)
+        raise UserError(f"{output}: {reason}", Exit.STATE)
     check_folder(output)
     with closing(OutputLock(output).sign()):
         found = find_records(output)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaman.common.console import DATA, UserError, check_text
+from megaman.common.console import Exit, UserError, check_text
 from megaman.config.generate import LARGEST_SIDE
 from megaman.config.parser import LARGEST_SEED
 
@@ -40,27 +40,27 @@ def read_prompts_file(path: Path) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         reason = f"--prompts_file {path}: not UTF-8 at byte {error.start}; save it as UTF-8"
-        raise UserError(reason, DATA) from error
+        raise UserError(reason, Exit.DATA) from error
     except OSError as error:
-        raise UserError(f"--prompts_file {path}: can't be read ({error.strerror})", DATA) from error
+        raise UserError(f"--prompts_file {path}: can't be read ({error.strerror})", Exit.DATA) from error
     found = [
         (f"{path}, line {number}", line.strip())
         for number, line in enumerate(lines, 1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
     if not found:
-        raise UserError(f"--prompts_file {path}: holds no prompts, only blank lines and comments", DATA)
+        raise UserError(f"--prompts_file {path}: holds no prompts, only blank lines and comments", Exit.DATA)
     return [_parse_line(line, where) for where, line in found]
 
 
 def _parse_line(line: str, where: str) -> Prompt:
-    check_text(line, where, DATA)
+    check_text(line, where, Exit.DATA)
     prompt, *options = re.split(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)", line)
     settings = dict(
         _option(name, value.strip(), where) for name, value in zip(options[::2], options[1::2], strict=True)
     )
     if not prompt.strip():
-        raise UserError(f"{where}: options without a prompt", DATA)
+        raise UserError(f"{where}: options without a prompt", Exit.DATA)
     return Prompt(prompt.strip(), settings)
 
 
@@ -68,14 +68,14 @@ def _option(name: str, text: str, where: str) -> tuple[str, Any]:
     """A setting's name and value."""
     if name not in LINE_OPTIONS:
         known = ", ".join("--" + known for known in LINE_OPTIONS)
-        raise UserError(f"{where}: unknown option --{name[:SHOWN]}; known are {known}", DATA)
+        raise UserError(f"{where}: unknown option --{name[:SHOWN]}; known are {known}", Exit.DATA)
     key, kind = LINE_OPTIONS[name]
     try:
         value = kind(text)
     except ValueError as error:
-        raise UserError(f"{where}: --{name} {text[:SHOWN]!r} is not a number", DATA) from error
+        raise UserError(f"{where}: --{name} {text[:SHOWN]!r} is not a number", Exit.DATA) from error
     least, most = RANGES.get(key, (None, None))
     if least is not None and not least <= value <= most:
         wanted = f"at least {least}" if value < least else f"at most {most:g}"
-        raise UserError(f"{where}: --{name} {text[:SHOWN]} must be {wanted}", DATA)
+        raise UserError(f"{where}: --{name} {text[:SHOWN]} must be {wanted}", Exit.DATA)
     return key, value

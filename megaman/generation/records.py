@@ -15,7 +15,7 @@ from PIL.Image import DecompressionBombError, Image
 from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
-from megaman.common.console import STATE, UserError, say
+from megaman.common.console import Exit, UserError, say
 from megaman.common.files import replacing, write_text
 from megaman.common.html import check_page, is_page
 from megaman.common.output_folder import LOCK, holds_files, holds_run
@@ -248,7 +248,7 @@ def check_folder(folder: Path) -> None:
     elif holds_files(folder) and not holds_gallery(folder):
         reason = "holds files that no run of ours made"
     if reason is not None:
-        raise UserError(f"{folder}: {reason}. Name another --output_dir.", STATE)
+        raise UserError(f"{folder}: {reason}. Name another --output_dir.", Exit.STATE)
     check_page(folder / PAGE)
 
 

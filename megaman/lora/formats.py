@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaman.common.console import NUMBERS, UserError
+from megaman.common.console import Exit, UserError
 from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, underscored
 
 
@@ -52,14 +52,17 @@ def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """
     tensors = {}
     for (_, name), layer in adapter.layers.items():
-        key, layer = f"lora_unet_{underscored(name)}", layer.balanced()
+        key = f"lora_unet_{underscored(name)}"
+        layer = layer.balanced()
         tensors[f"{key}.lora_down.weight"] = layer.down.half().contiguous()
         tensors[f"{key}.lora_up.weight"] = layer.up.half().contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
             tensors[f"{key}.dora_scale"] = layer.magnitude.float().contiguous()
         if not all(tensors[f"{key}.lora_{part}.weight"].isfinite().all() for part in ("down", "up")):
-            raise UserError(f"{name}: its numbers are too large for float16; lower --learning_rate", NUMBERS)
+            raise UserError(
+                f"{name}: its numbers are too large for float16; lower --learning_rate", Exit.NUMBERS
+            )
     return tensors
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaman.common.console import MODEL, USAGE, UserError
+from megaman.common.console import Exit, UserError
 from megaman.config.train import FACTS, Targets, TrainConfig
 from megaman.lora.adapter import LoraLayer, underscored
 from megaman.lora.injection import ADAPTER_NAME, TARGETS, lora_modules
@@ -51,7 +51,8 @@ def check_form(init: InitLora, cfg: TrainConfig, names: Collection[str]) -> None
         if name in names and not is_same:
             shown = f"{found:g}" if isinstance(found, float) else found
             raise UserError(
-                f"--{name} {wanted}: --init_lora {init.path} is of {name} {shown}; leave the flag out", USAGE
+                f"--{name} {wanted}: --init_lora {init.path} is of {name} {shown}; leave the flag out",
+                Exit.USAGE,
             )
 
 
@@ -71,17 +72,21 @@ def read_init_lora(path: str) -> InitLora:
     others = len(adapter.layers) - len(layers)
     if others:
         reason = f"changes {others} modules of the text encoder too, which this training would lose"
-        raise UserError(f"--init_lora {path}: {reason}; take one of the UNet alone.", MODEL)
+        raise UserError(f"--init_lora {path}: {reason}; take one of the UNet alone.", Exit.MODEL)
     largest = max(layers.values(), key=lambda layer: (layer.rank, layer.alpha))
     scale = largest.alpha / largest.rank
     magnitudes = {name for name, layer in layers.items() if layer.magnitude is not None}
     if not scale > 0:
-        raise UserError(f"--init_lora {path}: its alpha is {largest.alpha:g}; nothing to go on from.", MODEL)
+        raise UserError(
+            f"--init_lora {path}: its alpha is {largest.alpha:g}; nothing to go on from.", Exit.MODEL
+        )
     if magnitudes and len(magnitudes) < len(layers):
-        raise UserError(f"--init_lora {path}: DoRA in some of its modules only; PEFT can't do that.", MODEL)
+        raise UserError(
+            f"--init_lora {path}: DoRA in some of its modules only; PEFT can't do that.", Exit.MODEL
+        )
     if any(layers[name].magnitude.shape[0] != layers[name].up.shape[0] for name in magnitudes):
         reason = "its DoRA measures columns, PEFT's measures rows"
-        raise UserError(f"--init_lora {path}: {reason}; it can be drawn with, not continued.", MODEL)
+        raise UserError(f"--init_lora {path}: {reason}; it can be drawn with, not continued.", Exit.MODEL)
     alike = {name: _rescaled(layer, scale) for name, layer in layers.items()}
     return InitLora(path, alike, largest.rank, largest.alpha, bool(magnitudes))
 
@@ -99,7 +104,7 @@ def module_names(init: InitLora, unet: nn.Module) -> list[str]:
     strange = sorted(init.layers.keys() - paths.keys())
     if strange:
         reason = f"changes the module {strange[0]!r}, which this base model does not have"
-        raise UserError(f"--init_lora {init.path}: {reason}; it was made for another base.", MODEL)
+        raise UserError(f"--init_lora {init.path}: {reason}; it was made for another base.", Exit.MODEL)
     return [paths[name] for name in init.layers]
 
 
@@ -115,7 +120,7 @@ def copy_weights(init: InitLora, unet: nn.Module) -> None:
         if layer.down.numel() * down.shape[0] != down.numel() * layer.rank or len(up) != len(layer.up):
             shapes = f"{tuple(layer.up.shape)} x {tuple(layer.down.shape)}"
             reason = f"{name} is {shapes} there and {tuple(up.shape)} x {tuple(down.shape)} here"
-            raise UserError(f"--init_lora {init.path}: made for another base: {reason}.", MODEL)
+            raise UserError(f"--init_lora {init.path}: made for another base: {reason}.", Exit.MODEL)
         down[: layer.rank] = layer.down.reshape(layer.rank, *down.shape[1:]).to(down.device)
         up[:, : layer.rank] = layer.up.reshape(len(up), layer.rank, *up.shape[2:]).to(up.device)
         if layer.magnitude is not None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from megaman.common.console import NUMBERS, USAGE, UserError, say
+from megaman.common.console import Exit, UserError, say
 from megaman.config.train import Targets, TrainConfig
 from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite
 
@@ -39,7 +39,7 @@ def lora_config(cfg: TrainConfig, unet: nn.Module, modules: Sequence[str] | None
             f"--use_dora with --lora_dropout and --lora_targets {cfg.lora_targets}: PEFT can't train "
             "convolutions so in half precision. Leave the dropout out, take attention+ff, or "
             "--mixed_precision no",
-            USAGE,
+            Exit.USAGE,
         )
     if cfg.use_dora:
         say(
@@ -88,7 +88,7 @@ def adapter_of(unet: nn.Module, metadata: Mapping[str, Any] | None = None) -> Ad
         alpha = float(module.scaling[ADAPTER_NAME]) * down.shape[0]
         layers["unet", name] = LoraLayer(down, up, alpha, _magnitude(module, up))
     adapter = Adapter(layers, metadata or {})
-    check_finite(adapter, "the adapter in training", NUMBERS)
+    check_finite(adapter, "the adapter in training", Exit.NUMBERS)
     return adapter
 
 

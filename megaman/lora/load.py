@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaman.common.console import MODEL, UserError, is_text
+from megaman.common.console import Exit, UserError, is_text
 from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite
 from megaman.lora.formats import split_key
 
@@ -47,9 +47,9 @@ def read_file(file: Path, peft_config: Path) -> Adapter:
     layers = _grouped(tensors, strengths, file)
     if not layers:
         reason = "holds no LoRA keys of kohya, diffusers or PEFT; is it a LoRA for Stable Diffusion?"
-        raise UserError(f"{file}: {reason}", MODEL)
+        raise UserError(f"{file}: {reason}", Exit.MODEL)
     adapter = Adapter(layers, _known(header, file))
-    check_finite(adapter, str(file), MODEL)
+    check_finite(adapter, str(file), Exit.MODEL)
     return adapter
 
 
@@ -76,7 +76,7 @@ def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
                 raise ValueError(name)
     except (ValueError, RecursionError) as error:
         reason = f"its metadata is damaged ({str(error)[:100]}). Copy or train it again."
-        raise UserError(f"{file}: {reason}", MODEL) from error
+        raise UserError(f"{file}: {reason}", Exit.MODEL) from error
     return known
 
 
@@ -87,13 +87,13 @@ def _file_of(path: Path) -> Path:
         raise UserError(
             f"{path}: no such adapter. Train first (python megaman_lora.py --preset demo), or name one "
             "with --lora_path.",
-            MODEL,
+            Exit.MODEL,
         )
     if path.suffix != ".safetensors":
         raise UserError(
             f"{path}: only .safetensors adapters are read; pickle files (.bin, .ckpt, .pt) can run code. "
             "Convert it first.",
-            MODEL,
+            Exit.MODEL,
         )
     return path
 
@@ -107,11 +107,13 @@ def _file_in(folder: Path) -> Path:
         return [*known, *found][0]
     if found:
         listed = ", ".join(file.name for file in found[:5])
-        raise UserError(f"{folder}: holds {len(found)} adapters ({listed}); name the file you want.", MODEL)
+        raise UserError(
+            f"{folder}: holds {len(found)} adapters ({listed}); name the file you want.", Exit.MODEL
+        )
     raise UserError(
         f"{folder}: no adapter in this folder ({PEFT_FILE} or {KOHYA_FILE}). Train first: python "
         "megaman_lora.py --preset demo",
-        MODEL,
+        Exit.MODEL,
     )
 
 
@@ -122,7 +124,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"{file}: not a whole safetensors file ({reason}). Copy or train it again.", MODEL
+            f"{file}: not a whole safetensors file ({reason}). Copy or train it again.", Exit.MODEL
         ) from error
 
 
@@ -175,7 +177,7 @@ def _diffusers_strengths(file: Path, header: Mapping[str, str]) -> dict[str, _St
 
 def _unknown_strength(what: str, error: Exception) -> UserError:
     reason = f"missing or damaged ({type(error).__name__}), so the adapter's strength is unknown."
-    return UserError(f"{what} {reason} Copy it again.", MODEL)
+    return UserError(f"{what} {reason} Copy it again.", Exit.MODEL)
 
 
 def _strengths(settings: Mapping[str, Any]) -> _Strengths:
@@ -210,7 +212,7 @@ def _grouped(
         raise UserError(
             f"{file}: {len(strange) + len(halves)} of its keys can't be placed, such as "
             f"{(strange + halves)[0][:100]!r}; this kind of adapter is not supported.",
-            MODEL,
+            Exit.MODEL,
         )
     return {
         key: _layer(key[1], part, strengths.get(key[0], _Strengths()), file) for key, part in parts.items()
@@ -219,14 +221,16 @@ def _grouped(
 
 def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> LoraLayer:
     if any(tensor.is_complex() for tensor in part.values()):
-        raise UserError(f"{file}: {name} holds complex numbers, which no LoRA does.", MODEL)
+        raise UserError(f"{file}: {name} holds complex numbers, which no LoRA does.", Exit.MODEL)
     down, up = part["down"].float(), part["up"].float()
     is_pair = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0]
     if not is_pair or 0 in (*down.shape, *up.shape) or up.shape[2:].numel() != 1:
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        raise UserError(f"{file}: {name} has shapes {shapes}, which make no pair.", MODEL)
+        raise UserError(f"{file}: {name} has shapes {shapes}, which make no pair.", Exit.MODEL)
     if "alpha" in part and part["alpha"].numel() != 1:
-        raise UserError(f"{file}: {name} has {part['alpha'].numel()} alphas; one is its strength.", MODEL)
+        raise UserError(
+            f"{file}: {name} has {part['alpha'].numel()} alphas; one is its strength.", Exit.MODEL
+        )
     alpha = part["alpha"].item() if "alpha" in part else strengths.of(name, down.shape[0])
     return LoraLayer(down, up, float(alpha), _magnitude_of(name, part, strengths, file))
 
@@ -246,4 +250,6 @@ def _magnitude_of(name: str, part: Mapping[str, Tensor], strengths: _Strengths, 
     if lengths is None and not strengths.is_dora:
         return None
     found = "gone" if lengths is None else f"of shape {tuple(lengths.shape)}"
-    raise UserError(f"{file}: {name} is DoRA's, and its lengths are {found}; the file is damaged.", MODEL)
+    raise UserError(
+        f"{file}: {name} is DoRA's, and its lengths are {found}; the file is damaged.", Exit.MODEL
+    )

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from megaman.common.console import MODEL, UserError
+from megaman.common.console import Exit, UserError
 from megaman.lora.adapter import Adapter, LoraLayer, underscored
 
 
@@ -21,7 +21,7 @@ class MergedAdapter:
         """Raises UserError (exit 4) unless every layer finds its module with the right shape and one acts."""
         if not any(map(_acts, adapter.layers.values())):
             raise UserError(
-                "the adapter changes nothing: every update or alpha is 0. Train it longer.", MODEL
+                "the adapter changes nothing: every update or alpha is 0. Train it longer.", Exit.MODEL
             )
         self.targets: list[tuple[nn.Module, Tensor, LoraLayer]] = []
         homes = {
@@ -69,7 +69,7 @@ def _fitting_weight(
         raise UserError(
             f"the adapter changes {component} module {name[:100]!r}, which this base model does not have; it "
             "was made for another base.",
-            MODEL,
+            Exit.MODEL,
         )
     expected, found = tuple(module.weight.shape), (layer.up.shape[0], *layer.down.shape[1:])
     if (
@@ -86,7 +86,7 @@ def _fitting_weight(
         raise UserError(
             f"the adapter was made for another base: {name} is {found} there and {expected} here{hint}. "
             "Name its own with --base_model.",
-            MODEL,
+            Exit.MODEL,
         )
     return module.weight.detach().clone()
 

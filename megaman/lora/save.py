@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megaman.common.console import MODEL, UserError
+from megaman.common.console import Exit, UserError
 from megaman.common.files import replacing, save_tensors, write_text
 from megaman.lora.adapter import Adapter, underscored
 from megaman.lora.formats import (
@@ -116,7 +116,7 @@ def _norm_of_sum(terms: Sequence[tuple[Delta, float]]) -> float:
 
 def _mismatch(shown: Path, what: str) -> UserError:
     reason = f"{what} from what was trained, so the file was not written. The weights are in checkpoints/"
-    return UserError(f"{shown}: {reason}; please report this.", MODEL)
+    return UserError(f"{shown}: {reason}; please report this.", Exit.MODEL)
 
 
 # ---------------------------------------------------------------- writing

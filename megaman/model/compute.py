@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from diffusers import UNet2DConditionModel
 
-from megaman.common.console import USAGE, UserError, say
+from megaman.common.console import Exit, UserError, say
 from megaman.config.train import Attention
 
 
@@ -39,7 +39,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
         here = ", ".join(name for name, is_there in known.items() if is_there)
         raise UserError(
             f"--device {wanted}: not here; this torch ({torch.__version__}) finds {here}. {_cuda_remedy()}",
-            USAGE,
+            Exit.USAGE,
         )
     return torch.device(wanted)
 
@@ -122,7 +122,7 @@ def _try(complaint: str, attempt: Callable[[], object]) -> None:
         attempt()
     except Exception as error:  # kernels and compilers raise whatever they like
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{complaint} ({reason}); leave it out", USAGE) from error
+        raise UserError(f"{complaint} ({reason}); leave it out", Exit.USAGE) from error
 
 
 def _run_xformers_once(device: torch.device) -> None:

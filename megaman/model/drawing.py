@@ -13,7 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from megaman.common.console import NUMBERS, UserError
+from megaman.common.console import Exit, UserError
 from megaman.model.stable_diffusion import StableDiffusion
 
 SAMPLERS = {
@@ -52,7 +52,7 @@ def draw(base: StableDiffusion, pipeline: StableDiffusionPipeline, **settings: A
     """The pictures of one batch, as `draw_or_none` makes them. UserError (exit 5) on non-finite numbers."""
     pictures = draw_or_none(base, pipeline, **settings)
     if None in pictures:
-        raise UserError(OVERFLOW, NUMBERS)
+        raise UserError(OVERFLOW, Exit.NUMBERS)
     return pictures
 
 

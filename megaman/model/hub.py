@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from megaman.common.console import MODEL, UserError
+from megaman.common.console import Exit, UserError
 from megaman.common.files import legacy_hash, sha256_of
 from megaman.config.train import EMBEDDED
 
@@ -76,24 +76,24 @@ def check_folder_or_file(source: Path) -> None:
             raise UserError(
                 f"{source}: not a diffusers model folder (no model_index.json). Name one, a .safetensors "
                 "checkpoint or a hub id.",
-                MODEL,
+                Exit.MODEL,
             )
         if '"StableDiffusionXL' in index.read_text(encoding="utf-8", errors="replace"):
             raise UserError(
-                f"{source}: a Stable Diffusion XL model; this tool trains Stable Diffusion 1.x.", MODEL
+                f"{source}: a Stable Diffusion XL model; this tool trains Stable Diffusion 1.x.", Exit.MODEL
             )
         _refuse_code(source)
     elif not source.exists():
         raise UserError(
             f"{source}: no such base model folder or file. Check --pretrained_model_name (or "
             "--base_model), or try --preset demo.",
-            MODEL,
+            Exit.MODEL,
         )
     elif source.suffix != ".safetensors":
         raise UserError(
             f"{source}: only .safetensors checkpoints are read; pickle files (.ckpt, .bin, .pt) can run "
             "code. Convert it first.",
-            MODEL,
+            Exit.MODEL,
         )
 
 
@@ -106,7 +106,9 @@ def _refuse_code(source: Path) -> None:
         named = {key: value for key, value in index.items() if isinstance(value, list)}
         own = [f"model_index.json: {key}" for key, value in named.items() if value[0] not in _LIBRARIES]
     except (ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"{source}: its model_index.json is damaged. Copy the model again.", MODEL) from error
+        raise UserError(
+            f"{source}: its model_index.json is damaged. Copy the model again.", Exit.MODEL
+        ) from error
     for config in source.glob("*/*config.json"):
         if "auto_map" in config.read_text(encoding="utf-8", errors="replace"):
             own.append(f"{config.parent.name}/{config.name}: auto_map")
@@ -114,7 +116,7 @@ def _refuse_code(source: Path) -> None:
         raise UserError(
             f"{source}: wants to run code of its own ({own[0]}), which is never loaded. Remove that entry, "
             "or name another base model.",
-            MODEL,
+            Exit.MODEL,
         )
     for part in _WEIGHTS:
         names = sorted((source / part).glob("*"), key=lambda path: path.suffix != ".safetensors")
@@ -122,7 +124,7 @@ def _refuse_code(source: Path) -> None:
             raise UserError(
                 f"{source / part}: only .safetensors weights are read; pickle files (.bin, .ckpt, .pt) can "
                 "run code. Convert the model first.",
-                MODEL,
+                Exit.MODEL,
             )
 
 
@@ -134,7 +136,8 @@ def why_not_loaded(
     what, flag: the thing that was asked for, and how the user names another.
     """
     found = _facts_of(error)
-    text, is_offline = " ".join(str(error).split())[:200], bool(found & _OFFLINE)
+    text = " ".join(str(error).split())[:200]
+    is_offline = bool(found & _OFFLINE)
     if isinstance(source, Path) and source.is_file() and is_offline:
         return (
             f"{name}: a single file takes its configuration from the hub once, and the hub can't be "
@@ -143,7 +146,8 @@ def why_not_loaded(
     if isinstance(source, Path):
         complete = "Is it complete, and a Stable Diffusion 1.x in safetensors?"
         return f"{source}: this {what} can't be loaded ({text}). {complete}"
-    lacking, another = ", ".join(_lacking_parts(name)), f"Check {flag}, or try --preset demo."
+    lacking = ", ".join(_lacking_parts(name))
+    another = f"Check {flag}, or try --preset demo."
     reasons = (
         (
             found & _GATED,
@@ -206,12 +210,12 @@ def download_adapter(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
     except Exception as error:  # the hub, its HTTP library and what a proxy answers raise what they like
         reason = why_not_loaded(name, name, error, what="adapter", flag="--lora_path")
-        raise UserError(reason, MODEL) from error
+        raise UserError(reason, Exit.MODEL) from error
     if not any(path.is_file() for path in folder.glob("*.safetensors")):
         raise UserError(
             f"{name}: no .safetensors adapter there, or it was not wholly downloaded. Connect and run this "
             "again, or name another with --lora_path.",
-            MODEL,
+            Exit.MODEL,
         )
     return folder
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megaman.common.console import RESOURCES, UserError, is_out_of_memory, say
+from megaman.common.console import Exit, UserError, is_out_of_memory, say
 
 S, T = TypeVar("S"), TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -57,7 +57,7 @@ class MemoryPlan:
             raise UserError(
                 f"out of memory at step {step + 1}, with one picture at a time and --gradient_checkpointing; "
                 "try --resolution 384, --mixed_precision fp16 or --lora_rank 4",
-                RESOURCES,
+                Exit.RESOURCES,
             )
 
 
@@ -109,7 +109,7 @@ class BatchLimit:
             raise UserError(
                 "out of memory with one picture at a time; take smaller ones (--height and --width) or half "
                 "precision (--mixed_precision fp16). What was drawn is kept.",
-                RESOURCES,
+                Exit.RESOURCES,
             )
         self.pixels = count // 2 * pixels
         say(f"memory ran out with {count} pictures at a time: {count // 2} now; they come out the same")

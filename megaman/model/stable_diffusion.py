@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from megaman.common.console import MODEL, UserError, say
+from megaman.common.console import Exit, UserError, say
 from megaman.config.train import EMBEDDED
 from megaman.model.hub import (
     EMBEDDED_FOLDER,
@@ -154,7 +154,7 @@ def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
     elif unet.cross_attention_dim != pipeline.text_encoder.config.hidden_size:
         reason = f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another"
     if reason is not None:
-        raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", MODEL)
+        raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", Exit.MODEL)
 
 
 def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -176,4 +176,4 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
         kwargs |= {"torch_dtype": {"vae": torch.float32, "default": dtype}, "feature_extractor": None}
         return StableDiffusionPipeline.from_pretrained(str(source), requires_safety_checker=False, **kwargs)
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
-        raise UserError(why_not_loaded(name, source, error), MODEL) from error
+        raise UserError(why_not_loaded(name, source, error), Exit.MODEL) from error

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megaman.common.console import STATE, UserError, say
+from megaman.common.console import Exit, UserError, say
 from megaman.common.files import save_tensors, sha256_of
 from megaman.common.output_folder import ADAPTER_FILE, free_name, step_folders, step_name
 from megaman.lora.adapter import Adapter
@@ -99,7 +99,7 @@ def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor
         value = left.pop(f"parameter.{name}", None)
         if value is None or value.shape != parameter.shape:
             reason = f"the checkpoint does not fit this adapter: {name} is missing or of another shape"
-            raise UserError(reason, STATE)
+            raise UserError(reason, Exit.STATE)
         parameter.copy_(value)
         moments = [key for key in left if key.partition(".")[2] == name]
         optimizer.state[parameter] = {
@@ -107,7 +107,7 @@ def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor
         }
     if left:
         raise UserError(f"the checkpoint does not fit this adapter: nothing is named {next(iter(left))}",
-                        STATE)  # fmt: skip
+                        Exit.STATE)  # fmt: skip
 
 
 def _placed(moment: Tensor, parameter: Tensor) -> Tensor | float:
@@ -233,7 +233,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
             say(f"warning: {path} can't be resumed: {error}; an older checkpoint is looked for")
     raise UserError(
         f"{folder}: no checkpoint that can be resumed. Leave --resume_from_checkpoint out to begin anew.",
-        STATE,
+        Exit.STATE,
     )
 
 
@@ -245,11 +245,11 @@ def find_checkpoint(wanted: str, folder: Path) -> Checkpoint:
         return latest_checkpoint(folder)
     path = Path(wanted).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint folder. Name one, or latest.", STATE)
+        raise UserError(f"{path}: no such checkpoint folder. Name one, or latest.", Exit.STATE)
     try:
         return read_checkpoint(path)
     except Damaged as error:
-        raise UserError(f"{path}: {error}. Name another checkpoint, or latest.", STATE) from error
+        raise UserError(f"{path}: {error}. Name another checkpoint, or latest.", Exit.STATE) from error
 
 
 def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -261,7 +261,7 @@ def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> N
         raise UserError(
             f"{path}: can't be resumed with other settings: {words}. Give the same, such as by --config "
             "with the run's training_config.json, or leave --resume_from_checkpoint out.",
-            STATE,
+            Exit.STATE,
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaman.common.cache import Store, key_of
-from megaman.common.console import NUMBERS, UserError
+from megaman.common.console import Exit, UserError
 from megaman.data.buckets import Crop
 from megaman.model.stable_diffusion import StableDiffusion
 
@@ -82,7 +82,8 @@ def _posterior(crop: Crop, base: StableDiffusion) -> dict[str, Tensor]:
     made = {"mean": latent.mean[0].cpu(), "std": latent.std[0].cpu()}
     if not all(tensor.isfinite().all() for tensor in made.values()):
         raise UserError(
-            f"the VAE makes non-finite latents of {crop.path}; remove it or use another base model", NUMBERS
+            f"the VAE makes non-finite latents of {crop.path}; remove it or use another base model",
+            Exit.NUMBERS,
         )
     return made
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from megaman.common.console import STATE, USAGE, UserError, say
+from megaman.common.console import Exit, UserError, say
 from megaman.config.train import OptimizerName
 
 PRODIGY_SMALLEST_RATE = 0.1  # Prodigy finds the rate itself and takes ours as a factor: 1 is usual
@@ -41,7 +41,7 @@ def _imported(package: str, name: OptimizerName) -> Any:
     except Exception as error:  # also a package that is there but can't load its kernels
         remedy = "is not installed" if isinstance(error, ModuleNotFoundError) else "can't be loaded"
         reason = f"--optimizer {name}: its package {remedy}; pip install {package}"
-        raise UserError(reason, USAGE) from error
+        raise UserError(reason, Exit.USAGE) from error
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
@@ -97,6 +97,6 @@ class EMA:
         left = dict(tensors)
         for name, value in self.kept.items():
             if f"{EMA_PREFIX}{name}" not in left:
-                raise UserError(f"the checkpoint holds no average of {name}", STATE)
+                raise UserError(f"the checkpoint holds no average of {name}", Exit.STATE)
             value.copy_(left.pop(f"{EMA_PREFIX}{name}"))
         return left

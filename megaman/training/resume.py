@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megaman.common.console import RESOURCES, STATE, UserError, say, shell_quoted
+from megaman.common.console import Exit, UserError, say, shell_quoted
 from megaman.common.files import write_text
 from megaman.common.output_folder import OutputLock, RunFolder, claim, is_link, step_folders
 from megaman.common.signals import StopRequest, after_this_step
@@ -42,7 +42,7 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
     checkpoints.check_same(checkpoint.path, then, decisive(asdict(cfg)) | dict(origins))
     if checkpoint.step > cfg.max_train_steps:
         total = f"--max_train_steps {cfg.max_train_steps} is the total, give more."
-        raise UserError(f"{checkpoint.path}: at step {checkpoint.step}; {total}", STATE)
+        raise UserError(f"{checkpoint.path}: at step {checkpoint.step}; {total}", Exit.STATE)
 
 
 def resume_command(run: RunFolder) -> str:
@@ -66,7 +66,7 @@ def claimed(
         with after_this_step() as stop:
             yield stop
     except UserError as error:
-        if error.exit_code == RESOURCES:
+        if error.exit_code == Exit.RESOURCES:
             _tell_how_to_go_on(run)
         raise
     except (OSError, MemoryError, RuntimeError):

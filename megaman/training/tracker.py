@@ -17,7 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from megaman.common.console import NUMBERS, UserError, listed, say
+from megaman.common.console import Exit, UserError, listed, say
 from megaman.common.files import replacing, write_text
 from megaman.common.html import render
 from megaman.common.output_folder import RunFolder, step_folders, step_name
@@ -116,7 +116,7 @@ class Tracker:
         """The loss on the pictures that are kept out. UserError (exit 5) if it isn't finite."""
         if not math.isfinite(loss):
             raise UserError(
-                f"the validation loss is not finite at step {step}; lower --learning_rate", NUMBERS
+                f"the validation loss is not finite at step {step}; lower --learning_rate", Exit.NUMBERS
             )
         if not self.enabled:
             return
@@ -145,7 +145,7 @@ class Tracker:
                 raise UserError(
                     f"the {what} is not finite at step {step.number + 1} ({self._suspects(step)}); nothing "
                     "of it is saved. Lower --learning_rate, or use --mixed_precision no.",
-                    NUMBERS,
+                    Exit.NUMBERS,
                 )
         self.unread.clear()
         return sum(loss for loss, _ in rows) / len(rows), rows[-1][1]
@@ -157,7 +157,7 @@ class Tracker:
             raise UserError(
                 f"{self.skips} steps in a row overflowed in fp16, up to step {step.number + 1} "
                 f"({self._suspects(step)}); lower --learning_rate, or use --mixed_precision bf16 or no",
-                NUMBERS,
+                Exit.NUMBERS,
             )
 
     def _suspects(self, step: StepResult) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megaman.common.console import DATA, UserError  # noqa: E402
+from megaman.common.console import Exit, UserError  # noqa: E402
 from megaman.data.captions import read_captions  # noqa: E402
 from megaman.data.name_captions import VOCABULARY, caption_from_name  # noqa: E402
 
@@ -86,7 +86,7 @@ def judge_file(folder: Path, data: bytes) -> str:
         line = str(error)
         assert line.startswith(f"{folder / 'a.txt'}: "), (data, line)
         assert line.isprintable(), (data, line)
-        assert error.exit_code == DATA, data
+        assert error.exit_code == Exit.DATA, data
         kinds = {" not UTF-": "not decodable", "NUL": "NUL", "control": "control character", "kB": "too long"}
         return next(kind for words, kind in kinds.items() if words in line)
     assert caption.text == " ".join(caption.text.split()) != "", data

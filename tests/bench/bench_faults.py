@@ -420,10 +420,10 @@ def disk_full(bench: Bench, wanted: str, sizes: list[int]) -> dict[str, int]:
 
 def look_at_full_disk(bench: Bench, ended: Ended, wanted: str, counts: Counter[str]) -> None:
     """Exit 0 or 6, no traceback, and the run goes on once there is room."""
-    counts["exit 6"] += ended.code == console.RESOURCES
-    counts["other exit codes"] += ended.code not in (0, console.RESOURCES)
+    counts["exit 6"] += ended.code == console.Exit.RESOURCES
+    counts["other exit codes"] += ended.code not in (0, console.Exit.RESOURCES)
     counts["tracebacks"] += "Traceback" in ended.told
-    if ended.code not in (0, console.RESOURCES):
+    if ended.code not in (0, console.Exit.RESOURCES):
         print(ended.told, file=sys.stderr)
     bench.verdict(wanted, counts)
 

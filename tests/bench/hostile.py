@@ -20,7 +20,7 @@ from PIL import Image
 
 import generate_megaman
 import megaman_lora
-from megaman.common.console import DATA, USAGE, UserError, control_in, say
+from megaman.common.console import Exit, UserError, control_in, say
 from megaman.data.captions import Caption
 from megaman.data.report import Report
 from megaman.generation.gallery import render_gallery
@@ -142,7 +142,7 @@ def _records_of(texts: Sequence[str], counts: Counter[str]) -> list[ImageRecord]
             counts["wrong_refusals"] += bool(control_in(text)) or not text.strip()
         except UserError as error:
             refused = (control_in(text) or not text.strip()) and "\n" not in str(error)
-            counts["wrong_refusals"] += not refused or error.exit_code != USAGE
+            counts["wrong_refusals"] += not refused or error.exit_code != Exit.USAGE
     prompts = [Prompt(text, {"negative_prompt": texts[-i]}) for i, text in enumerate(texts)]
     jobs = generate_megaman.make_jobs(generate_megaman.GenerateConfig(**settings), prompts)
     records = []
@@ -318,7 +318,7 @@ def prompt_files_study(count: int, seed: int, folder: Path) -> dict[str, int]:
             counts["wrong_values"] += not all(p.text.strip() and _in_range(p.settings) for p in prompts)
         except UserError as error:
             counts["long_lines"] += "\n" in str(error) or len(str(error)) > len(str(path)) + 200
-            counts["wrong_codes"] += error.exit_code != DATA
+            counts["wrong_codes"] += error.exit_code != Exit.DATA
         except Exception:
             counts["crashes"] += 1
     return {

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 import generate_megaman
-from megaman.common.console import MODEL, NUMBERS, UserError
+from megaman.common.console import Exit, UserError
 from megaman.generation.prompts import Prompt
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.formats import kohya_tensors, peft_tensors
@@ -255,7 +255,7 @@ def _outcome(path: Path, base: StableDiffusion) -> str:
     except UserError as error:
         if "\n" in str(error) or len(str(error)) > len(str(path)) + 300:
             return "long_lines"
-        return "refused" if error.exit_code in (MODEL, NUMBERS) else "wrong_codes"
+        return "refused" if error.exit_code in (Exit.MODEL, Exit.NUMBERS) else "wrong_codes"
     except Exception as error:
         return f"crash: {type(error).__name__}: {str(error)[:80]}"
 

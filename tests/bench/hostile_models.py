@@ -21,7 +21,7 @@ from bench.hostile_adapters import RANK, small_adapter
 from PIL import Image
 from safetensors.torch import save, save_file
 
-from megaman.common.console import MODEL
+from megaman.common.console import Exit
 from megaman.lora.formats import kohya_tensors
 from megaman.model.stable_diffusion import StableDiffusion
 
@@ -69,7 +69,7 @@ def train_on(base: Path, folder: Path) -> tuple[int, list[str]]:
 def _refusal(code: int, lines: list[str]) -> bool:
     """Whether a command ended with exit code 4 and one line of error, the last."""
     wrong = [line for line in lines if line.startswith("error: ")]
-    return code == MODEL and wrong == lines[-1:] and not any("Traceback" in line for line in lines)
+    return code == Exit.MODEL and wrong == lines[-1:] and not any("Traceback" in line for line in lines)
 
 
 # ---------------------------------------------------------------- wrong adapters

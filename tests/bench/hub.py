@@ -82,12 +82,12 @@ def half_downloaded(cache: Path, good: Path, owner: str) -> None:
 
 def told(ask: Callable[[str], object], owner: str) -> str:
     """What is said of `owner`/it."""
-    from megaman.common.console import MODEL, UserError
+    from megaman.common.console import Exit, UserError
 
     try:
         return f"it was had: {ask(f'{owner}/it')}"
     except UserError as error:
-        return str(error) if error.exit_code == MODEL else f"exit {error.exit_code}: {error}"
+        return str(error) if error.exit_code == Exit.MODEL else f"exit {error.exit_code}: {error}"
 
 
 def main() -> None:
