@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
     scales = [0.0, *cfg.lora_scale] if cfg.compare_base else cfg.lora_scale
     jobs = []
     for prompt in prompts:
-        settings = common | prompt.settings
+        settings = {**common, **prompt.settings}
         first = settings.pop("seed")
         for seed in range(first, first + cfg.num_images_per_prompt):
             jobs += [Job(prompt=prompt.text, seed=seed, lora_scale=scale, **settings) for scale in scales]
@@ -318,9 +319,7 @@ def draw_batches(
         merged = MergedAdapter(adapter, base.unet, base.text_encoder)
         for batch in group_into_batches(list(wanted), batch_size, base.unet.device.type):
             started = time.monotonic()
-            images = limit.drawn(
-                batch, lambda part, merged=merged: render(part, base, merged), batch[0].pixels
-            )
+            images = limit.drawn(batch, partial(render, base=base, merged=merged), batch[0].pixels)
             seconds = round((time.monotonic() - started) / len(batch), 3)
             yield [Drawing(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
         merged.set_scale(0)  # the next adapter goes into the base's own weights

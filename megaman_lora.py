@@ -55,7 +55,7 @@ from megaman.training.encoding import EncodedDataset
 from megaman.training.optim import EMA
 from megaman.training.sampler import Position, Sampler, generator_of, micro_batches, seed_dropout
 from megaman.training.schedule import describe_plan, lr_at, pictures_a_step, plan
-from megaman.training.tracker import StepResult, Tracker
+from megaman.training.tracker import SilentTracker, StepResult, Tracker
 from megaman.training.validation import BestCheckpoint
 
 # ---------------------------------------------------------------- configuration
@@ -177,7 +177,8 @@ class MegaManDataset:
 
     def class_texts(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
         """For each picture, its caption with every one of these names in the trigger's place."""
-        plain, trigger = [caption.text for caption in self.captions], self.settings.trigger
+        plain = [caption.text for caption in self.captions]
+        trigger = self.settings.trigger
         return list(
             zip(*(captions.with_trigger_replaced(plain, trigger, name) for name in classes), strict=True)
         )
@@ -322,7 +323,8 @@ def noise_of(shape: Sequence[int], offset: float, generator: torch.Generator) ->
 
 def validation_batch(encoded: EncodedDataset, index: int, timesteps: Sequence[int]) -> Batch:
     """A picture at these timesteps, always under the same noise, with its first caption: to measure on."""
-    count, device = len(timesteps), encoded.text.device
+    count = len(timesteps)
+    device = encoded.text.device
     noise = torch.randn((count, *encoded.shape_of(index)), generator=generator_of(0, "held out", index))
     text = encoded.text[encoded.text_rows[index][0]].expand(count, -1, -1)
     return Batch(
@@ -590,20 +592,19 @@ def apply_memory_plan(run: Run) -> None:
         run.base.unet.enable_gradient_checkpointing()
 
 
-def tracker_of(run: Run) -> Tracker:
+def tracker_of(run: Run) -> SilentTracker:
     """The run's metrics and samples; silent in all processes but the first."""
+    steps = range(run.start, run.cfg.max_train_steps)
+    names = [picture.name for picture in run.data.report.pictures]
+    if not run.accelerator.is_main_process:
+        return SilentTracker(steps, names)
     logs = Path(run.cfg.logging_dir) if run.cfg.logging_dir else run.folder.logs
-    return Tracker(
-        run.folder,
-        range(run.start, run.cfg.max_train_steps),
-        [picture.name for picture in run.data.report.pictures],
-        len(run.data.sampler) / run.data.sampler.steps_an_epoch,
-        logging_dir=logs if run.cfg.report_to == "tensorboard" else None,
-        enabled=run.accelerator.is_main_process,
-    )
+    logging_dir = logs if run.cfg.report_to == "tensorboard" else None
+    pictures_a_step = len(run.data.sampler) / run.data.sampler.steps_an_epoch
+    return Tracker(run.folder, steps, names, pictures_a_step, logging_dir=logging_dir)
 
 
-def save_checkpoint(run: Run, tracker: Tracker, step: int) -> None:
+def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
     """A checkpoint after `step` steps, written by the first process."""
     tracker.check()  # nothing that isn't finite is saved
     if run.accelerator.is_main_process:
@@ -621,7 +622,7 @@ def save_checkpoint(run: Run, tracker: Tracker, step: int) -> None:
         )
 
 
-def validate(run: Run, tracker: Tracker, step: int) -> None:
+def validate(run: Run, tracker: SilentTracker, step: int) -> None:
     """Measures the plain loss on the pictures that are held out, the adapter as it is shown."""
     if run.data.held_out and run.accelerator.is_main_process:
         unet = run.base.unet.eval()
@@ -639,7 +640,7 @@ def validate(run: Run, tracker: Tracker, step: int) -> None:
         tracker.record_validation(step, loss)
 
 
-def draw_samples(run: Run, tracker: Tracker, step: int, stop: signals.StopRequest) -> None:
+def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.StopRequest) -> None:
     """One picture a validation prompt, always from the same noise, drawn by the first process."""
     if run.accelerator.is_main_process:
         cfg = run.cfg
@@ -650,7 +651,7 @@ def draw_samples(run: Run, tracker: Tracker, step: int, stop: signals.StopReques
             tracker.show_samples(step, cfg.validation_prompt, images)
 
 
-def finish(run: Run, tracker: Tracker) -> Path:
+def finish(run: Run, tracker: SilentTracker) -> Path:
     """Writes lora_weights/ and closes everything."""
     weights = run.folder.weights
     if run.accelerator.is_main_process:
@@ -710,7 +711,7 @@ def accumulate(run: Run, positions: Sequence[Position]) -> list[tuple[Sequence[P
             used = share or positions[:1]  # a process without a share computes one for nothing: all must meet
             batch = make_batch(used, run.encoded, cfg, scheduler)
             if cfg.lora_dropout:
-                seed_dropout(cfg.seed, used[0].position)
+                seed_dropout(cfg.seed, used[0].number)
             losses, strayed = training_losses(run.unet, batch, scheduler, cfg)
             # Divides by the full step, so a short one counts less; times processes, because DDP averages.
             weight = processes / run.data.sampler.step_size if share else 0.0

@@ -39,12 +39,12 @@ def test_every_epoch_shows_each_picture_as_often_as_it_repeats_whatever_the_size
     stream = Sampler(tuple(buckets), step_size=rng.randint(1, 13), seed=seed)
     for epoch in range(3):
         steps = epoch_of(stream, epoch)
-        assert Counter(place.index for step in steps for place in step) == wanted
-        positions = [place.position for step in steps for place in step]
+        assert Counter(place.picture for step in steps for place in step) == wanted
+        positions = [place.number for step in steps for place in step]
         assert positions == list(range(epoch * len(stream), (epoch + 1) * len(stream)))
         for step in steps:
             assert 1 <= len(step) <= stream.step_size
-            assert any({place.index for place in step} <= set(bucket) for bucket in stream.buckets)
+            assert any({place.picture for place in step} <= set(bucket) for bucket in stream.buckets)
 
 
 @pytest.mark.parametrize("crop", ["bucket", "center"])
@@ -61,16 +61,16 @@ def test_pictures_of_any_sizes_are_each_shown_as_often_as_they_repeat(crop: str)
         stream = sampler_of(dataset, rng.randint(1, 64))
         for epoch in range(2):
             steps = epoch_of(stream, epoch)
-            shown = Counter(place.index for step in steps for place in step)
+            shown = Counter(place.picture for step in steps for place in step)
             assert shown == Counter(dict(enumerate(repeats)))
-            assert all(len({dataset.buckets[place.index] for place in step}) == 1 for step in steps)
+            assert all(len({dataset.buckets[place.picture] for place in step}) == 1 for step in steps)
 
 
 def test_each_epoch_has_an_order_of_its_own_and_each_seed_others() -> None:
     stream = Sampler((tuple(range(30)),), 1, seed=3)
-    orders = [tuple(step[0].index for step in epoch_of(stream, epoch)) for epoch in range(5)]
+    orders = [tuple(step[0].picture for step in epoch_of(stream, epoch)) for epoch in range(5)]
     assert len(set(orders)) == 5
-    assert orders[0] != tuple(step[0].index for step in epoch_of(Sampler(stream.buckets, 1, seed=4), 0))
+    assert orders[0] != tuple(step[0].picture for step in epoch_of(Sampler(stream.buckets, 1, seed=4), 0))
 
 
 @pytest.mark.parametrize(("count", "batch"), product((1, 3, 7, 12), (1, 2, 3)))

@@ -276,7 +276,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_picture_and_touches_no_file
     assert error.value.exit_code == 5
     dataset = megaman_lora.MegaManDataset(tmp_path / "pictures", None)
     first = megaman_lora.sampler_of(dataset, 2).batch(step - 1)[0]
-    assert f"not finite at step {step} (pictures {dataset.paths[first.index].name})" in str(error.value)
+    assert f"not finite at step {step} (pictures {dataset.paths[first.picture].name})" in str(error.value)
     saved = sorted(path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*"))
     assert saved == [f"step-{number:06}" for number in range(1, step)]
 

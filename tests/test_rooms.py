@@ -3,7 +3,6 @@
 import ast
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -141,19 +140,22 @@ def test_a_file_and_its_functions_keep_their_budget(name: str) -> None:
             assert node.returns is not None or node.name == "__init__", node.name
 
 
-def calls_of(value: ast.expr) -> set[str]:
-    """The names of what an expression calls."""
-    calls = (node.func for node in ast.walk(value) if isinstance(node, ast.Call))
-    return {func.attr if isinstance(func, ast.Attribute) else ast.unparse(func) for func in calls}
+def kind_of(value: ast.expr) -> object:
+    """What an expression does, without its arguments: twins do the same."""
+    if isinstance(value, ast.Call):
+        return value.func.attr if isinstance(value.func, ast.Attribute) else ast.unparse(value.func)
+    if isinstance(value, ast.Name | ast.Attribute | ast.Subscript):
+        return "a part of something"
+    return "a constant" if isinstance(value, ast.Constant | ast.UnaryOp) else type(value)
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_unrelated_assignments_never_share_a_line(name: str) -> None:
-    """a, b = f(x), g(y) hides two statements. Twins like f(x), f(y), constants, swaps may stand together."""
-    for node in ast.walk(tree_of(SOURCES[name])):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-            called = [calls for value in node.value.elts if (calls := calls_of(value))]
-            assert all(calls == called[0] for calls in called), f"line {node.lineno}: {ast.unparse(node)}"
+    """a, b = f(x), [] hides two statements. Twins (f(x), f(y)), parts of a thing and constants are one."""
+    assignments = (node for node in ast.walk(tree_of(SOURCES[name])) if isinstance(node, ast.Assign))
+    for node in assignments:
+        if isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
+            assert len({kind_of(value) for value in node.value.elts}) == 1, f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -173,9 +175,3 @@ def test_the_top_level_is_the_contract() -> None:
     scripts = "megaman_lora.py generate_megaman.py requirements_megaman_lora.txt"
     others = "megaman megaman_images tests README.md README.zh-TW.md .ci pyproject.toml .gitignore"
     assert {name.split("/")[0] for name in listed.splitlines()} <= {*scripts.split(), *others.split()}
-
-
-def test_every_types_word_holds() -> None:
-    result = run_script("-m", "mypy", timeout_s=400)
-    assert result.returncode == 0, result.stdout
-    assert sys.version_info >= (3, 11)

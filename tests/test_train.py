@@ -196,7 +196,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(
 
 
 def test_twenty_overflowed_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
-    watcher = Tracker(RunFolder(tmp_path), range(60), ["a.png"], 1, logging_dir=None, enabled=True)
+    watcher = Tracker(RunFolder(tmp_path), range(60), ["a.png"], 1, logging_dir=None)
 
     def record(number: int, was_skipped: bool) -> None:
         norm = torch.tensor(float("inf") if was_skipped else 1.0)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +245,7 @@ def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
 def _locked(handle: int) -> bool:
     """Whether this process now has the lock; the system gives it back when the process ends."""
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             os.lseek(handle, PROBE_BYTES, os.SEEK_SET)  # beyond the number, which others may read

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -74,7 +74,7 @@ def after_this_step() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def _handling(handler: object) -> Iterator[None]:
+def _handling(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may
         yield
         return

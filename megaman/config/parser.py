@@ -107,11 +107,13 @@ class Flag:
     @classmethod
     def of(cls, field: Field[Any], hint: Any) -> "Flag":
         """The flag that a field with this type stands for."""
-        kind, several = hint, False
+        kind = hint
+        several = False
         if get_origin(kind) in (UnionType, Union):  # X | None
             kind = next(each for each in get_args(kind) if each is not NoneType)
         if get_origin(kind) is list:
-            kind, several = get_args(kind)[0], True
+            kind = get_args(kind)[0]
+            several = True
         choices = get_args(kind) if get_origin(kind) is Literal else None
         default = field.default if field.default_factory is MISSING else field.default_factory()
         return cls(field.name, str if choices else kind, choices, several, default, field.metadata[FACTS])

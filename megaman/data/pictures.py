@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageFile, UnidentifiedImageError
 
 from megaman.common.console import Exit, UserError, one_line
 
@@ -133,7 +133,7 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, OSError) and error.errno is not None:  # the system's; a decoder's has no number
         if error.errno == errno.ENOENT and path.is_symlink():
             return "a link to a file that is not there"
-        return OS_REASONS.get(error.errno, error.strerror)
+        return OS_REASONS.get(error.errno) or str(error.strerror)
     words = " ".join(str(error).replace(str(path), "it").split())[:120]
     return f"damaged: {words or type(error).__name__}"
 
@@ -235,11 +235,13 @@ def _as_srgb(colours: Image.Image, info: dict) -> tuple[Image.Image, str]:
 
 def _on_white(rgb: Image.Image, alpha: Image.Image | None) -> str:
     """Paints white into the picture where it is transparent; the remark."""
-    lowest, highest = (255, 255) if alpha is None else alpha.getextrema()
-    if lowest == 255:
+    if alpha is None:
+        return ""
+    levels = np.asarray(alpha)
+    if levels.min() == 255:
         return ""
     rgb.paste("white", mask=ImageChops.invert(alpha))
-    return "transparency laid on white" if highest > 0 else "wholly transparent, nothing but white"
+    return "transparency laid on white" if levels.max() > 0 else "wholly transparent, nothing but white"
 
 
 TURNS = {
@@ -256,7 +258,7 @@ ORIENTATION = 0x0112
 
 def _upright(rgb: Image.Image, original: Image.Image) -> tuple[Image.Image, str]:
     try:
-        turn = TURNS.get(original.getexif().get(ORIENTATION))
+        turn = TURNS.get(original.getexif().get(ORIENTATION, 1))
     except MemoryError:
         raise
     except Exception:  # the block holds a camera's notes; the picture may be well
@@ -280,7 +282,7 @@ def picture_of(image: Image.Image) -> Picture:
 # ---------------------------------------------------------------- decoding
 
 
-def _opened(stream: BinaryIO) -> Image.Image:
+def _opened(stream: BinaryIO) -> ImageFile.ImageFile:
     stream.seek(0)
     beginning = stream.read(16)
     stream.seek(0)
@@ -290,13 +292,14 @@ def _opened(stream: BinaryIO) -> Image.Image:
         raise _Unfit(_unidentified(beginning)) from error
 
 
-def _checked_png(file: Image.Image, stream: BinaryIO) -> tuple[Image.Image, list[str]]:
+def _checked_png(file: ImageFile.ImageFile, stream: BinaryIO) -> tuple[ImageFile.ImageFile, list[str]]:
     """The PNG ready to decode, after what Pillow omits: the pixels' checksums, and a transparent colour that
     is given in the samples of the file, which it widens or cuts to 8 bits.
     """
     file.verify()
     file = _opened(stream)
-    samples, key = file.tile[0][3], file.info.get("transparency")
+    samples = str(file.tile[0][3])
+    key = file.info.get("transparency")
     if samples in ("L;2", "L;4") and key is not None:
         file.info["transparency"] = key * (85 if samples == "L;2" else 17)
     if samples == "RGB;16B" and key is not None:
@@ -314,7 +317,8 @@ def _decoded(stream: BinaryIO, suffix: str) -> Picture:
         raise _Unfit(f"{width} x {height} px is over {limit}")
     if width * height == 0:
         raise _Unfit(f"{width} x {height} px")
-    kind, remarks = "JPEG" if file.format == "MPO" else file.format, []
+    kind = "JPEG" if file.format == "MPO" else file.format
+    remarks = []
     if SUFFIX_FORMATS.get(suffix.lower()) != kind:
         remarks.append(f"is a {'WebP' if kind == 'WEBP' else kind}, whatever its name says")
     if (count := getattr(file, "n_frames", 1)) > 1:
@@ -322,10 +326,11 @@ def _decoded(stream: BinaryIO, suffix: str) -> Picture:
     if kind == "PNG":
         file, more = _checked_png(file, stream)
         remarks += more
+    image: Image.Image = file
     if kind == "BMP" and file.mode == "RGBA" and file.getchannel("A").getextrema() == (0, 0):
-        file = file.convert("RGB")  # many programs write a fourth channel and never fill it
+        image = file.convert("RGB")  # many programs write a fourth channel and never fill it
         remarks.append("its alpha channel is empty, and is ignored")
-    picture = picture_of(file)
+    picture = picture_of(image)
     return Picture(picture.image, (*remarks, *picture.remarks))
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from PIL.Image import DecompressionBombError, Image
 from PIL.Image import open as open_image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from megaman.common.console import Exit, UserError, say
 from megaman.common.files import replacing, write_text
@@ -137,7 +137,7 @@ def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: 
 def strip_metadata(path: Path) -> None:
     """Rewrites a PNG without its texts, if it has any; the pixels stay."""
     with open_image(path) as image:
-        if not image.text:
+        if not (isinstance(image, PngImageFile) and image.text):
             return
         image.load()
         with replacing(path) as partial:
@@ -197,7 +197,7 @@ def _record(facts: Any) -> ImageRecord:
     """
     record = ImageRecord(**facts)
     for name, kind in get_type_hints(ImageRecord).items():
-        kinds = {float: (int, float), Mapping[str, str]: dict}.get(kind, kind)
+        kinds: Any = {float: (int, float), Mapping[str, str]: dict}.get(kind, kind)
         if not isinstance(getattr(record, name), kinds) or isinstance(getattr(record, name), bool):
             raise TypeError(name)
         if kind is float and not abs(getattr(record, name)) < LARGEST:  # NaN is not less either

@@ -75,7 +75,7 @@ def read_init_lora(path: str) -> InitLora:
         raise UserError(f"--init_lora {path}: {reason}; take one of the UNet alone.", Exit.MODEL)
     largest = max(layers.values(), key=lambda layer: (layer.rank, layer.alpha))
     scale = largest.alpha / largest.rank
-    magnitudes = {name for name, layer in layers.items() if layer.magnitude is not None}
+    magnitudes = {name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None}
     if not scale > 0:
         raise UserError(
             f"--init_lora {path}: its alpha is {largest.alpha:g}; nothing to go on from.", Exit.MODEL
@@ -84,7 +84,7 @@ def read_init_lora(path: str) -> InitLora:
         raise UserError(
             f"--init_lora {path}: DoRA in some of its modules only; PEFT can't do that.", Exit.MODEL
         )
-    if any(layers[name].magnitude.shape[0] != layers[name].up.shape[0] for name in magnitudes):
+    if any(magnitude.shape[0] != layers[name].up.shape[0] for name, magnitude in magnitudes.items()):
         reason = "its DoRA measures columns, PEFT's measures rows"
         raise UserError(f"--init_lora {path}: {reason}; it can be drawn with, not continued.", Exit.MODEL)
     alike = {name: _rescaled(layer, scale) for name, layer in layers.items()}

@@ -70,8 +70,10 @@ def reset_dora(unet: nn.Module) -> None:
             )
 
 
-def lora_modules(unet: nn.Module) -> dict[str, nn.Module]:
-    """The modules that PEFT has wrapped, by their path in the plain model."""
+def lora_modules(unet: nn.Module) -> dict[str, Any]:
+    """The modules that PEFT has wrapped, by their path in the plain model. Any: torch's types don't know what
+    PEFT hangs on a module (lora_A, lora_B, scaling, …).
+    """
     return {
         name: module for name, module in unet.named_modules() if ADAPTER_NAME in getattr(module, "lora_A", {})
     }
@@ -92,7 +94,7 @@ def adapter_of(unet: nn.Module, metadata: Mapping[str, Any] | None = None) -> Ad
     return adapter
 
 
-def _magnitude(module: nn.Module, up: Tensor) -> Tensor | None:
+def _magnitude(module: Any, up: Tensor) -> Tensor | None:
     """DoRA's magnitude of a live module, one a row; PEFT keeps it as (out,) or (1,out,1,1)."""
     magnitude = module.lora_magnitude_vector
     if ADAPTER_NAME not in magnitude:

@@ -34,7 +34,7 @@ def read_adapter(path: Path) -> Adapter:
     beside = file.parent / "text_encoder" / PEFT_FILE  # where PEFT's users keep the other half
     if path.is_dir() and file.name == PEFT_FILE and beside.is_file():
         text = read_file(beside, beside.with_name(PEFT_CONFIG)).layers
-        layers = {("text_encoder", name): layer for (_, name), layer in text.items()}
+        layers: dict[Key, LoraLayer] = {("text_encoder", name): layer for (_, name), layer in text.items()}
         adapter = Adapter({**adapter.layers, **layers}, adapter.metadata)
     return adapter
 
@@ -237,8 +237,9 @@ def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: P
 
 def _magnitude_of(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> Tensor | None:
     """DoRA's lengths as LoraLayer wants them. kohya's shape tells their axis; PEFT's are always one a row."""
-    (rows, columns), ndim = (part["up"].shape[0], part["down"].shape[1]), part["down"].ndim
-    tail = [1] * (ndim - 2)
+    rows = part["up"].shape[0]
+    columns = part["down"].shape[1]
+    tail = [1] * (part["down"].ndim - 2)
     if "magnitude" in part and part["magnitude"].numel() == rows:
         return part["magnitude"].float().reshape(rows, 1, *tail)
     scale = part.get("dora_scale")

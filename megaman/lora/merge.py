@@ -23,25 +23,26 @@ class MergedAdapter:
             raise UserError(
                 "the adapter changes nothing: every update or alpha is 0. Train it longer.", Exit.MODEL
             )
-        self.targets: list[tuple[nn.Module, Tensor, LoraLayer]] = []
+        self.targets: list[tuple[Tensor, Tensor, LoraLayer]] = []  # a weight, and what it was
         homes = {
             "unet": _modules(unet),
             "text_encoder": _modules(text_encoder) if text_encoder is not None else {},
         }
         for (component, name), layer in adapter.layers.items():
             module = homes[component].get(_plain(underscored(name)))
-            self.targets.append((module, _fitting_weight(module, component, name, layer, unet), layer))
+            weight = _fitting_weight(module, component, name, layer, unet)
+            self.targets.append((weight, weight.detach().clone(), layer))
         self.counts = {component: sum(key[0] == component for key in adapter.layers) for component in homes}
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
         """Weights = base + scale * change, summed in float32; DoRA's change too, as PEFT merges it."""
-        for module, original, layer in self.targets:
+        for weight, original, layer in self.targets:
             if scale == 0:
-                module.weight.copy_(original)
+                weight.copy_(original)
             else:
                 base = original.float()
-                module.weight.copy_((base + scale * layer.change(base)).to(original.dtype))
+                weight.copy_((base + scale * layer.change(base)).to(original.dtype))
 
 
 def _acts(layer: LoraLayer) -> bool:
@@ -49,11 +50,11 @@ def _acts(layer: LoraLayer) -> bool:
     return layer.magnitude is not None or bool(layer.alpha and layer.down.any() and layer.up.any())
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
+def _modules(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The modules that a LoRA may change, by underscored path; `to_out` is the old diffusers name of
     `to_out.0`.
     """
-    found = {}
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             plain = _plain(underscored(name))
@@ -62,19 +63,23 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _fitting_weight(
-    module: nn.Module | None, component: str, name: str, layer: LoraLayer, unet: UNet2DConditionModel
+    module: nn.Linear | nn.Conv2d | None,
+    component: str,
+    name: str,
+    layer: LoraLayer,
+    unet: UNet2DConditionModel,
 ) -> Tensor:
-    """A copy of the module's weight, if the layer fits it."""
+    """The module's weight, if the layer fits it."""
     if module is None:
         raise UserError(
             f"the adapter changes {component} module {name[:100]!r}, which this base model does not have; it "
             "was made for another base.",
             Exit.MODEL,
         )
-    expected, found = tuple(module.weight.shape), (layer.up.shape[0], *layer.down.shape[1:])
-    if (
-        expected != found and math.prod(expected[2:]) * math.prod(found[2:]) == 1
-    ):  # a 1x1 convolution may be stored as a matrix
+    expected: tuple[int, ...] = tuple(module.weight.shape)
+    found: tuple[int, ...] = (layer.up.shape[0], *layer.down.shape[1:])
+    # A 1x1 convolution may be stored as a matrix.
+    if expected != found and math.prod(expected[2:]) * math.prod(found[2:]) == 1:
         expected, found = expected[:2], found[:2]
     if expected != found:
         width = layer.down.shape[1] if re.search(r"attn2.to_[kv]$", name) else None
@@ -88,10 +93,8 @@ def _fitting_weight(
             "Name its own with --base_model.",
             Exit.MODEL,
         )
-    return module.weight.detach().clone()
+    return module.weight
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix(
-        "text_model_"
-    )  # transformers 5 dropped this level of CLIPTextModel; files keep it
+    return name.removeprefix("text_model_")  # of CLIPTextModel: transformers 5 dropped it, files keep it

@@ -174,7 +174,8 @@ def write_companions(adapter: Adapter, folder: Path, preview: Path | None) -> li
 
 def model_card(adapter: Adapter, *, has_preview: bool) -> str:
     """README.md of the adapter's folder, in the Hugging Face hub's form."""
-    known, layer = adapter.metadata, first_layer(adapter)
+    known = adapter.metadata
+    layer = first_layer(adapter)
     trigger = re.sub(r"[\s`|<>]+", " ", known.get("trigger", "")).strip()
     base = re.sub(r"[\s`|<>\"\\]+", " ", known.get("base") or "its base model")
     names = ("learning_rate", "lr_scheduler", "max_train_steps", "resolution", "lora_targets", "seed")

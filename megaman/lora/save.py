@@ -91,7 +91,7 @@ def _check_module(shown: Path, name: str, wanted: Delta, found: Delta, tolerance
         raise _mismatch(shown, f"the update of {name} differs by {distance(wanted, found) / size:.1%}")
     if (wanted.magnitude is None) != (found.magnitude is None):
         raise _mismatch(shown, f"{name} lost DoRA's magnitude")
-    if wanted.magnitude is not None:
+    if wanted.magnitude is not None and found.magnitude is not None:
         magnitude = (wanted.magnitude.flatten().double(), found.magnitude.flatten().double())
         if not torch.allclose(*magnitude, rtol=FLOAT32, atol=0):
             raise _mismatch(shown, f"DoRA's magnitude of {name} differs")

@@ -51,9 +51,10 @@ OVERFLOW = (
 def draw(base: StableDiffusion, pipeline: StableDiffusionPipeline, **settings: Any) -> list[Image.Image]:
     """The pictures of one batch, as `draw_or_none` makes them. UserError (exit 5) on non-finite numbers."""
     pictures = draw_or_none(base, pipeline, **settings)
-    if None in pictures:
+    whole = [picture for picture in pictures if picture is not None]
+    if len(whole) < len(pictures):
         raise UserError(OVERFLOW, Exit.NUMBERS)
-    return pictures
+    return whole
 
 
 def draw_or_none(

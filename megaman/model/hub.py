@@ -44,10 +44,11 @@ def local_file(name: str, file: str) -> Path:
     if is_local(name):
         found = Path(name).expanduser() / file
     else:
-        found = try_to_load_from_cache(MOVED.get(name, name), file)
-    if not isinstance(found, str | Path) or not Path(found).is_file():
+        cached = try_to_load_from_cache(MOVED.get(name, name), file)
+        found = Path(cached if isinstance(cached, str) else "")  # None, or the hub's word that it lacks it
+    if not found.is_file():
         raise FileNotFoundError(file)
-    return Path(found)
+    return found
 
 
 # ---------------------------------------------------------------- why one can't be had

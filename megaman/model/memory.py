@@ -13,7 +13,8 @@ import torch
 
 from megaman.common.console import Exit, UserError, is_out_of_memory, say
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

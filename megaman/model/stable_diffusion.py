@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -168,7 +169,7 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
         source = EMBEDDED_FOLDER
     if isinstance(source, Path):
         check_folder_or_file(source)
-    kwargs = {"safety_checker": None, "use_safetensors": True}
+    kwargs: dict[str, Any] = {"safety_checker": None, "use_safetensors": True}
     try:
         if isinstance(source, Path) and source.is_file():
             kwargs |= {"torch_dtype": torch.float32}  # of all parts, or the VAE would be rounded on the way

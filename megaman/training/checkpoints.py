@@ -50,7 +50,7 @@ class Checkpoint:
     run: Mapping[str, Any]  # what the run has found out: the batch that fits, the scaler's factor
     threads: int  # another count adds up in another order: equal to rounding, not to the bit
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # names of the live objects, float32
-    path: Path | None = None  # where it was read from
+    path: Path = Path()  # where it was read from
 
 
 class Damaged(Exception):

@@ -88,8 +88,10 @@ def _posterior(crop: Crop, base: StableDiffusion) -> dict[str, Tensor]:
     return made
 
 
-def _weights_digest(module: torch.nn.Module) -> str:
-    """Of every bit that decides what the module computes: its weights, their precision, its architecture."""
+def _weights_digest(module: Any) -> str:
+    """Of every bit that decides what a model of diffusers or transformers computes: weights, precision,
+    config.
+    """
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
     fixed = {name: value for name, value in config.items() if name[0] != "_" and "version" not in name}
     total = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())

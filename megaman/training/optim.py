@@ -61,7 +61,8 @@ class EMA:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         """It begins where the parameters are."""
-        self.parameters, self.decay = dict(parameters if decay else {}), decay
+        self.parameters = dict(parameters if decay else {})
+        self.decay = decay
         self.kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()

@@ -27,8 +27,8 @@ def seed_dropout(seed: int, position: int) -> None:
 class Position(NamedTuple):
     """One example of the endless stream: its position decides all its randomness."""
 
-    position: int
-    index: int  # of the picture
+    number: int  # in the endless stream of examples
+    picture: int  # its index in the dataset
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Sampler:
 
 @lru_cache(maxsize=2)  # the epoch that ends and the one that begins
 def _epoch(sampler: Sampler, epoch: int) -> list[list[Position]]:
-    generator, steps = generator_of(sampler.seed, "epoch", epoch), []
+    generator = generator_of(sampler.seed, "epoch", epoch)
+    steps = []
     for bucket in sampler.buckets:
         order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
         steps += [order[i : i + sampler.step_size] for i in range(0, len(order), sampler.step_size)]

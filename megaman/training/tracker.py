@@ -41,46 +41,15 @@ class StepResult:
     examples: Sequence[tuple[Sequence[Position], Tensor]]  # this process's, with the loss of each
 
 
-class Tracker:
-    """Records losses, learning rates and samples: progress bar, metrics.jsonl, TensorBoard. The loop never
-    reads from it, except whether samples are there.
-    """
+class SilentTracker:
+    """What all processes but the first do with the loop's news: they watch that numbers are finite."""
 
-    def __init__(
-        self,
-        run: RunFolder,
-        steps: range,
-        names: Sequence[str],
-        pictures_a_step: float,
-        *,
-        logging_dir: Path | None,
-        enabled: bool,
-    ) -> None:
-        """steps: those that this process does; names: of the pictures, for messages. What an interrupted run
-        told beyond the first of the steps is forgotten.
-        """
-        self.run = run
-        self.enabled = enabled
+    def __init__(self, steps: range, names: Sequence[str]) -> None:
+        """steps: those that this process does; names: of the pictures, for messages."""
+        self.total = steps.stop
         self.names = names
-        self.total, self.pictures_a_step = steps.stop, pictures_a_step
         self.unread: list[StepResult] = []
         self.skips = 0
-        self.rate_since = (time.monotonic(), steps.start)
-        self.started = time.monotonic()
-        self.samples = _earlier_samples(run.samples, steps.start)
-        self.writer = self.bar = self.metrics = None
-        if not enabled:
-            return
-        _forget_beyond(run.metrics, steps.start)
-        self.metrics = run.metrics.open("a", encoding="utf-8")
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.total, initial=steps.start, desc="training", unit="step", dynamic_ncols=True
-            )
-        if logging_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(logging_dir), purge_step=steps.start + 1 if steps.start else None)
 
     def record(self, step: StepResult) -> None:
         """Keeps the step; waits for the device once per STEPS_A_LINE steps. UserError (exit 5) on numbers
@@ -89,47 +58,28 @@ class Tracker:
         self.unread.append(step)
         self._count_skips(step)
         done = step.number + 1
-        if done % STEPS_A_LINE and done != self.total:
-            return
-        mean_loss, norm = self.check()
-        if not self.enabled:
-            return
-        line = {
-            "step": done,
-            "loss": mean_loss,
-            "lr": step.learning_rate,
-            "grad_norm": norm if math.isfinite(norm) else None,  # fp16: the scaler skipped this step
-            "images_per_s": self._rate(done),
-            "seconds": round(time.monotonic() - self.started, 2),
-        }
-        if torch.cuda.is_available():
-            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self.metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self.metrics.flush()
-        if self.writer:
-            for name, value in line.items():
-                if name not in ("step", "seconds") and value is not None:
-                    self.writer.add_scalar(f"train/{name}", value, done)
-        self._show(line)
+        if done % STEPS_A_LINE == 0 or done == self.total:
+            self._tell(step, *self.check())
+
+    def _tell(self, step: StepResult, mean_loss: float, norm: float) -> None:
+        """Once per STEPS_A_LINE steps: the last of them, their mean loss, and its gradient's norm."""
 
     def record_validation(self, step: int, loss: float) -> None:
-        """The loss on the pictures that are kept out. UserError (exit 5) if it isn't finite."""
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the validation loss is not finite at step {step}; lower --learning_rate", Exit.NUMBERS
-            )
-        if not self.enabled:
-            return
-        self.metrics.write(json.dumps({"step": step, "validation_loss": loss}) + "\n")
-        self.metrics.flush()
-        if self.writer:
-            self.writer.add_scalar("validation/loss", loss, step)
-        told = f"validation loss {loss:.4f} at step {step}"
-        if self.bar:
-            self.bar.write(told, file=sys.stderr)  # above the bar, not into it
-        else:
-            say(told)
-        self.rate_since = (time.monotonic(), step)  # measuring is not training time
+        """The loss on the pictures that are held out."""
+
+    def has_samples(self, step: int) -> bool:
+        """Whether the sample pictures of a step are filed, and on their page."""
+        return False
+
+    def latest_sample(self) -> Path | None:
+        """The first picture of the last samples."""
+        return None
+
+    def show_samples(self, step: int, prompts: Sequence[str], images: Sequence[Image]) -> None:
+        """Sample pictures of a step."""
+
+    def close(self) -> None:
+        """Flushes everything. Safe to call twice."""
 
     def check(self) -> tuple[float, float]:
         """The mean loss of the steps since the last look, and the last gradient's norm. UserError (exit 5)
@@ -165,8 +115,83 @@ class Tracker:
         positions = [position for share, losses in step.examples for position in share[: len(losses)]]
         finite = [ok for share, losses in step.examples for ok in losses.isfinite().tolist()[: len(share)]]
         bad = [position for position, ok in zip(positions, finite, strict=True) if not ok] or positions
-        names = list(dict.fromkeys(self.names[position.index] for position in bad))
+        names = list(dict.fromkeys(self.names[position.picture] for position in bad))
         return f"pictures {listed(names, NAMED)}"
+
+
+class Tracker(SilentTracker):
+    """Records losses, learning rates and samples: progress bar, metrics.jsonl, TensorBoard. The loop never
+    reads from it, except whether samples are there.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        steps: range,
+        names: Sequence[str],
+        pictures_a_step: float,
+        *,
+        logging_dir: Path | None,
+    ) -> None:
+        """What an interrupted run told beyond the first of the steps is forgotten."""
+        super().__init__(steps, names)
+        self.run = run
+        self.pictures_a_step = pictures_a_step
+        self.started = time.monotonic()
+        self.rate_since = (self.started, steps.start)
+        self.samples = _earlier_samples(run.samples, steps.start)
+        _forget_beyond(run.metrics, steps.start)
+        self.metrics = run.metrics.open("a", encoding="utf-8")
+        self.bar: tqdm | None = None
+        self.writer: Any = None  # TensorBoard's, imported only where it is asked for
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.total, initial=steps.start, desc="training", unit="step", dynamic_ncols=True
+            )
+        if logging_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(logging_dir), purge_step=steps.start + 1 if steps.start else None)
+
+    def _tell(self, step: StepResult, mean_loss: float, norm: float) -> None:
+        done = step.number + 1
+        line = {
+            "step": done,
+            "loss": mean_loss,
+            "lr": step.learning_rate,
+            "grad_norm": norm if math.isfinite(norm) else None,  # fp16: the scaler skipped this step
+            "images_per_s": self._rate(done),
+            "seconds": round(time.monotonic() - self.started, 2),
+        }
+        if torch.cuda.is_available():
+            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self._write(line)
+        if self.writer is not None:
+            shown = {name: value for name, value in line.items() if name not in ("step", "seconds")}
+            for name, value in shown.items():
+                if value is not None:
+                    self.writer.add_scalar(f"train/{name}", value, done)
+        self._show(line)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self.metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self.metrics.flush()
+
+    def record_validation(self, step: int, loss: float) -> None:
+        """Records the loss on the pictures that are held out. UserError (exit 5) if it isn't finite."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the validation loss is not finite at step {step}; lower --learning_rate", Exit.NUMBERS
+            )
+        self._write({"step": step, "validation_loss": loss})
+        if self.writer is not None:
+            self.writer.add_scalar("validation/loss", loss, step)
+        told = f"validation loss {loss:.4f} at step {step}"
+        if self.bar is not None:
+            self.bar.write(told, file=sys.stderr)  # above the bar, not into it
+        else:
+            say(told)
+        self.rate_since = (time.monotonic(), step)  # measuring is not training time
 
     def _rate(self, done: int) -> float:
         then, before = self.rate_since
@@ -175,7 +200,7 @@ class Tracker:
 
     def _show(self, line: dict[str, Any]) -> None:
         done = line["step"]
-        if self.bar:
+        if self.bar is not None:
             self.bar.update(done - self.bar.n)
             self.bar.set_postfix_str(
                 f"loss {line['loss']:.4f}, lr {line['lr']:.1e}, {line['images_per_s']:.1f} images/s"
@@ -200,8 +225,6 @@ class Tracker:
 
     def show_samples(self, step: int, prompts: Sequence[str], images: Sequence[Image]) -> None:
         """Files samples/step-000100/NN.png, puts them into TensorBoard and renews samples/index.html."""
-        if not self.enabled:
-            return
         folder = self.run.samples
         names = [f"{step_name(step)}/{i:02}.png" for i in range(1, len(images) + 1)]
         for name, image in zip(names, images, strict=True):
@@ -210,17 +233,19 @@ class Tracker:
         self.samples = {at: files for at, files in self.samples.items() if len(files) == len(names)}
         self.samples[step] = names
         write_text(folder / "index.html", render_samples(prompts, self.samples, images[0].size))
-        if self.writer:
+        if self.writer is not None:
             for i, image in enumerate(images):
                 self.writer.add_image(f"samples/{i + 1:02}", np.asarray(image), step, dataformats="HWC")
         self.rate_since = (time.monotonic(), step)  # drawing is not training time
 
     def close(self) -> None:
         """Flushes everything. Safe to call twice."""
-        for sink in (self.bar, self.metrics, self.writer):
+        self.metrics.close()
+        for sink in (self.bar, self.writer):
             if sink is not None:
                 sink.close()
-        self.bar = self.metrics = self.writer = None
+        self.bar = None
+        self.writer = None
 
 
 def render_samples(

@@ -100,7 +100,9 @@ def draw_previews(
 
 
 def _draw(base: StableDiffusion, text: Tensor, look: Look, stop: StopRequest) -> list[Image]:
-    unet, pipeline, images = base.unet, pipeline_of(base), []
+    unet = base.unet
+    pipeline = pipeline_of(base)
+    images: list[Image] = []
 
     def hurry(pipeline: Any, _: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         pipeline._interrupt = bool(stop)  # diffusers' own way to leave out the steps that are left
