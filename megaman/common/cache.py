@@ -1,4 +1,4 @@
-"""What has been worked out once: facts about pictures, latents, text embeddings.
+"""The disk cache: what was worked out once about pictures, latents, text embeddings.
 
 Everything is found by its content (the picture's bytes, the recipe, the model's weights), so nothing can be
 stale; a file that is torn or damaged is made anew; any number of processes may share the folder.
@@ -44,7 +44,7 @@ def default_folder() -> Path:
 
 
 def key_of(*parts: object) -> str:
-    """The key of what follows from these parts alone: numbers, texts, bytes, digests."""
+    """A cache key: the sha256 of all that decides a value (numbers, texts, bytes, digests)."""
     total = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
@@ -100,7 +100,7 @@ TENSORS = Codec(".safetensors", _read_tensors, _write_tensors)
 
 
 class Store:
-    """The cache folder. Without one, nothing is remembered.
+    """The cache on disk. Without a folder, nothing is remembered.
 
     Only its folder ENTRIES is written to, once that bears our mark: the rest may be the user's.
     """

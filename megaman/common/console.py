@@ -1,4 +1,6 @@
-"""What a user can do wrong, and how both scripts end."""
+"""The terminal: lines for the user, errors and exit codes, characters that must not be there, quiet
+libraries.
+"""
 
 import errno
 import logging
@@ -52,7 +54,7 @@ _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL and half characters: no file,
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     The message says what, where and what to do, in one line (or a line a problem).
     """
@@ -87,7 +89,7 @@ def check_text(text: str, where: str, exit_code: int) -> None:
 
 # ---------------------------------------------------------------- how both scripts begin and end
 def quiet_libraries() -> None:
-    """Silences what the user can do nothing about. Called first in main, before a library is imported."""
+    """Silences warnings of libraries that the user can do nothing about. Called before they are imported."""
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # its errors are raised too, and told by us
@@ -144,7 +146,7 @@ def reported() -> Iterator[None]:
 
 
 def leave(message: str, exit_code: int) -> NoReturn:
-    """One line on stderr, then the exit code.
+    """Ends the program with one line on stderr and an exit code.
 
     Of several processes only the first speaks, unless it may be the only one that is well: a full memory or
     disk and a NaN are one process's own.
@@ -158,13 +160,13 @@ def leave(message: str, exit_code: int) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """One line for the user on stderr; of several processes, only the first speaks."""
+    """Prints one line for the user on stderr; of several processes, only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(_printable(message), file=sys.stderr, flush=True)
 
 
 def shell_quoted(word: str) -> str:
-    """The word as this machine's shells take it for one argument, whatever letters it holds."""
+    """A word quoted for this machine's shell, so that a told command can be pasted as it stands."""
     if word.startswith("-"):
         word = os.path.join(".", word)  # a path, and no flag
     if os.name == "nt":  # cmd and PowerShell; no name of a file holds their quote
@@ -179,12 +181,12 @@ NAMED = 5  # things that a line names; there may be hundreds
 
 
 def count(number: int, noun: str) -> str:
-    """1 picture, 2 pictures."""
+    """A number and its noun: "1 picture", "2 pictures"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(names: Iterable[str], most: int = NAMED) -> str:
-    """The first few names, and … where there are more."""
+    """The first few names, comma-separated, with "…" where there are more."""
     first = list(islice(names, most + 1))
     return ", ".join(first[:most]) + (", …" if len(first) > most else "")
 

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and the output folder."""
+"""Writing files so that they are complete or absent: text, safetensors, their hashes."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 
 class TensorOnCpu(Protocol):
-    """What is written of a tensor: torch's own has it, and this module needs no torch."""
+    """A CPU tensor, of which only its numbers are asked: torch's has this, and this module needs no torch."""
 
     def numpy(self) -> np.ndarray:
         """The numbers, not copied."""
@@ -24,7 +24,7 @@ class TensorOnCpu(Protocol):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends well and vanishes when it
+    """Gives a temporary path beside `path`, which replaces it when the block ends well and vanishes when it
     does not.
     """
     make_folder(path.parent)
@@ -48,7 +48,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The text under `path`, UTF-8, whole or not at all."""
+    """Writes a UTF-8 text file, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
@@ -75,7 +75,7 @@ def save_tensors(
     metadata: Mapping[str, str],
     finish: Callable[[Path], None] = lambda partial: None,
 ) -> None:
-    """A safetensors file, whole or not at all. A full disk is an OSError, as for any other file.
+    """Writes a safetensors file, whole or not at all. A full disk is an OSError, as for any other file.
 
     finish: called with the temporary file; if it raises, there is no file.
     """
@@ -89,8 +89,8 @@ def save_tensors(
 
 
 def with_metadata(file: bytes, entries: Mapping[str, str]) -> bytes:
-    """The same safetensors file with these metadata; of those that it has already, the values anew. In order,
-    since the library's own order changes from run to run.
+    """The bytes of a safetensors file with these metadata added or replaced, sorted: the library's own order
+    changes from run to run.
     """
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])

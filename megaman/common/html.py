@@ -33,7 +33,7 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """The text that a file of templates/ makes of the values."""
+    """Fills a template of templates/ with the values and returns the text."""
     return _environment().get_template(template).render(**values)
 
 
@@ -54,7 +54,9 @@ def _content_policy() -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a page of ours lies there: all of them name their maker, and earlier ones bear our policy."""
+    """Whether the file is an HTML page that this toolkit made: they name their maker; earlier ones bear our
+    policy.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(PAGE_HEAD_BYTES)

@@ -79,12 +79,12 @@ class RunFolder:
 
 
 def step_name(step: int) -> str:
-    """step-000250: the name of a folder of what is kept after so many steps."""
+    """The name of a step's folder: step-000250."""
     return f"step-{step:06}"
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
-    """What is kept step by step in a folder (checkpoints, samples), by the number of the step, ascending."""
+    """The folders step-000250, … below a folder (of checkpoints or samples), by step number, ascending."""
     found = ((STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step-*"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
@@ -104,8 +104,8 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_output(folder: Path, data_dir: Path) -> None:
-    """Raises UserError unless a run may begin in `folder`: it holds nothing, or an earlier run, which will be
-    moved aside. Makes nothing. Asked before anything slow begins.
+    """Checks, without creating anything, that a run may start in `folder`: it holds nothing, or an earlier
+    run, which will be moved aside. UserError if not.
     """
     if data_dir.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder}: holds the pictures ({data_dir}). Name another --output_dir.", Exit.USAGE)
@@ -119,13 +119,15 @@ def check_output(folder: Path, data_dir: Path) -> None:
 
 
 def check_unused(folder: Path) -> None:
-    """Raises UserError (exit 7) if another process works in `folder`; makes nothing."""
+    """Checks, without creating anything, that no other process works in `folder`. UserError (exit 7) if one
+    does.
+    """
     if (folder / LOCK).exists():
         OutputLock(folder).close()
 
 
 def check_apart(flag: str, folder: str | None, data_dir: str | None) -> None:
-    """Raises UserError where a flag would have something written among the user's pictures."""
+    """Checks that the folder of a flag lies outside the user's pictures. UserError (exit 2) if not."""
     real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
     if folder is not None and data_dir is not None and Path(real(folder)).is_relative_to(real(data_dir)):
         reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
@@ -133,7 +135,7 @@ def check_apart(flag: str, folder: str | None, data_dir: str | None) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError (exit 6) unless `folder` can be made and written to; makes nothing."""
+    """Checks, without creating anything, that `folder` can be made and written to. Else exit 6."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing) as probe:
@@ -225,8 +227,8 @@ class OutputLock:
 
 
 def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
-    """The lock on an output folder, which is emptied first if `fresh`: an earlier run's is moved aside, and
-    its new name is returned too.
+    """Locks an output folder. If `fresh`, an earlier run in it is moved aside first; its new place is
+    returned too.
     """
     lock = OutputLock(folder).sign()
     if not fresh or not holds_files(folder):

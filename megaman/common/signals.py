@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGINT (Ctrl-C) and SIGTERM. Knows signals."""
+"""What Ctrl-C (SIGINT) and SIGTERM do: stop at once, or after the current step."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Captions as people write them, or as their files' names tell them. Knows sidecar files, encodings, kohya's
+"""Captions of pictures: sidecar files in any encoding, kohya's
 repeats and the words of Mega Man's world.
 """
 
@@ -38,7 +38,7 @@ class Caption:
 def read_captions(
     pictures: Sequence[Path], folder: Path, trigger: str, errors: Sequence[str] = ()
 ) -> list[Caption]:
-    """A caption a picture: its sidecar's text, else words from its name behind the trigger.
+    """One caption per picture: the text of its sidecar file, else words from its name behind the trigger.
 
     Sidecars, the first with any text counts: a.png.txt, a.txt, a.png.caption, a.caption. All unreadable files
     are named in one error, behind the folder's other errors.
@@ -74,7 +74,7 @@ def _sidecars_of(pictures: Sequence[Path]) -> dict[Path, list[Path]]:
             files = sorted(path for path in parent.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES)
         except OSError as error:
             raise UserError(
-                f"{parent}: can't be listed ({error.strerror}); mend its rights", Exit.DATA
+                f"{parent}: can't be listed ({error.strerror}); fix its permissions", Exit.DATA
             ) from error
         for path in reversed(files):  # ".txt" before ".TXT"
             named.setdefault((parent, _alike(path.name)), []).append(path)
@@ -135,11 +135,11 @@ def _bytes_of(sidecar: Path) -> bytes:
             data = file.read(MAX_CAPTION_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(
-            f"{sidecar}: a link to a file that is gone; remove it or mend it", Exit.DATA
+            f"{sidecar}: a link to a file that is gone; remove it or fix it", Exit.DATA
         ) from error
     except OSError as error:
         reason = f"caption can't be read ({error.strerror})"
-        raise UserError(f"{sidecar}: {reason}; mend its rights or remove it", Exit.DATA) from error
+        raise UserError(f"{sidecar}: {reason}; fix its permissions or remove it", Exit.DATA) from error
     if len(data) > MAX_CAPTION_BYTES:
         reason = f"over {MAX_CAPTION_BYTES // 1000} kB, which is no caption"
         raise UserError(f"{sidecar}: {reason}; shorten it or rename it", Exit.DATA)

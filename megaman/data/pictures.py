@@ -1,4 +1,4 @@
-"""Pictures as they lie in people's folders: found, decoded for what they are, compared. Knows PIL, EXIF and
+"""Finding picture files and decoding them as the eye sees them. Knows PIL, EXIF and
 colour.
 """
 

@@ -38,7 +38,7 @@ class TrainedPicture:
 
     @property
     def fit(self) -> Fit:
-        """The part that is seen when it is cut in the middle."""
+        """The part of the picture that a centred cut keeps."""
         return fit_of(self.scanned.size, self.bucket)
 
 
@@ -108,7 +108,7 @@ class Report:
         return tag_frequencies([picture.caption.text for picture in self.pictures])
 
     def lines(self) -> list[str]:
-        """What the user should know, a line each."""
+        """What the terminal shows before the training, a line each."""
         derived = len(self.captioned_from_name)
         from_files = count(len(self.pictures) - derived, "caption")
         lines = [
@@ -167,7 +167,7 @@ class Report:
         return notes
 
     def relative(self, path: Path) -> str:
-        """A file's name as the user knows it."""
+        """A file's path below the data folder."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else path.name
 
     def write(self, output: Path) -> Path:

@@ -49,7 +49,9 @@ class Skipped:
 
 
 def scan(folder: Path, store: Store) -> tuple[list[ScannedPicture], list[Skipped]]:
-    """Every picture below the folder, decoded once in its life. UserError (exit 3) if there is no folder."""
+    """Looks at every picture file below the folder: those that can be used, and those that can't. Each is
+    decoded once; later runs find it in the store. UserError (exit 3) if there is no folder.
+    """
     scanned: list[ScannedPicture] = []
     skipped: list[Skipped] = []
     for path in find_pictures(folder):

@@ -46,7 +46,7 @@ class Scene:
 
     @property
     def base(self) -> list[ImageRecord]:
-        """Those of the base alone."""
+        """The pictures drawn with the base alone (strength 0)."""
         return [picture for picture in self.pictures if picture.lora_scale == 0]
 
     @property
@@ -72,7 +72,7 @@ class Scene:
 
     @property
     def strip(self) -> list[ImageRecord]:
-        """The pictures from left to right: by strength, or the base and then adapter by adapter."""
+        """A strip's pictures from left to right: by strength, or the base and then adapter by adapter."""
         if len(self.adapters) > 1:
             return [*self.base, *(picture for picture in self.pictures if picture.lora_scale)]
         return sorted(self.pictures, key=lambda picture: picture.lora_scale)
@@ -199,6 +199,6 @@ def rebuild(output: Path) -> Path:
 
 
 def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
-    """metadata.jsonl and the gallery of it."""
+    """Writes metadata.jsonl and the gallery's page."""
     write_records(output, drawn)
     write_text(output / PAGE, render_gallery(drawn))

@@ -51,7 +51,7 @@ class Job:
 
     @property
     def pixels(self) -> int:
-        """Its area."""
+        """Width times height."""
         return self.width * self.height
 
     @property
@@ -78,7 +78,7 @@ class ImageRecord(Job):
 
 
 def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:
-    """Names everything that decides the picture's pixels."""
+    """A hash of everything that decides a picture's pixels."""
     facts = json.dumps([asdict(job), adapter_hash, base_hash, precision], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
@@ -261,6 +261,6 @@ def holds_gallery(folder: Path) -> bool:
 
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:
-    """metadata.jsonl, whole."""
+    """Writes metadata.jsonl, whole or not at all."""
     lines = (json.dumps(asdict(record), ensure_ascii=False) for record in records)
     write_text(folder / METADATA_FILE, "".join(f"{line}\n" for line in lines))

@@ -4,7 +4,7 @@ Layouts (module `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`):
     PEFT       base_model.model.<dotted>.lora_A.weight, .lora_B.weight    alpha in adapter_config.json
     kohya      lora_unet_<underscored>.lora_down.weight, .lora_up.weight  .alpha, a scalar a module
     diffusers  unet.<dotted>.lora_A.weight, .lora_B.weight                alpha in the file's metadata
-DoRA's lengths: .lora_magnitude_vector (PEFT, diffusers; PEFT's shapes), .dora_scale (kohya; one a row).
+DoRA's magnitudes: .lora_magnitude_vector (PEFT, diffusers; PEFT's shapes), .dora_scale (kohya; one a row).
 """
 
 import json
@@ -45,8 +45,8 @@ def _as_pefts(magnitude: Tensor) -> Tensor:
 
 
 def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """kohya's keys, float16, with each module's true alpha. DoRA's lengths stay float32: they are near 1, so
-    a rounding there is as large as what was learned.
+    """kohya's keys, float16, with each module's true alpha. DoRA's magnitudes stay float32: they are near 1,
+    so a rounding there is as large as what was learned.
 
     UserError (exit 5) on a number that float16 can't hold.
     """
@@ -67,7 +67,7 @@ def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def first_layer(adapter: Adapter) -> LoraLayer:
-    """Any layer: what we train has one rank and one alpha."""
+    """One of the adapter's layers, for its rank and alpha: what we train has the same in all."""
     return next(iter(adapter.layers.values()))
 
 

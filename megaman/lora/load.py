@@ -236,7 +236,7 @@ def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: P
 
 
 def _magnitude_of(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> Tensor | None:
-    """DoRA's lengths as LoraLayer wants them. kohya's shape tells their axis; PEFT's are always one a row."""
+    """DoRA's magnitude as LoraLayer wants it. kohya's shape tells their axis; PEFT's are always one a row."""
     rows = part["up"].shape[0]
     columns = part["down"].shape[1]
     tail = [1] * (part["down"].ndim - 2)

@@ -30,7 +30,7 @@ HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.h
 
 
 def our_metadata(adapter: Adapter, ours: str) -> dict[str, str]:
-    """What generate_megaman.py reads."""
+    """The metadata of a file that generate_megaman.py reads: base, trigger, size, guidance, configuration."""
     told = {key: value for key, value in adapter.metadata.items() if key not in ("dataset", "hashes")}
     return {"format": "pt", ours: json.dumps(told, sort_keys=True)}
 

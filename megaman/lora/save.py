@@ -47,7 +47,7 @@ class Delta:
 
 
 def deltas_of(model: nn.Module) -> dict[str, Delta]:
-    """The live model's, straight from PEFT's modules, by underscored path."""
+    """The updates of the model in training, straight from PEFT's modules, by underscored path."""
     found = {}
     for name, module in lora_modules(model).items():
         down, up = (getattr(module, part)[ADAPTER_NAME].weight.detach() for part in ("lora_A", "lora_B"))
@@ -62,7 +62,7 @@ def deltas_of(model: nn.Module) -> dict[str, Delta]:
 
 
 def deltas_in(adapter: Adapter) -> dict[str, Delta]:
-    """An adapter's, by underscored path."""
+    """The updates of an adapter, by underscored path."""
     return {
         underscored(name): Delta(layer.down, layer.up, layer.alpha / layer.rank, layer.magnitude)
         for (_, name), layer in adapter.layers.items()

@@ -76,7 +76,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
-    """accelerate's view of this process.
+    """Makes accelerate's Accelerator for this process.
 
     Only fp16 asks anything of it: a gradient scaler. The base is in half precision already, so no
     autocast.
@@ -90,14 +90,14 @@ def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
 
 
 def start(mixed_precision: str) -> tuple[Accelerator, torch.dtype]:
-    """This process's accelerator, and the precision of the frozen weights on its device."""
+    """Picks device and precision; returns the Accelerator and the precision of the frozen weights."""
     device = pick_device()
     dtype = pick_dtype(mixed_precision, device)
     return new_accelerator(device, dtype), dtype
 
 
 def is_agreed(asked: bool, accelerator: Accelerator) -> bool:
-    """Whether any process asked: all of them get the same answer. Several wait for each other for it."""
+    """Whether any of the processes asked; all get the same answer. Several wait for each other here."""
     if accelerator.num_processes == 1:
         return asked
     return accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item() > 0

@@ -91,7 +91,7 @@ def _kept(value: Tensor | float) -> Tensor:
 
 @torch.no_grad()
 def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts a checkpoint's tensors where `tensors_of` took them. UserError (exit 7) unless each fits."""
+    """Puts a checkpoint's tensors back into model and optimizer. UserError (exit 7) unless each fits."""
     left = dict(tensors)
     for key in [key for key in left if key.startswith("group.")]:
         optimizer.param_groups[0][key.removeprefix("group.")] = left.pop(key).item()
@@ -151,7 +151,7 @@ def save_checkpoint(
 
 
 def _signed(manifest: Mapping[str, Any]) -> str:
-    """The manifest's only spelling, its own sum included."""
+    """A manifest's text, with a sum of its own: the only spelling that is accepted."""
     text = json.dumps({key: manifest[key] for key in manifest if key != OWN_SUM}, sort_keys=True)
     signed = json.loads(text) | {OWN_SUM: hashlib.sha256(text.encode()).hexdigest()}
     return json.dumps(signed, indent=2, sort_keys=True) + "\n"

@@ -1,4 +1,4 @@
-"""The data set in the base's terms: latents and text, encoded once."""
+"""Encoding the dataset with the base's VAE and text encoder, each thing once."""
 
 import hashlib
 import json

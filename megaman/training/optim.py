@@ -76,7 +76,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside it the parameters are the average."""
+        """Inside the block the parameters are the moving average."""
         self._exchange()
         try:
             yield
@@ -92,8 +92,8 @@ class EMA:
         return {f"{EMA_PREFIX}{name}": value.cpu().contiguous() for name, value in self.kept.items()}
 
     def take_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Takes its own out of a checkpoint's tensors and returns the rest. UserError (exit 7) if one is
-        missing.
+        """Takes the average's tensors out of a checkpoint's and returns the rest. UserError (exit 7) if one
+        is missing.
         """
         left = dict(tensors)
         for name, value in self.kept.items():

@@ -18,7 +18,9 @@ from megaman.training.checkpoints import Checkpoint
 
 
 def checkpoint_of(wanted: str | None, run: RunFolder) -> Checkpoint | None:
-    """Where --resume_from_checkpoint goes on; None for a run from the beginning. UserError (exit 7)."""
+    """The checkpoint that --resume_from_checkpoint names; None if a run begins anew. UserError (exit 7) if
+    there is none.
+    """
     if wanted is None:
         return None
     checkpoint = checkpoints.find_checkpoint(wanted, run.checkpoints)

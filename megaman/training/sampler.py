@@ -1,4 +1,6 @@
-"""Which examples a step trains on: a pure function of (seed, position). No generator's state is ever kept."""
+"""The order of the training pictures: what a step trains on is a pure function of (seed, step), so no
+generator's state is ever kept.
+"""
 
 import hashlib
 import itertools
@@ -47,7 +49,7 @@ class Sampler:
 
     @property
     def steps_an_epoch(self) -> int:
-        """A short step counts as one."""
+        """Optimizer steps an epoch; a short one counts too."""
         return sum(-(-len(bucket) // self.step_size) for bucket in self.buckets)
 
     def batch(self, step: int) -> list[Position]:
