@@ -1,1 +1,1 @@
-"""The rooms behind megaman_lora.py and generate_megaman.py. README's file tree says what each one knows."""
+"""What megaman_lora.py and generate_megaman.py stand on. README, «What is where», says what each file knows."""

@@ -14,6 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from megaman.common.console import say
+
 
 class TensorOnCpu(Protocol):
     """A CPU tensor, of which only its numbers are asked: torch's has this, and this module needs no torch."""
@@ -31,15 +33,43 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # nobody else has such a name
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())  # safetensors writes 0600, whatever the umask says
+        with courtesy("permissions", "files get those that it gives them"):
+            partial.chmod(0o666 & ~_umask())  # safetensors writes 0600, whatever the umask says
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
         partial.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a failed write does not say where
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+UNKNOWN_HERE = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EPERM}
+)
+_told: set[str] = set()  # what some disk lacks, and the user knows
+
+
+@contextmanager
+def courtesy(what: str, lost: str) -> Iterator[None]:
+    """Goes on where the file system has no such thing (a cloud drive, a stick, Windows' disk under WSL), and
+    says once what is lost by it. Every other failure is an OSError as ever.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNKNOWN_HERE:
+            raise
+        if what not in _told:
+            _told.add(what)
+            say(f"note: the disk has no {what} ({error.strerror}): {lost}")
+
+
+def sync(handle: int) -> None:
+    """Waits until an open file, or a folder's list of files, has reached the disk."""
+    with courtesy("fsync", "a power cut may cost what was saved last"):
+        os.fsync(handle)
 
 
 def make_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaman.common.console import Exit, UserError
-from megaman.common.files import make_folder
+from megaman.common.files import courtesy, make_folder
 from megaman.common.html import check_page
 
 LOCK = ".lock"  # holds the number of the process that works in the folder
@@ -245,7 +245,9 @@ def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
 
 
 def _locked(handle: int) -> bool:
-    """Whether this process now has the lock; the system gives it back when the process ends."""
+    """Whether this process now has the lock; the system gives it back when the process ends. Where the file
+    system has no locks, everybody has it.
+    """
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -255,7 +257,8 @@ def _locked(handle: int) -> bool:
         else:
             import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with courtesy("locks", "two runs at once in one folder would not notice each other"):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megaman.common.console import Exit, UserError, say
-from megaman.common.files import save_tensors, sha256_of
+from megaman.common.files import save_tensors, sha256_of, sync
 from megaman.common.output_folder import ADAPTER_FILE, free_name, step_folders, step_name
 from megaman.lora.adapter import Adapter
 from megaman.lora.save import write_kohya
@@ -190,7 +190,7 @@ def _sync(path: Path) -> None:
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 
