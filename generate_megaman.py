@@ -9,6 +9,9 @@ interrupted run keeps what is finished.
 
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words of its own
+    sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or newer")
+
 from megaman.common import console, signals
 from megaman.common.console import UserError, quiet_libraries, say
 from megaman.config.generate import BUILT_IN_PROMPTS, NEGATIVE, TRIGGER, GenerateConfig, read_config
@@ -36,7 +39,7 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from megaman.common.output_folder import OutputLock, check_apart, check_unused, check_writable
+from megaman.common.output_folder import OutputLock, adapter_in, check_apart, check_unused, check_writable
 from megaman.config.train import EMBEDDED
 from megaman.generation.candidates import Candidate, base_of, candidates_of, path_in_record
 from megaman.generation.prompts import Prompt, read_prompts_file
@@ -216,7 +219,7 @@ def generate(cfg: GenerateConfig) -> Path:
     output = Path(cfg.output_dir)
     if cfg.gallery_only:
         return gallery.rebuild(output)
-    lora_path = download_adapter(cfg.lora_path)
+    lora_path = adapter_in(download_adapter(cfg.lora_path))
     candidates = candidates_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
     adapter = next(candidate.adapter for candidate in candidates if candidate.is_chosen)
     trigger = adapter.metadata.get("trigger", TRIGGER)

@@ -10,6 +10,9 @@ step. So a run that is stopped goes on to the very bits of one that was not.
 
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words of its own
+    sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or newer")
+
 from megaman.common import console, signals
 from megaman.common.console import UserError, quiet_libraries, say, shell_quoted
 from megaman.config.train import DataFlags, TrainConfig, published, read_config, recorded
@@ -726,10 +729,8 @@ def train(cfg: TrainConfig) -> Path:
     begin(run)
     cfg, accelerator, total = run.cfg, run.accelerator, run.cfg.max_train_steps
     is_main = accelerator.is_main_process
-    with (
-        resume.claimed(run.folder, recorded(cfg), run.checkpoint, is_main=is_main) as stop,
-        closing(tracker_of(run)) as tracker,
-    ):
+    claim = resume.claimed(run.folder, recorded(cfg), run.checkpoint, is_main=is_main)
+    with claim as stop, closing(tracker_of(run)) as tracker:
         if run.start == 0:
             if is_main:
                 run.data.report.write(run.folder.path)

@@ -103,6 +103,11 @@ def holds_run(folder: Path) -> bool:
     return isinstance(record, dict) and record.keys() >= RECORDED
 
 
+def adapter_in(path: Path) -> Path:
+    """What is meant by the path of an adapter: of a run's folder, the adapter that the run made."""
+    return RunFolder(path).weights if holds_run(path) else path
+
+
 def check_output(folder: Path, data_dir: Path) -> None:
     """Checks, without creating anything, that a run may start in `folder`: it holds nothing, or an earlier
     run, which will be moved aside. UserError if not.

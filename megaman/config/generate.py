@@ -13,6 +13,24 @@ Sampler = Literal["dpm++", "euler", "euler_a", "ddim", "unipc"]
 TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
 NEGATIVE = "blurry, low quality, distorted, deformed"
 LARGEST_SIDE = 8192  # pixels; the attention of a larger picture fits no machine
+ELSEWHERE = {
+    "steps": "--num_inference_steps",
+    "cfg_scale": "--guidance_scale",
+    "scale": "--guidance_scale",
+    "lora": "--lora_path",
+    "network_weights": "--lora_path",
+    "network_mul": "--lora_scale",
+    "ckpt": "--base_model",
+    "sampler": "--scheduler",
+    "outdir": "--output_dir",
+    "from_file": "--prompts_file",
+    "prompt": "--prompts",
+    "images_per_prompt": "--num_images_per_prompt",
+    "W": "--width",
+    "H": "--height",
+    "fp16": "--mixed_precision fp16",
+    "bf16": "--mixed_precision bf16",
+}  # what kohya and others call it
 BUILT_IN_PROMPTS = (
     "mega man, standing, facing right, sky background",
     "mega man, running, facing left, sand background",
@@ -117,7 +135,8 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
 def read_config(argv: Sequence[str]) -> GenerateConfig:
     """The configuration that a command line asks for."""
     groups = (AdapterFlags, PromptFlags, DrawingFlags, OutputFlags)
-    values, chosen = parse_flags(groups, argv, description=DESCRIPTION)
-    beside = ", --".join(sorted(chosen - {"gallery_only", "output_dir"}))
+    parsed = parse_flags(groups, argv, description=DESCRIPTION, elsewhere=ELSEWHERE)
+    values = parsed.values
+    beside = ", --".join(sorted(parsed.chosen - {"gallery_only", "output_dir"}))
     require(not (values["gallery_only"] and beside), f"--gallery_only draws nothing: leave --{beside} out")
     return GenerateConfig(**values)

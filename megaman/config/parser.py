@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -141,12 +141,16 @@ def _yes_or_no(text: str) -> bool:
 class _OneLineParser(argparse.ArgumentParser):
     """Leaves with one line for a mistake, and hands out just what was given, no defaults."""
 
-    def __init__(self, groups: Mapping[str, Sequence[Flag]], description: str) -> None:
+    def __init__(
+        self, groups: Mapping[str, Sequence[Flag]], description: str, elsewhere: Mapping[str, str]
+    ) -> None:
+        """elsewhere: what flags of other programs are called here."""
         super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         for title, flags in groups.items():
             group = self.add_argument_group(title)
             for flag in flags:
                 group.add_argument(*_spellings(flag.name), **_settings(flag))
+        self.elsewhere = elsewhere
         self.spellings = [
             word for flags in groups.values() for flag in flags for word in _spellings(flag.name)
         ]
@@ -155,7 +159,9 @@ class _OneLineParser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             flag = unknown.split()[0].split("=")[0]
-            message = f"{flag}: unknown flag{_suggestion(flag, self.spellings)}; --help lists all"
+            ours = self.elsewhere.get(flag.removeprefix("--").replace("-", "_"))
+            hint = f" (here it is {ours})" if ours else _suggestion(flag, self.spellings)
+            message = f"{flag}: unknown flag{hint}; --help lists all"
         leave(message.removeprefix("argument "), Exit.USAGE)
 
 
@@ -175,6 +181,19 @@ def _settings(flag: Flag) -> dict[str, Any]:
     return settings
 
 
+class Parsed(NamedTuple):
+    """The settings, and the names of those that stand on the command line and in the configuration file."""
+
+    values: dict[str, Any]
+    given: set[str]
+    in_file: set[str]
+
+    @property
+    def chosen(self) -> set[str]:
+        """The names of the settings that the user chose, not by a preset."""
+        return self.given | self.in_file
+
+
 def parse_flags(
     groups: Sequence[type[Any]],
     argv: Sequence[str],
@@ -182,8 +201,9 @@ def parse_flags(
     description: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     either_or: frozenset[str] = frozenset(),
-) -> tuple[dict[str, Any], set[str]]:
-    """The value of every field of the dataclasses, and the names that the user chose (not by a preset).
+    elsewhere: Mapping[str, str] | None = None,
+) -> Parsed:
+    """The value of every field of the dataclasses, and where it comes from.
 
     Command line > --config FILE > --preset > default. Of the settings in `either_or`, which say the same
     thing, one source may give one, and it silences those of the sources below. A mistake is one line and
@@ -191,7 +211,7 @@ def parse_flags(
     """
     flags = {group.title: _flags_of(group) for group in groups}
     known = {flag.name: flag for group in flags.values() for flag in group}
-    given = vars(_OneLineParser(flags, description).parse_args(argv))
+    given = vars(_OneLineParser(flags, description, elsewhere or {}).parse_args(argv))
     preset = (presets or {}).get(given.get("preset", ""), {})
     file = _read_config(given["config"], known) if "config" in given else {}
     values = {flag.name: flag.default for flag in known.values()}
@@ -205,7 +225,7 @@ def parse_flags(
             values |= {name: known[name].default for name in either_or}
         values |= source
     _refuse_unwritable(values)
-    return values, {*file, *given}
+    return Parsed(values, set(given), set(file))
 
 
 def _flags_of(group: type) -> list[Flag]:
@@ -260,6 +280,10 @@ def _read_config(path: str, known: Mapping[str, Flag]) -> dict[str, Any]:
 
 def _typed(value: Any, flag: Flag, path: str) -> Any:
     """A file's value, read as if it stood on the command line: PyYAML takes 1e-4 for a text."""
+    if flag.name == "resolution" and isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]  # [512, 512], as other trainers write a square
+    if flag.kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     several = value if isinstance(value, list) else [value]
     try:
         if any(isinstance(each, list | dict) for each in several) or (value is several) > flag.takes_several:

@@ -18,6 +18,39 @@ Targets = Literal["attention", "attention+ff", "linear", "conv"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
 Attention = Literal["auto", "sdpa", "xformers"]
 PROJECT = Path(__file__).parents[2]
+RECORD = "training_config.json"  # where a run keeps its settings
+ELSEWHERE = {
+    "lr": "--learning_rate",
+    "unet_lr": "--learning_rate",
+    "network_dim": "--lora_rank",
+    "rank": "--lora_rank",
+    "network_alpha": "--lora_alpha",
+    "network_dropout": "--lora_dropout",
+    "network_weights": "--init_lora",
+    "checkpointing_steps": "--save_steps",
+    "save_every_n_steps": "--save_steps",
+    "max_train_epochs": "--num_train_epochs",
+    "train_data_dir": "--data_dir",
+    "instance_data_dir": "--data_dir",
+    "instance_prompt": "--trigger",
+    "output_name": "--output_dir: the file is always megaman_lora.safetensors",
+    "xformers": "--attention xformers",
+    "enable_xformers_memory_efficient_attention": "--attention xformers",
+    "sdpa": "--attention sdpa",
+    "fp16": "--mixed_precision fp16",
+    "bf16": "--mixed_precision bf16",
+    "optimizer_type": "--optimizer",
+    "min_snr_gamma": "--snr_gamma",
+    "sample_prompts": "--validation_prompt",
+    "sample_every_n_steps": "--validation_steps",
+    "keep_tokens": "--keep_tags",
+    "shuffle_caption": "--shuffle_tags",
+    "caption_dropout_rate": "--caption_dropout",
+    "flip_aug": "--flip",
+    "random_flip": "--flip",
+    "center_crop": "--crop center",
+    "random_crop": "--crop random",
+}  # what kohya, diffusers and others call it: a table, for letters alone would mislead
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "pretrained_model_name": EMBEDDED,
@@ -239,16 +272,31 @@ FACTS = facts_of(TrainConfig)
 
 def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     """The configuration that the command line asks for, and the names of the settings that the user chose."""
-    values, chosen = parse_flags(
+    values, given, in_file = parsed = parse_flags(
         (DataFlags, AdapterFlags, OptimisationFlags, PrecisionFlags, RunFlags),
         argv,
         description=DESCRIPTION,
         presets=PRESETS,
         either_or=frozenset({"max_train_steps", "num_train_epochs"}),
+        elsewhere=ELSEWHERE,
     )
+    if values["resume_from_checkpoint"] and "output_dir" not in given and _goes_on_beside(values, in_file):
+        beside = Path(values["config"]).parent
+        if beside.resolve() != Path(values["output_dir"]).resolve():
+            values["output_dir"] = str(beside)
     if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
         values["data_dir"] = str(PROJECT / STARTER_IMAGES)  # wherever the command is run from
-    return TrainConfig(**values), chosen
+    return TrainConfig(**values), parsed.chosen
+
+
+def _goes_on_beside(values: Mapping[str, Any], in_file: set[str]) -> bool:
+    """Whether the configuration file is a run's own record, so that a resume means the run in whose folder it
+    lies, which may have been moved or renamed since.
+    """
+    always = {
+        name for name, facts in FACTS.items() if not facts.is_of_one_command and values[name] is not None
+    }
+    return values["config"] is not None and Path(values["config"]).name == RECORD and in_file >= always
 
 
 def recorded(cfg: TrainConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megaman.common.console import Exit, UserError
+from megaman.common.output_folder import adapter_in
 from megaman.config.train import FACTS, Targets, TrainConfig
 from megaman.lora.adapter import LoraLayer, underscored
 from megaman.lora.injection import ADAPTER_NAME, TARGETS, lora_modules
@@ -67,7 +68,7 @@ def init_of(cfg: TrainConfig) -> InitLora | None:
 
 def read_init_lora(path: str) -> InitLora:
     """The adapter of a file or folder of any tool. UserError (exit 4) if no training can go on from it."""
-    adapter = read_adapter(Path(path).expanduser())
+    adapter = read_adapter(adapter_in(Path(path)))
     layers = {underscored(name): layer for (part, name), layer in adapter.layers.items() if part == "unet"}
     others = len(adapter.layers) - len(layers)
     if others:

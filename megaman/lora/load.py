@@ -5,7 +5,7 @@ can't be placed is refused: a key that is passed over is strength that is lost.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,18 @@ def _is_text(text: str) -> bool:
     return len(text) < 10_000 and is_text(text)  # as training takes it
 
 
-_KNOWN = {  # what generation takes over, and what it may be
+_KNOWN: dict[
+    str, tuple[type | tuple[type, ...], Callable[[Any], bool]]
+] = {  # what generation takes over, and what it may be
     "base": (str, _is_text),
     "trigger": (str, _is_text),
     "resolution": (int, lambda side: 1 <= side <= 8192),
-    "guidance_scale": (float, lambda scale: 0 <= scale < math.inf),
+    "guidance_scale": ((int, float), lambda scale: 0 <= scale < math.inf),  # JSON writes 7.0 as 7 at times
 }
+
+
+def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -72,7 +78,7 @@ def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
         if not isinstance(known, dict):
             raise ValueError("no names and values")
         for name, (kind, is_sound) in _KNOWN.items():
-            if name in known and not (isinstance(known[name], kind) and is_sound(known[name])):
+            if name in known and not (_is_a(known[name], kind) and is_sound(known[name])):
                 raise ValueError(name)
     except (ValueError, RecursionError) as error:
         reason = f"its metadata is damaged ({str(error)[:100]}). Copy or train it again."

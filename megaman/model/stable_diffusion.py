@@ -32,6 +32,8 @@ from megaman.model.hub import (
     why_not_loaded,
 )
 
+SD2_TEXT_WIDTH = 1024  # of 2.x's text encoder; 1.x's is 768 wide
+
 
 @dataclass
 class StableDiffusion:
@@ -152,6 +154,8 @@ def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
         reason = f"its UNet takes {unet.in_channels} channels, not {latents} (an inpainting model?)"
     elif unet.addition_embed_type is not None:
         reason = "its UNet wants more than text (Stable Diffusion XL?)"
+    elif unet.cross_attention_dim == SD2_TEXT_WIDTH:
+        reason = "it is a Stable Diffusion 2.x, which this tool does not train yet"
     elif unet.cross_attention_dim != pipeline.text_encoder.config.hidden_size:
         reason = f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another"
     if reason is not None:

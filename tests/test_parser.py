@@ -1,0 +1,101 @@
+"""Flags and configuration files as people of other trainers write them, and files that were moved."""
+
+import ast
+import json
+from pathlib import Path
+
+import commands
+import pytest
+from conftest import ROOT
+
+from megaman.common import output_folder
+from megaman.common.console import UserError
+from megaman.config import generate, train
+
+
+def error_of(read: object, *argv: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line that a mistake on the command line gets."""
+    with pytest.raises(SystemExit) as left:
+        commands.run(lambda: read(list(argv)))
+    assert left.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--lr", "--learning_rate"),
+        ("--unet_lr", "--learning_rate"),
+        ("--network_dim", "--lora_rank"),
+        ("--network-alpha", "--lora_alpha"),
+        ("--checkpointing_steps", "--save_steps"),
+        ("--max_train_epochs", "--num_train_epochs"),
+        ("--train_data_dir", "--data_dir"),
+        ("--instance_data_dir", "--data_dir"),
+        ("--output_name", "--output_dir"),
+        ("--xformers", "--attention xformers"),
+        ("--fp16", "--mixed_precision fp16"),
+        ("--rank", "--lora_rank"),
+    ],
+)
+def test_a_flag_of_another_trainer_gets_its_true_name(
+    theirs: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = error_of(train.read_config, f"{theirs}=1", capsys=capsys)
+    assert f"{theirs}: unknown flag (here it is {ours}" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [train, generate])
+def test_every_hint_names_a_flag_that_there_is(module: object) -> None:
+    config = train.TrainConfig if module is train else generate.GenerateConfig
+    for hint in module.ELSEWHERE.values():
+        name = hint.split()[0].removeprefix("--").removesuffix(":")
+        assert name in config.__dataclass_fields__, hint
+    assert not set(module.ELSEWHERE) & set(config.__dataclass_fields__)
+
+
+def test_numbers_in_files_mean_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"seed": 42.0, "resolution": [64, 64], "lora_alpha": 8}')
+    cfg, _ = train.read_config(["--config", str(tmp_path / "a.json")])
+    assert (cfg.seed, cfg.resolution, cfg.lora_alpha) == (42, 64, 8.0)
+    for text in ('{"seed": 42.5}', '{"resolution": [64, 32]}', '{"trigger": {"a": 1}}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=r"a\.json: (seed|resolution|trigger): "):
+            train.read_config(["--config", str(tmp_path / "a.json")])
+
+
+def test_a_prompt_in_a_file_may_begin_with_dashes(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"validation_prompt": ["--seed 7", "-x"]}')
+    cfg, _ = train.read_config(["--config", str(tmp_path / "a.json")])
+    assert cfg.validation_prompt == ["--seed 7", "-x"]
+
+
+def test_a_resume_goes_on_in_the_folder_where_the_record_lies(tmp_path: Path) -> None:
+    moved = tmp_path / "out.001" / "training_config.json"
+    moved.parent.mkdir()
+    moved.write_text(json.dumps(train.recorded(train.TrainConfig(output_dir=str(tmp_path / "out")))))
+    assert moved.name == train.RECORD == output_folder.RECORD
+    resume = ["--config", str(moved), "--resume_from_checkpoint", "latest"]
+    assert train.read_config(resume)[0].output_dir == str(moved.parent)
+    assert train.read_config(resume[:2])[0].output_dir == str(
+        tmp_path / "out"
+    )  # a repetition begins anew there
+    moved.write_text(json.dumps(train.recorded(train.TrainConfig(output_dir=f"{moved.parent}/."))))
+    assert (
+        train.read_config(resume)[0].output_dir == f"{moved.parent}/."
+    )  # in the user's words where they hold
+    named = train.read_config([*resume, "--output_dir", "elsewhere"])[0]
+    assert named.output_dir == "elsewhere"
+    copy = moved.rename(tmp_path / "my_settings.json")
+    assert train.read_config(["--config", str(copy), *resume[2:]])[0].output_dir == f"{moved.parent}/."
+
+
+@pytest.mark.parametrize("script", ["megaman_lora.py", "generate_megaman.py"])
+def test_an_old_python_is_told_which_one_is_needed_before_anything_is_imported(script: str) -> None:
+    source = (ROOT / script).read_text(encoding="utf-8")
+    head = source[: source.index("\nfrom megaman")]
+    for line in ("import sys", "sys.version_info < (3, 11)", "Python 3.11 or newer"):
+        assert line in head
+    compile(source, script, "exec", dont_inherit=True)
+    ast.parse(source, feature_version=(3, 8))  # the whole file must parse, or the line is never reached
