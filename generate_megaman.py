@@ -30,7 +30,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +124,7 @@ def group_into_batches(jobs: Sequence[Job], batch_size: int | None, device_type:
         yield from (group[i : i + size] for i in range(0, len(group), size))
 
 
-# ---------------------------------------------------------------- pipeline and adapter
+# ---------------------------------------------------------------- tasks
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Task:
     digest: str  # job_hash
 
 
-class Drawing(NamedTuple):
+class Drawn(NamedTuple):
     """What became of a task."""
 
     task: Task
@@ -182,15 +181,6 @@ def check_jobs(jobs: Sequence[Job], base: StableDiffusion) -> None:
             )
 
 
-def note_long_prompts(jobs: Sequence[Job], base: StableDiffusion) -> None:
-    """Says which prompts lose their end: the text encoder reads 75 tokens."""
-    room = base.tokenizer.model_max_length - 2
-    for prompt in dict.fromkeys(job.prompt for job in jobs):
-        count = len(base.tokenizer(prompt, add_special_tokens=False).input_ids)
-        if count > room:
-            say(f"note: a prompt of {count} tokens is cut after {room}: {prompt[:60]!r}…")
-
-
 def render(batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter) -> list[Image | None]:
     """The pictures of one batch; None for one whose numbers overflowed. Each has a generator of its own, so
     its neighbours don't matter.
@@ -211,55 +201,55 @@ def render(batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter) -
     )
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- drawing
 
 
-def generate(cfg: GenerateConfig) -> Path:
-    """Draws everything that is not drawn yet and returns the gallery's page."""
-    output = Path(cfg.output_dir)
-    if cfg.gallery_only:
-        return gallery.rebuild(output)
-    lora_path = adapter_in(download_adapter(cfg.lora_path))
-    candidates = candidates_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
-    adapter = next(candidate.adapter for candidate in candidates if candidate.is_chosen)
-    trigger = adapter.metadata.get("trigger", TRIGGER)
-    prompts = read_prompts(cfg, trigger)
-    check_folder(output, lora_path)
-
-    memory.keep_freed_memory()
-    device = compute.pick_device(cfg.device)
-    dtype = compute.pick_dtype(cfg.mixed_precision, device)
-    name = base_of(adapter, lora_path, cfg.base_model)
-    base = stable_diffusion.load_base(name, device=device, dtype=dtype)
-    counts = check_adapters_fit(candidates, base)
-    strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
-    modules = f"{counts['unet']} UNet and {counts['text_encoder']} text-encoder modules"
-    say(f"adapter: loaded {modules}, scale {strengths} ({lora_path})")
-    if cfg.compare_checkpoints:
-        say(f"checkpoints: {', '.join(candidate.name for candidate in candidates)}")
-    about = {
-        "base_model": base.name,
-        "trigger": trigger,
-        "precision": str(dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-    }
-    cfg = resolve(cfg, adapter, base)
-    jobs = make_jobs(cfg, prompts)
-    check_jobs(jobs, base)
-    note_long_prompts(jobs, base)
-    tasks = make_tasks(jobs, candidates, base.digest, about["precision"])
-    with closing(OutputLock(output).sign()):
-        return draw_missing(tasks, cfg, base, about)
+def draw_batch(
+    batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter, limit: memory.BatchLimit
+) -> list[Image | None]:
+    """The pictures of a batch, in as many parts as the memory asks for."""
+    return limit.drawn(batch, lambda part: render(part, base, merged), batch[0].pixels)
 
 
-def check_folder(output: Path, lora_path: Path) -> None:
-    """UserError unless pictures may go there: by what lies in the folder, outside the pictures that were
-    trained on, and with room.
+def draw_batches(
+    tasks: Sequence[Task], batch_size: int | None, base: StableDiffusion
+) -> Iterator[list[Drawn]]:
+    """The pictures batch by batch, one adapter after the other."""
+    limit = memory.BatchLimit()
+    by_adapter: dict[str, dict[Job, Task]] = {}
+    for task in tasks:
+        by_adapter.setdefault(task.candidate.digest, {})[task.job] = task
+    for wanted in by_adapter.values():
+        adapter = next(iter(wanted.values())).candidate.adapter
+        merged = MergedAdapter(adapter, base.unet, base.text_encoder)
+        for batch in group_into_batches(list(wanted), batch_size, base.unet.device.type):
+            started = time.monotonic()
+            images = draw_batch(batch, base, merged, limit)
+            seconds = round((time.monotonic() - started) / len(batch), 3)
+            yield [Drawn(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
+        merged.set_scale(0)  # the next adapter goes into the base's own weights
+
+
+def save_batch(
+    batch: Sequence[Drawn], cfg: GenerateConfig, about: dict[str, Any]
+) -> Iterator[records.ImageRecord]:
+    """Saves a batch's pictures, but for those that overflowed; gives each record as soon as its picture is
+    safe.
     """
-    records.check_folder(output)
-    check_apart("output_dir", str(output), path_in_record(lora_path, "data_dir"))
-    check_unused(output)
-    check_writable(output)
+    for task, image, seconds in batch:
+        if image is not None:
+            own = {"adapter": task.candidate.name, "adapter_hash": task.candidate.digest}
+            record = record_of(task.job, task.digest, about | own, seconds)
+            records.save_picture(image, record, Path(cfg.output_dir), described=not cfg.no_metadata)
+            yield record
+
+
+def raise_if_overflowed(jobs: Sequence[Job]) -> None:
+    """UserError (exit 5) that names the jobs, if there are any."""
+    if jobs:
+        named = "; ".join(f"{job.prompt[:40]!r} (seed {job.seed})" for job in jobs[: console.NAMED])
+        more = f" and {len(jobs) - console.NAMED} more" if len(jobs) > console.NAMED else ""
+        raise UserError(f"{len(jobs)} not drawn: {named}{more}: {drawing.OVERFLOW}", console.Exit.NUMBERS)
 
 
 def draw_missing(
@@ -288,52 +278,64 @@ def draw_missing(
     with bar, ExitStack() as at_the_end:
         at_the_end.callback(show)  # however it ends: what is drawn is shown
         for batch in draw_batches(missing, cfg.batch_size, base):
-            finished |= save_batch(batch, cfg, about)
+            for record in save_batch(batch, cfg, about):
+                finished[record.job] = record
             show()
             bar.update(len(batch))
     raise_if_overflowed([task.job for task in missing if task.digest not in finished])
     return output / records.PAGE
 
 
-def save_batch(
-    batch: Sequence[Drawing], cfg: GenerateConfig, about: dict[str, Any]
-) -> dict[str, records.ImageRecord]:
-    """Saves a batch's pictures, but for those that overflowed. Their records, by the task's digest."""
-    saved = {}
-    for task, image, seconds in batch:
-        if image is not None:
-            own = {"adapter": task.candidate.name, "adapter_hash": task.candidate.digest}
-            record = record_of(task.job, task.digest, about | own, seconds)
-            records.save_picture(image, record, Path(cfg.output_dir), described=not cfg.no_metadata)
-            saved[task.digest] = record
-    return saved
+# ---------------------------------------------------------------- the command
 
 
-def draw_batches(
-    tasks: Sequence[Task], batch_size: int | None, base: StableDiffusion
-) -> Iterator[list[Drawing]]:
-    """The pictures batch by batch, one adapter after the other."""
-    limit = memory.BatchLimit()
-    by_adapter: dict[str, dict[Job, Task]] = {}
-    for task in tasks:
-        by_adapter.setdefault(task.candidate.digest, {})[task.job] = task
-    for wanted in by_adapter.values():
-        adapter = next(iter(wanted.values())).candidate.adapter
-        merged = MergedAdapter(adapter, base.unet, base.text_encoder)
-        for batch in group_into_batches(list(wanted), batch_size, base.unet.device.type):
-            started = time.monotonic()
-            images = limit.drawn(batch, partial(render, base=base, merged=merged), batch[0].pixels)
-            seconds = round((time.monotonic() - started) / len(batch), 3)
-            yield [Drawing(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
-        merged.set_scale(0)  # the next adapter goes into the base's own weights
+def generate(cfg: GenerateConfig) -> Path:
+    """Draws everything that is not drawn yet and returns the gallery's page."""
+    output = Path(cfg.output_dir)
+    if cfg.gallery_only:
+        return gallery.rebuild(output)
+    lora_path = adapter_in(download_adapter(cfg.lora_path))
+    candidates = candidates_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
+    adapter = next(candidate.adapter for candidate in candidates if candidate.is_chosen)
+    trigger = adapter.metadata.get("trigger", TRIGGER)
+    prompts = read_prompts(cfg, trigger)
+    check_output_folder(output, lora_path)
+
+    memory.keep_freed_memory()
+    device = compute.pick_device(cfg.device)
+    dtype = compute.pick_dtype(cfg.mixed_precision, device)
+    name = base_of(adapter, lora_path, cfg.base_model)
+    base = stable_diffusion.load_base(name, device=device, dtype=dtype)
+    counts = check_adapters_fit(candidates, base)
+    strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
+    modules = f"{counts['unet']} UNet and {counts['text_encoder']} text-encoder modules"
+    say(f"adapter: loaded {modules}, scale {strengths} ({lora_path})")
+    if cfg.compare_checkpoints:
+        say(f"checkpoints: {', '.join(candidate.name for candidate in candidates)}")
+    about = {
+        "base_model": base.name,
+        "trigger": trigger,
+        "precision": str(dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+    cfg = resolve(cfg, adapter, base)
+    jobs = make_jobs(cfg, prompts)
+    check_jobs(jobs, base)
+    for line in base.notes_on_length(text for job in jobs for text in (job.prompt, job.negative_prompt)):
+        say(line)
+    tasks = make_tasks(jobs, candidates, base.digest, about["precision"])
+    with closing(OutputLock(output).sign()):
+        return draw_missing(tasks, cfg, base, about)
 
 
-def raise_if_overflowed(jobs: Sequence[Job]) -> None:
-    """UserError (exit 5) that names the jobs, if there are any."""
-    if jobs:
-        named = "; ".join(f"{job.prompt[:40]!r} (seed {job.seed})" for job in jobs[: console.NAMED])
-        more = f" and {len(jobs) - console.NAMED} more" if len(jobs) > console.NAMED else ""
-        raise UserError(f"{len(jobs)} not drawn: {named}{more}: {drawing.OVERFLOW}", console.Exit.NUMBERS)
+def check_output_folder(output: Path, lora_path: Path) -> None:
+    """UserError unless pictures may go there: by what lies in the folder, outside the pictures that were
+    trained on, and with room.
+    """
+    records.check_folder(output)
+    check_apart("output_dir", str(output), path_in_record(lora_path, "data_dir"))
+    check_unused(output)
+    check_writable(output)
 
 
 def main(cfg: GenerateConfig) -> None:

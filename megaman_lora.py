@@ -61,14 +61,11 @@ from megaman.training.schedule import describe_plan, lr_at, pictures_a_step, pla
 from megaman.training.tracker import SilentTracker, StepResult, Tracker
 from megaman.training.validation import BestCheckpoint
 
-# ---------------------------------------------------------------- configuration
 
-
-def settle(cfg: TrainConfig, chosen: Collection[str] = ()) -> TrainConfig:
+def with_init_lora(cfg: TrainConfig, chosen: Collection[str] = ()) -> TrainConfig:
     """The configuration with what --init_lora decides: rank, alpha, targets and DoRA are the adapter's.
 
-    chosen: the user's own settings. UserError (exit 2) if one of them is another than the adapter's, (exit 4)
-    if no training can go on from it.
+    chosen: the user's own settings. UserError if one of them is another than the adapter's (exit 2).
     """
     if cfg.init_lora is None:
         return cfg
@@ -93,7 +90,7 @@ class Example:
     ids: Tensor | None
 
 
-VARIANTS = 4  # random crops and shuffled captions of a picture that are encoded; each step picks one
+VARIANTS = 4  # encoded per picture, of random crops and of shuffled captions; each step picks one
 
 
 class MegaManDataset:
@@ -173,9 +170,9 @@ class MegaManDataset:
     def texts(self, index: int) -> list[str]:
         """The wordings of a picture's caption: several where its tags are shuffled."""
         text = self.captions[index].text
-        rng = random.Random(f"{self.seed}/{self.scanned[index].digest}")
         if not self.settings.shuffle_tags:
             return [text]
+        rng = random.Random(f"{self.seed}/{self.scanned[index].digest}")
         return captions.variants(text, VARIANTS, keep_tags=self.settings.keep_tags, rng=rng)
 
     def class_texts(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -197,7 +194,9 @@ def sampler_of(dataset: MegaManDataset, step_size: int, without: frozenset[int] 
 
 
 def report_of(dataset: MegaManDataset, *, is_exact: bool = True) -> Report:
-    """What the user should know of a dataset with a tokenizer. is_exact: whether that is the base's own."""
+    """What the user should know of a dataset with a tokenizer. is_exact: whether the tokenizer is the base's
+    own.
+    """
     tokenizer = dataset.tokenizer
     if tokenizer is None:
         raise ValueError("a report counts tokens: give the dataset a tokenizer")
@@ -275,6 +274,12 @@ class ExampleDraw:
     timestep: Tensor
 
 
+def noise_of(shape: Sequence[int], offset: float, generator: torch.Generator) -> Tensor:
+    """Noise for latents (C,h,w); an offset moves the mean of each channel too. Guttenberg 2023."""
+    noise = torch.randn(shape, generator=generator)
+    return noise + offset * torch.randn((shape[0], 1, 1), generator=generator) if offset else noise
+
+
 def draw_example(
     position: Position, encoded: EncodedDataset, cfg: TrainConfig, scheduler: DDPMScheduler
 ) -> ExampleDraw:
@@ -282,7 +287,7 @@ def draw_example(
     a wording of the caption or the empty caption (row 0).
     """
     number, index = position
-    generator = generator_of(cfg.seed, "example", number)
+    generator = generator_of(cfg.seed, "example", number)  # the order of its draws is what a resume repeats
 
     def one_of(rows: Sequence[int]) -> int:
         return rows[int(torch.randint(0, len(rows), (), generator=generator).item())]
@@ -309,19 +314,13 @@ def make_batch(
     stds = torch.stack([encoded.stds[example.crop_row] for example in drawn])
     asking = [number for number, example in enumerate(drawn) if example.class_row is not None]
     return Batch(
-        means + stds * torch.stack([example.spread for example in drawn]).to(device),
-        torch.stack([example.noise for example in drawn]).to(device),
-        torch.stack([example.timestep for example in drawn]).to(device),
-        encoded.text[[example.text_row for example in drawn]],
-        encoded.text[[row for example in drawn if (row := example.class_row) is not None]],
-        torch.tensor(asking, dtype=torch.long, device=device),
+        latents=means + stds * torch.stack([example.spread for example in drawn]).to(device),
+        noise=torch.stack([example.noise for example in drawn]).to(device),
+        timesteps=torch.stack([example.timestep for example in drawn]).to(device),
+        text=encoded.text[[example.text_row for example in drawn]],
+        class_text=encoded.text[[row for example in drawn if (row := example.class_row) is not None]],
+        class_of=torch.tensor(asking, dtype=torch.long, device=device),
     )
-
-
-def noise_of(shape: Sequence[int], offset: float, generator: torch.Generator) -> Tensor:
-    """Noise for latents (C,h,w); an offset moves the mean of each channel too. Guttenberg 2023."""
-    noise = torch.randn(shape, generator=generator)
-    return noise + offset * torch.randn((shape[0], 1, 1), generator=generator) if offset else noise
 
 
 def validation_batch(encoded: EncodedDataset, index: int, timesteps: Sequence[int]) -> Batch:
@@ -331,12 +330,12 @@ def validation_batch(encoded: EncodedDataset, index: int, timesteps: Sequence[in
     noise = torch.randn((count, *encoded.shape_of(index)), generator=generator_of(0, "held out", index))
     text = encoded.text[encoded.text_rows[index][0]].expand(count, -1, -1)
     return Batch(
-        encoded.means[encoded.crop_rows[index][0]].expand(count, -1, -1, -1),
-        noise.to(device),
-        torch.tensor(timesteps, device=device),
-        text,
-        text[:0],
-        torch.tensor([], dtype=torch.long, device=device),
+        latents=encoded.means[encoded.crop_rows[index][0]].expand(count, -1, -1, -1),
+        noise=noise.to(device),
+        timesteps=torch.tensor(timesteps, device=device),
+        text=text,
+        class_text=text[:0],
+        class_of=torch.tensor([], dtype=torch.long, device=device),
     )
 
 
@@ -351,7 +350,7 @@ def denoising_losses(unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, sn
 def preserving_losses(
     unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, snr_gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """The same errors (B,), and how far the UNet strays from the base where captions name the class, (K,).
+    """The error of each example (B,), and how far the UNet strays from the base under class captions, (K,).
 
     Both from one pass of B + K examples: the same noisy latents under both captions. What the class looks
     like is asked of the base itself, with the adapter switched off, so no pictures of it are needed.
@@ -362,12 +361,12 @@ def preserving_losses(
     plain = extract_model_from_parallel(unet)
     plain.disable_adapters()
     with torch.no_grad():
-        kept = _predicted(plain, class_noisy, class_timesteps, batch.class_text)
+        from_base = _predicted(plain, class_noisy, class_timesteps, batch.class_text)
     plain.enable_adapters()
     text = torch.cat([batch.text, batch.class_text])
     timesteps = torch.cat([batch.timesteps, class_timesteps])
     predicted = _predicted(unet, torch.cat([noisy, class_noisy]), timesteps, text)
-    squared = (predicted - torch.cat([_target(batch, scheduler), kept])).square().mean(dim=(1, 2, 3))
+    squared = (predicted - torch.cat([_target(batch, scheduler), from_base])).square().mean(dim=(1, 2, 3))
     losses = squared * min_snr_weights(timesteps, scheduler, snr_gamma)
     return losses[: len(noisy)], losses[len(noisy) :]
 
@@ -406,7 +405,7 @@ def min_snr_weights(timesteps: Tensor, scheduler: DDPMScheduler, snr_gamma: floa
 
 
 def every(step: int, interval: int, total: int) -> bool:
-    """True after every `interval` steps, and after the last."""
+    """True at step 0, after every `interval` steps, and after the last."""
     return step % interval == 0 or step == total
 
 
@@ -418,7 +417,7 @@ def open_store(cfg: TrainConfig) -> Store:
 def open_dataset(cfg: TrainConfig, facts: BaseFacts) -> MegaManDataset:
     """The pictures to train on. UserError (exit 3) if there are none, or if one is skipped under --strict.
 
-    facts: what is known of the base that they are for.
+    facts: what is known of the base.
     """
     for flag in ("output_dir", "cache_dir", "logging_dir"):
         check_apart(flag, getattr(cfg, flag), cfg.data_dir)
@@ -483,7 +482,7 @@ class Run:
     optimizer: Optimizer
     ema: EMA  # what previews draw and files hold
     origins: dict[str, Any]  # fingerprints of pictures, captions and base
-    checkpoint: Checkpoint | None  # where it goes on
+    checkpoint: Checkpoint | None  # that the run resumes from
     memory: MemoryPlan
     best: BestCheckpoint  # the smallest loss on the pictures that are held out
 
@@ -551,7 +550,7 @@ def set_up(cfg: TrainConfig) -> Run:
 
 
 def encode_dataset(dataset: MegaManDataset, base: StableDiffusion, cfg: TrainConfig) -> EncodedDataset:
-    """The dataset in the base's terms, from the cache where it was encoded before."""
+    """The dataset as latents and text states, from the cache where it was encoded before."""
     store = open_store(cfg)
     crops = [dataset.crops(index) for index in range(len(dataset))]
     texts = [dataset.texts(index) for index in range(len(dataset))]
@@ -569,6 +568,8 @@ def begin(run: Run) -> None:
     processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
+    for line in run.base.notes_on_length(run.cfg.validation_prompt):
+        say(line)
     if run.checkpoint is not None:
         restore_checkpoint(run, run.checkpoint)
         say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.checkpoint.path}")
@@ -589,7 +590,7 @@ def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def apply_memory_plan(run: Run) -> None:
-    """Clears the gradients and applies the memory plan, before a step is tried again."""
+    """Clears the gradients and applies the memory plan."""
     run.optimizer.zero_grad()
     if run.memory.checkpointing or run.cfg.gradient_checkpointing:
         run.base.unet.enable_gradient_checkpointing()
@@ -601,10 +602,10 @@ def tracker_of(run: Run) -> SilentTracker:
     names = [picture.name for picture in run.data.report.pictures]
     if not run.accelerator.is_main_process:
         return SilentTracker(steps, names)
-    logs = Path(run.cfg.logging_dir) if run.cfg.logging_dir else run.folder.logs
+    logs = Path(run.cfg.logging_dir or run.folder.logs)
     logging_dir = logs if run.cfg.report_to == "tensorboard" else None
-    pictures_a_step = len(run.data.sampler) / run.data.sampler.steps_an_epoch
-    return Tracker(run.folder, steps, names, pictures_a_step, logging_dir=logging_dir)
+    mean_pictures = len(run.data.sampler) / run.data.sampler.steps_an_epoch
+    return Tracker(run.folder, steps, names, mean_pictures, logging_dir=logging_dir)
 
 
 def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
@@ -613,7 +614,11 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
     if run.accelerator.is_main_process:
         run.best.note_saved(step)
         scaler = run.accelerator.scaler
-        facts = {"scaler": scaler and scaler.state_dict(), "best": asdict(run.best), **run.memory.facts()}
+        facts = {
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "best": asdict(run.best),
+            **run.memory.facts(),
+        }
         tensors = checkpoints.tensors_of(run.base.unet, run.optimizer) | run.ema.tensors()
         threads = torch.get_num_threads()
         checkpoint = Checkpoint(step, asdict(run.cfg), run.origins, facts, threads, tensors)
@@ -626,7 +631,7 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
 
 
 def validate(run: Run, tracker: SilentTracker, step: int) -> None:
-    """Measures the plain loss on the pictures that are held out, the adapter as it is shown."""
+    """Measures the plain loss on the pictures that are held out, with the moving average, if there is one."""
     if run.data.held_out and run.accelerator.is_main_process:
         unet = run.base.unet.eval()
         with torch.no_grad(), run.ema.swapped_in():
@@ -655,7 +660,7 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
 
 
 def finish(run: Run, tracker: SilentTracker) -> Path:
-    """Writes lora_weights/ and closes everything."""
+    """Writes lora_weights/ and closes tracker and accelerator."""
     weights = run.folder.weights
     if run.accelerator.is_main_process:
         unet = run.base.unet
@@ -749,7 +754,7 @@ def train(cfg: TrainConfig) -> Path:
             tracker.record(StepResult(step, losses.mean, grad_norm, rate, skipped, losses.parts))
 
             done = step + 1
-            is_stopped = compute.is_agreed(bool(stop), accelerator)
+            is_stopped = compute.is_agreed(bool(stop), accelerator)  # several processes wait for each other
             if every(done, cfg.validation_steps, total) or every(done, cfg.save_steps, total):
                 validate(run, tracker, done)
             if is_stopped or every(done, cfg.save_steps, total):
@@ -781,13 +786,13 @@ def show_dataset(cfg: TrainConfig) -> None:
 
 def main(cfg: TrainConfig, chosen: Collection[str]) -> None:
     """The command: a dry run or a training, and what to do next."""
-    cfg = settle(cfg, chosen)
+    cfg = with_init_lora(cfg, chosen)
     if cfg.dry_run:
         return show_dataset(cfg)
     weights = train(cfg)
     say(f"done: {weights} (PEFT), {weights / 'megaman_lora.safetensors'} (A1111, Forge, ComfyUI, kohya)")
-    place = "" if cfg.output_dir == DataFlags.output_dir else f" --lora_path {shell_quoted(str(weights))}"
-    say(f"next: python generate_megaman.py{place}")
+    flag = "" if cfg.output_dir == DataFlags.output_dir else f" --lora_path {shell_quoted(str(weights))}"
+    say(f"next: python generate_megaman.py{flag}")
 
 
 if __name__ == "__main__":

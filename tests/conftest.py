@@ -3,6 +3,7 @@ pictures, the two scripts as a user runs them.
 """
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -42,6 +43,37 @@ from megaman.data.buckets import (  # noqa: E402
 )
 from megaman.model.hub import EMBEDDED_FOLDER  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
+from megaman.training import validation  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is imported by now out of every later search for garbage, which takes 0.2 s with it."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_previews() -> Iterator[None]:
+    """Sample pictures in 2 denoising steps, not 20, which are half of a tiny run; real processes take all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "SAMPLE_STEPS", 2)
+        yield
+
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One thread for torch, for which the tiny tensors of the tests are too small to share."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """As many threads for torch as a user's run has, during a test."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 def save_tiny_base(folder: Path) -> Path:
@@ -117,10 +149,8 @@ def crop_of(folder: Path, value: float, side: int = 32) -> Crop:
     return Crop(path, str(level), Bucket(side, side))
 
 
-@pytest.fixture
-def folder_of_pictures(tmp_path: Path) -> Path:
-    """Six pictures of 40 x 48 px in plain colours, four with captions."""
-    folder = tmp_path / "pictures"
+def save_pictures(folder: Path) -> Path:
+    """Writes six pictures of 40 x 48 px in plain colours, four with captions."""
     folder.mkdir()
     for i, colour in enumerate(("red", "green", "blue", "yellow", "purple", "orange")):
         Image.new("RGB", (40, 48), colour).save(folder / f"megaman_{i}.png")
@@ -129,13 +159,12 @@ def folder_of_pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def train_flags(tiny_folder: Path, folder_of_pictures: Path, tmp_path: Path) -> list[str]:
-    """A run of four steps on the tiny base that writes to tmp_path/out."""
+def flags_of_a_run(base: Path, pictures: Path, output: Path) -> list[str]:
+    """A run of four steps."""
     return [
-        f"--pretrained_model_name={tiny_folder}",
-        f"--data_dir={folder_of_pictures}",
-        f"--output_dir={tmp_path / 'out'}",
+        f"--pretrained_model_name={base}",
+        f"--data_dir={pictures}",
+        f"--output_dir={output}",
         *[
             "--resolution",
             "32",
@@ -163,11 +192,33 @@ def train_flags(tiny_folder: Path, folder_of_pictures: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture
+def folder_of_pictures(tmp_path: Path) -> Path:
+    """Six pictures of 40 x 48 px in plain colours, four with captions."""
+    return save_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def train_flags(tiny_folder: Path, folder_of_pictures: Path, tmp_path: Path) -> list[str]:
+    """A run of four steps on the tiny base that writes to tmp_path/out."""
+    return flags_of_a_run(tiny_folder, folder_of_pictures, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run without further flags, trained once: to read, and to copy for a change."""
+    root = tmp_path_factory.mktemp("finished")
+    flags = flags_of_a_run(tiny_folder, save_pictures(root / "pictures"), root / "out")
+    return megaman_lora.train(megaman_lora.read_config(flags)[0]).parent
+
+
+@pytest.fixture
 def train(train_flags: list[str]) -> Callable[..., Path]:
     """Trains in this process, with further flags, and returns lora_weights/."""
 
     def run(*flags: str) -> Path:
-        return megaman_lora.train(megaman_lora.settle(*megaman_lora.read_config([*train_flags, *flags])))
+        return megaman_lora.train(
+            megaman_lora.with_init_lora(*megaman_lora.read_config([*train_flags, *flags]))
+        )
 
     return run
 

@@ -208,3 +208,19 @@ def test_the_cache_lies_where_the_platform_keeps_caches(
     for platform, last in (("linux", "megaman_lora"), ("win32", "Cache"), ("darwin", "megaman_lora")):
         monkeypatch.setattr("megaman.common.cache.sys.platform", platform)
         assert default_folder().name == last
+
+
+def test_a_folder_that_another_process_begins_just_now_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, other = Path.iterdir, Store(tmp_path)
+
+    def late(folder: Path) -> object:
+        monkeypatch.setattr(Path, "iterdir", honest)
+        other.facts(key_of("y"), lambda: [1])  # its mark and its first entry, between our two looks
+        return honest(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    store = Store(tmp_path)
+    store.facts(key_of("x"), lambda: [1])
+    assert store.is_writable

@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, small adapters for good, state for the newest."""
 
+import json
 import os
 import random
 import re
@@ -132,7 +133,9 @@ def test_an_earlier_run_is_moved_to_the_first_free_number(tmp_path: Path) -> Non
     for number in ("001", "002"):
         folder.mkdir()
         assert move_aside(folder) is None  # empty: nothing to keep
-        (folder / "file").touch()
+        (folder / "training_config.json").write_text(
+            json.dumps(dict.fromkeys(("pretrained_model_name", "data_dir", "lora_rank", "lora_alpha"), 1))
+        )
         assert move_aside(folder) == tmp_path / f"out.{number}"
 
 

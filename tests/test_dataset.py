@@ -367,14 +367,18 @@ def test_a_folder_of_every_kind_of_file_trains_on_all_that_can_be_read_and_names
 
 
 def test_a_dry_run_trains_nothing_and_the_real_run_follows_it(
-    train_flags: list[str], tmp_path: Path, folder_of_pictures: Path
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = run_script("megaman_lora.py", *train_flags, "--dry_run")
-    assert result.returncode == 0, result.stderr
+    code = exit_code_of(commands.training, ["megaman_lora.py", *train_flags, "--dry_run"], monkeypatch)
+    told = capsys.readouterr().err
+    assert code == 0, told
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["captions", "dataset.html"]
-    assert "nothing was trained" in result.stderr
-    assert "plan: 4 steps of 2 pictures" in result.stderr
+    assert "nothing was trained" in told
+    assert "plan: 4 steps of 2 pictures" in told
     (out / "captions" / "megaman_5.txt").write_text("mega man, orange, edited", encoding="utf-8")
     megaman_lora.train(megaman_lora.read_config(train_flags)[0])
     assert (out / "lora_weights").is_dir()
@@ -382,29 +386,35 @@ def test_a_dry_run_trains_nothing_and_the_real_run_follows_it(
 
 
 def test_strict_makes_skipped_files_errors_and_names_them_with_all_else_that_is_wrong(
-    train_flags: list[str], folder_of_pictures: Path
+    train_flags: list[str],
+    folder_of_pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def ended(*flags: str) -> int:
+        return exit_code_of(commands.training, ["megaman_lora.py", *train_flags, *flags], monkeypatch)
+
     (folder_of_pictures / "broken.png").write_bytes(b"no picture")
     (folder_of_pictures / "anim.gif").write_bytes(b"GIF89a")
     (folder_of_pictures / "megaman_0.txt").write_bytes(b"caf\xe9")
-    result = run_script("megaman_lora.py", *train_flags, "--strict")
-    assert result.returncode == 3
+    assert ended("--strict") == 3
+    told = capsys.readouterr().err
     for words in (
         "anim.gif: a GIF, and only",
         "broken.png: not a picture",
         "--strict",
         "not UTF-8 at byte 3",
     ):
-        assert words in result.stderr
+        assert words in told
     (folder_of_pictures / "megaman_0.txt").write_text("mega man", encoding="utf-8")
-    assert run_script("megaman_lora.py", *train_flags, "--strict", "--dry_run").returncode == 3
-    assert run_script("megaman_lora.py", *train_flags, "--dry_run").returncode == 0
+    assert ended("--strict", "--dry_run") == 3
+    assert ended("--dry_run") == 0
 
 
 def test_a_dry_run_leaves_a_finished_runs_files_alone(
-    train: Callable[..., Path], train_flags: list[str], tmp_path: Path
+    finished: Path, train_flags: list[str], tmp_path: Path
 ) -> None:
-    before = tree_of(train().parent)
+    before = tree_of(shutil.copytree(finished, tmp_path / "out"))
     megaman_lora.show_dataset(megaman_lora.read_config([*train_flags, "--dry_run", "--trigger", "zero"])[0])
     shown = tmp_path / "out" / "dry_run"
     assert "zero" in (shown / "dataset.html").read_text(encoding="utf-8")

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megaman.common import files
 from megaman.common.console import UserError
-from megaman.common.files import write_text
+from megaman.common.files import save_tensors, write_text
 from megaman.common.output_folder import OutputLock
 
 fcntl = pytest.importorskip("fcntl")
@@ -66,3 +68,11 @@ def test_a_lock_that_another_process_has_is_refused_as_ever(tmp_path: Path) -> N
     with pytest.raises(UserError, match="in use by process"):
         OutputLock(tmp_path)
     lock.close()
+
+
+def test_tensors_of_any_layout_come_back_as_they_were(tmp_path: Path) -> None:
+    grid = torch.arange(6.0).reshape(2, 3)
+    save_tensors({"turned": grid.T, "one": torch.tensor(3.0)}, tmp_path / "a.safetensors", {})
+    read = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(read["turned"], grid.T)
+    assert read["one"].shape == ()

@@ -27,7 +27,7 @@ from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.lora.save import write_adapter
 from megaman.model.stable_diffusion import StableDiffusion, load_base
-from megaman_lora import inject_lora, read_config, settle
+from megaman_lora import inject_lora, read_config, with_init_lora
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -154,7 +154,7 @@ def test_a_fresh_training_begins_with_the_update_of_the_file(
 ) -> None:
     targets = "attention" if kind == "diffusers old" else "conv"
     path = saved(adapter_of(trained(plain, lora_rank=4, lora_alpha=32, lora_targets=targets)), kind, tmp_path)
-    cfg = settle(*read_config(["--init_lora", str(path)]))
+    cfg = with_init_lora(*read_config(["--init_lora", str(path)]))
     assert (cfg.lora_rank, cfg.lora_targets) == (4, targets)
     assert cfg.lora_alpha == (32 if kind in ("folder", "kohya", "diffusers with metadata") else 4)
     merged = merged_updates(path, plain)
@@ -185,7 +185,7 @@ def test_a_dora_is_gone_on_from_with_its_lengths(plain: StableDiffusion, tmp_pat
     live = trained(plain, lora_rank=8, lora_alpha=8, lora_targets="conv", use_dora=True)
     expected = unet_output(live, plain)
     write_adapter(adapter_of(live), tmp_path)
-    cfg = settle(*read_config(["--init_lora", str(tmp_path / f"{file}.safetensors")]))
+    cfg = with_init_lora(*read_config(["--init_lora", str(tmp_path / f"{file}.safetensors")]))
     assert cfg.use_dora
     assert error(unet_output(trained_from(plain, cfg).eval(), plain), expected) < 1e-3
 
@@ -202,7 +202,7 @@ def test_mixed_ranks_and_strengths_come_to_one(plain: StableDiffusion, tmp_path:
         torch.ones(8, 64), torch.ones(16, 8), 8
     )
     save_file(kohya_tensors(Adapter(layers)), tmp_path / "locon.safetensors")
-    cfg = settle(*read_config(["--init_lora", str(tmp_path / "locon.safetensors")]))
+    cfg = with_init_lora(*read_config(["--init_lora", str(tmp_path / "locon.safetensors")]))
     assert (cfg.lora_rank, cfg.lora_alpha) == (8, 8)
     merged = merged_updates(tmp_path / "locon.safetensors", plain)
     for name, update in updates(trained_from(plain, cfg), plain.unet).items():
@@ -213,7 +213,7 @@ def test_rslora_goes_on_at_the_files_strength(plain: StableDiffusion, tmp_path: 
     live = trained(plain, lora_rank=4, lora_alpha=6, use_rslora=True)
     write_adapter(adapter_of(live), tmp_path)
     for flags, alpha in (([], 12), (["--use_rslora"], 6)):
-        cfg = settle(*read_config(["--init_lora", str(tmp_path), *flags]))
+        cfg = with_init_lora(*read_config(["--init_lora", str(tmp_path), *flags]))
         assert cfg.lora_alpha == pytest.approx(alpha)
         assert error(unet_output(trained_from(plain, cfg), plain), unet_output(live, plain)) < 1e-5
 
@@ -226,7 +226,7 @@ def test_a_run_goes_on_from_an_earlier_runs_folder_and_repeats_from_its_record(
     flags.insert(flags.index("--max_train_steps") + 1, "1")
     flags.insert(flags.index("--resolution") + 1, "32")
     flags.insert(flags.index("--validation_steps") + 1, "4")
-    folder = megaman_lora.train(settle(*read_config(flags)))
+    folder = megaman_lora.train(with_init_lora(*read_config(flags)))
     before, after = read_adapter(adapter_folder), read_adapter(folder)
     assert before.layers.keys() == after.layers.keys()
     steps = [error(after.layers[key].delta(), before.layers[key].delta()) for key in before.layers]
@@ -234,7 +234,7 @@ def test_a_run_goes_on_from_an_earlier_runs_folder_and_repeats_from_its_record(
     record = folder.parent / "training_config.json"
     assert json.loads(record.read_text())["init_lora"] == str(adapter_folder)
     assert after.metadata["config"]["init_lora"] == "lora_weights"  # no path
-    again = bytes_of(megaman_lora.train(settle(*read_config(["--config", str(record)]))))
+    again = bytes_of(megaman_lora.train(with_init_lora(*read_config(["--config", str(record)]))))
     assert again == bytes_of(folder.parent.with_name("out.001") / "lora_weights")
 
 
@@ -255,7 +255,7 @@ def test_a_flag_that_contradicts_the_file_is_an_error_that_names_both(
     adapter_folder: Path, flags: list[str], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint) as raised:
-        settle(*read_config(["--init_lora", str(adapter_folder), *flags]))
+        with_init_lora(*read_config(["--init_lora", str(adapter_folder), *flags]))
     assert raised.value.exit_code == 2
 
 
@@ -263,11 +263,11 @@ def test_flags_that_agree_with_the_file_and_a_presets_settings_are_no_contradict
     adapter_folder: Path,
 ) -> None:
     flags = ["--init_lora", str(adapter_folder), "--preset", "pro"]
-    cfg = settle(
+    cfg = with_init_lora(
         *read_config([*flags, "--lora_rank", "4", "--lora_alpha", "32", "--lora_targets", "attention"])
     )
     assert (cfg.lora_rank, cfg.lora_alpha) == (4, 32)
-    assert settle(*read_config(flags)).lora_rank == 4
+    assert with_init_lora(*read_config(flags)).lora_rank == 4
 
 
 def test_a_configuration_that_never_saw_the_file_is_checked_before_it_trains(
@@ -305,10 +305,12 @@ def test_what_cannot_be_gone_on_from_says_why(plain: StableDiffusion, tmp_path: 
     for reason, content in files.items():
         save_file(content, tmp_path / "a.safetensors")
         with pytest.raises(UserError, match=reason) as raised:
-            trained_from(plain, settle(*read_config(["--init_lora", str(tmp_path / "a.safetensors")])))
+            trained_from(
+                plain, with_init_lora(*read_config(["--init_lora", str(tmp_path / "a.safetensors")]))
+            )
         assert raised.value.exit_code == 4
     with pytest.raises(UserError, match="no such adapter"):
-        settle(TrainConfig(init_lora=str(tmp_path / "nowhere.safetensors")))
+        with_init_lora(TrainConfig(init_lora=str(tmp_path / "nowhere.safetensors")))
 
 
 def test_what_peft_cannot_train_is_refused_before_it_crashes(tiny_folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import commands
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 from PIL import Image
 
 import generate_megaman
@@ -241,6 +242,17 @@ def test_a_damaged_metadata_line_does_not_stop_the_run(
     assert [record["prompt"] for record in records(folder)] == ["a", "b"]
 
 
+@pytest.fixture(scope="module")
+def plain_drawing(adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The pixels of one prompt in four steps, without further settings."""
+    folder = tmp_path_factory.mktemp("plain")
+    cfg = GenerateConfig(
+        lora_path=str(adapter_folder), output_dir=str(folder), prompts=["a"], num_inference_steps=4
+    )
+    generate_megaman.generate(cfg)
+    return pixels(folder / records(folder)[0]["file"])
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -260,13 +272,12 @@ def test_a_damaged_metadata_line_does_not_stop_the_run(
     ],
     ids=str,
 )
-def test_every_setting_changes_the_picture(generate: Callable[..., Path], setting: dict[str, object]) -> None:
-    folder = generate(prompts=["a"], num_inference_steps=4)
-    plain = pixels(folder / records(folder)[0]["file"])
-    changed = pixels(
-        generate(**{"prompts": ["a"], "num_inference_steps": 4, **setting}) / records(folder)[0]["file"]
-    )
-    assert plain.shape != changed.shape or not np.array_equal(plain, changed)
+def test_every_setting_changes_the_picture(
+    generate: Callable[..., Path], plain_drawing: np.ndarray, setting: dict[str, object]
+) -> None:
+    folder = generate(**{"prompts": ["a"], "num_inference_steps": 4, **setting})
+    changed = pixels(folder / records(folder)[0]["file"])
+    assert plain_drawing.shape != changed.shape or not np.array_equal(plain_drawing, changed)
 
 
 def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_base: object) -> None:
@@ -326,14 +337,42 @@ def test_a_long_prompt_is_said_to_be_cut(
     ],
 )
 def test_a_mistake_is_one_line_with_its_code(
-    adapter_folder: Path, tmp_path: Path, arguments: list[str], code: int, complaint: str
+    adapter_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    complaint: str,
 ) -> None:
     arguments = [argument.replace("WEIGHTS", str(adapter_folder)) for argument in arguments]
+    command = ["generate_megaman.py", "--output_dir", str(tmp_path / "gen"), *arguments]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        commands.run(commands.drawing)
+    told = capsys.readouterr().err
+    assert left.value.code == code, told
+    assert complaint in told
+    assert len([line for line in told.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in told
+    assert not list(tmp_path.glob("gen/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["--lora_path", "nowhere"], 4, "--preset demo"),  # told when torch is loaded
+        (["--seed", "99999999999999999999"], 2, "must be 0 or more and below 2^63"),  # and before
+    ],
+)
+def test_the_script_itself_ends_a_mistake_with_one_line_and_its_code(
+    tmp_path: Path, arguments: list[str], code: int, complaint: str
+) -> None:
     result = run_script("generate_megaman.py", "--output_dir", str(tmp_path / "gen"), *arguments)
     assert result.returncode == code, result.stderr
     assert complaint in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not list(tmp_path.glob("gen/*.png"))
+    assert (result.stderr.startswith("error: "), result.stderr.count("\n")) == (True, 1), result.stderr
 
 
 def test_prompts_with_unusual_line_ends_are_kept_with_their_pictures(generate: Callable[..., Path]) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench.bench_learning import HELD_OUT, change, embedded_base, encoded_folder
+from bench.bench_learning import HELD_OUT, change, embedded_base, encoded_folder, losses
 from conftest import GPUS, ROOT
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
@@ -39,7 +39,9 @@ def test_every_precision_learns_the_hero_and_draws_him(tmp_path: Path, flags: li
     assert trained.returncode == 0, trained.stderr
     assert "on cuda" in trained.stderr
     base = embedded_base()
-    gain = change(base, run / "lora_weights", {"hero": encoded_folder(HELD_OUT, base)})["hero"]
+    sets = {"hero": encoded_folder(HELD_OUT, base)}
+    plain = {"hero": losses(base, sets["hero"])}
+    gain = change(base, run / "lora_weights", sets, plain)["hero"]
     assert gain < -8
     drawn = with_gpu(
         *["generate_megaman.py", "--lora_path", str(run / "lora_weights"), "--output_dir", str(gallery)],

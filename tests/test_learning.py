@@ -5,29 +5,52 @@ The full one: bench/bench_learning.py.
 
 from pathlib import Path
 
+import pytest
 from bench.bench_learning import (
     HELD_OUT,
     change,
     embedded_base,
     encoded_folder,
+    losses,
     trained,
     untrained_equals_base,
     with_shuffled_captions,
 )
 
-SHORT = ("--max_train_steps", "70", "--train_batch_size", "2", "--preserve_weight", "0")
+from megaman.training.encoding import EncodedDataset
+
+SHORT = ("--max_train_steps", "30", "--train_batch_size", "2", "--preserve_weight", "0")
+ONE_PREVIEW = ("--validation_prompt", "mega man")
 
 
-def test_a_short_run_learns_the_hero_and_foreign_pictures_do_not_teach_him(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sets() -> dict[str, EncodedDataset]:
+    """The hero's held-out pictures, encoded."""
+    return {"hero": encoded_folder(HELD_OUT, embedded_base())}
+
+
+@pytest.fixture(scope="module")
+def base_losses(sets: dict[str, EncodedDataset]) -> dict[str, list[float]]:
+    """What the base without an adapter loses on each of them."""
     base = embedded_base()
-    sets = {"hero": encoded_folder(HELD_OUT, base)}
-    learned = change(base, trained(None, tmp_path / "hero", *SHORT), sets)["hero"]
-    shuffled = with_shuffled_captions(tmp_path / "shuffled")
-    control = change(base, trained(shuffled, tmp_path / "control", *SHORT), sets)["hero"]
+    return {name: losses(base, encoded) for name, encoded in sets.items()}
+
+
+@pytest.mark.usefixtures("all_threads")
+def test_a_short_run_learns_the_hero_and_foreign_pictures_do_not_teach_him(
+    sets: dict[str, EncodedDataset], base_losses: dict[str, list[float]], tmp_path: Path
+) -> None:
+    def changed_by(data: Path | None, name: str) -> float:
+        adapter = trained(data, tmp_path / name, *SHORT, *ONE_PREVIEW)
+        return change(embedded_base(), adapter, sets, base_losses)["hero"]
+
+    learned = changed_by(None, "hero")
+    control = changed_by(with_shuffled_captions(tmp_path / "shuffled"), "control")
     assert learned < -8, (learned, control)
     assert control > learned / 3, (learned, control)
 
 
-def test_an_untrained_lora_changes_no_bit_of_the_losses() -> None:
-    base = embedded_base()
-    assert untrained_equals_base(base, encoded_folder(HELD_OUT, base))
+def test_an_untrained_lora_changes_no_bit_of_the_losses(
+    sets: dict[str, EncodedDataset], base_losses: dict[str, list[float]]
+) -> None:
+    assert untrained_equals_base(embedded_base(), sets["hero"], base_losses["hero"])

@@ -18,7 +18,8 @@ from megaman.lora.injection import ADAPTER_NAME, lora_modules
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.training.encoding import encode
 from megaman.training.sampler import Position, generator_of
-from megaman_lora import Batch, denoising_losses, inject_lora, lr_at, make_batch, noise_of, preserving_losses
+from megaman.training.schedule import lr_at
+from megaman_lora import Batch, denoising_losses, inject_lora, make_batch, noise_of, preserving_losses
 
 
 class Silent(torch.nn.Module):

@@ -5,11 +5,12 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import commands
 import pytest
-from conftest import run_script
 from PIL import Image
 
 import generate_megaman
@@ -182,13 +183,20 @@ def test_a_told_path_pastes_into_a_shell_as_it_stands(name: str) -> None:
 
 
 def test_the_next_command_and_the_one_that_goes_on_work_in_an_odd_folder(
-    train_flags: list[str], tmp_path: Path
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "my 'odd' \"ü\" $x"
     flags = [flag for flag in train_flags if not flag.startswith("--output_dir")]
-    ended = run_script("megaman_lora.py", *flags, f"--output_dir={output}", "--max_train_steps=1")
-    assert ended.returncode == 0, ended.stderr
-    told = next(line for line in ended.stderr.splitlines() if line.startswith("next: "))
+    command = ["megaman_lora.py", *flags, f"--output_dir={output}", "--max_train_steps=1"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        commands.run(commands.training)
+    lines = capsys.readouterr().err.splitlines()
+    assert left.value.code == 0, lines
+    told = next(line for line in lines if line.startswith("next: "))
     words = shlex.split(told.removeprefix("next: python "))
     assert words == ["generate_megaman.py", "--lora_path", str(output / "lora_weights")]
 
@@ -204,3 +212,60 @@ def test_pictures_of_another_format_are_left_alone_when_checkpoints_are_pruned(t
     _remove(tmp_path / ".step-000009.partial")
     assert len(list(tmp_path.glob("step-*/state.safetensors"))) == 3
     assert contents(tmp_path / ".step-000009.partial") == {"notes.txt": b"mine"}
+
+
+def test_a_folder_that_was_filled_after_the_check_is_not_moved(tmp_path: Path) -> None:
+    before = lay(tmp_path / "out", {"thesis.txt": "mine"})
+    with pytest.raises(UserError, match="no run of ours"):
+        claim(tmp_path / "out", fresh=True)
+    assert {name: data for name, data in contents(tmp_path / "out").items() if name != ".lock"} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_lock_makes_no_gallery_of_a_folder(adapter_folder: Path, tmp_path: Path) -> None:
+    before = lay(tmp_path / "code", {".lock": "", "main.rs": "mine"})
+    flags = [f"--lora_path={adapter_folder}", f"--output_dir={tmp_path / 'code'}"]
+    with pytest.raises(UserError, match="no run of ours"):
+        generate_megaman.generate(generate_megaman.read_config(flags))
+    assert contents(tmp_path / "code") == before
+
+
+def test_a_data_sets_line_among_ours_is_never_dropped(tmp_path: Path) -> None:
+    ours = json.dumps(dict.fromkeys(("prompt", "seed", "file", "job", "adapter_hash"), "x"))
+    text = f'{ours}\n{{"file_name": "a.png", "text": "mega man"}}\n'
+    lay(tmp_path, {".lock": "1", "metadata.jsonl": text})
+    with pytest.raises(UserError, match=r"its metadata\.jsonl is not ours"):
+        generate_megaman.generate(
+            generate_megaman.read_config([f"--output_dir={tmp_path}", "--gallery_only"])
+        )
+    assert (tmp_path / "metadata.jsonl").read_text() == text
+
+
+def test_a_run_s_folder_may_be_the_current_one(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for _ in range(2):
+        train("--max_train_steps=1", "--validation_steps=1", "--output_dir=.")
+        monkeypatch.chdir(tmp_path / "run")
+    assert files_of(tmp_path / "run.001") == files_of(tmp_path / "run")
+
+
+def files_of(folder: Path) -> set[str]:
+    """The names of the files that a run leaves."""
+    return {name for name in contents(folder) if name.startswith("lora_weights")}
+
+
+def test_only_our_texts_leave_a_picture(tmp_path: Path) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    from megaman.generation.records import strip_metadata
+
+    info = PngInfo()
+    for key in ("parameters", "megaman", "Author"):
+        info.add_text(key, "x")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    strip_metadata(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.text == {"Author": "x"}

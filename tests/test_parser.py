@@ -99,3 +99,18 @@ def test_an_old_python_is_told_which_one_is_needed_before_anything_is_imported(s
         assert line in head
     compile(source, script, "exec", dont_inherit=True)
     ast.parse(source, feature_version=(3, 8))  # the whole file must parse, or the line is never reached
+
+
+def test_what_stands_in_code_means_what_it_means_in_a_file(tmp_path: Path) -> None:
+    for argv in ([], ["--preset", "demo"], ["--preset", "starter"]):
+        cfg, _ = train.read_config(argv)
+        (tmp_path / "a.json").write_text(json.dumps(train.recorded(cfg)))
+        again, _ = train.read_config(["--config", str(tmp_path / "a.json")])
+        assert json.dumps(train.recorded(again)) == json.dumps(train.recorded(cfg))  # 32.0 stays 32.0
+    cfg.validation_prompt.append("x")
+    assert "x" not in train.read_config([])[0].validation_prompt
+
+
+@pytest.mark.parametrize("word", ["t", "True", "yes", "1", "on"])
+def test_a_switch_is_thrown_by_any_usual_word(word: str) -> None:
+    assert train.read_config([f"--flip={word}"])[0].flip

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -69,6 +70,7 @@ def bytes_of(weights: Path) -> list[bytes]:
     return [(weights / name).read_bytes() for name in WEIGHTS]
 
 
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("flags", [["--crop", "bucket"], TRICKY], ids=["plain", "tricky"])
 def test_a_run_stopped_three_times_ends_with_the_bytes_of_an_unbroken_one(
     train: Callable[..., Path],
@@ -115,8 +117,10 @@ def test_a_finished_run_can_be_extended_and_its_page_and_metrics_go_on(train: Ca
     assert again.is_dir()
 
 
-def test_a_preview_that_a_killed_run_still_owed_is_drawn(train: Callable[..., Path]) -> None:
-    output = train().parent
+def test_a_preview_that_a_killed_run_still_owed_is_drawn(
+    train: Callable[..., Path], finished: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
     unbroken = bytes_of(output / "lora_weights")  # they hold the last preview's thumbnail
     shutil.rmtree(output / "lora_weights")
     for path in (output / "samples" / "step-000004" / "01.png", output / "samples" / "index.html"):
@@ -156,13 +160,14 @@ def test_going_on_from_an_older_checkpoint_keeps_the_later_ones_apart(train: Cal
 )
 def test_a_resume_with_anything_else_names_it_and_stops(
     train: Callable[..., Path],
+    finished: Path,
     folder_of_pictures: Path,
     tiny_folder: Path,
     tmp_path: Path,
     flags: list[str],
     named: str,
 ) -> None:
-    weights = train("--max_train_steps", "2")
+    weights = shutil.copytree(finished, tmp_path / "out") / "lora_weights"
     before = bytes_of(weights)
     if flags == ["NEW PICTURE"]:
         Image.new("RGB", (40, 48), "pink").save(folder_of_pictures / "megaman_9.png")
@@ -172,7 +177,7 @@ def test_a_resume_with_anything_else_names_it_and_stops(
         flags = ["--pretrained_model_name", str(other_base(tiny_folder, tmp_path / "other"))]
     changed = [] if flags[0].startswith("NEW") else flags
     with pytest.raises(UserError) as error:
-        train("--max_train_steps", "3", "--resume_from_checkpoint", "latest", *changed)
+        train("--max_train_steps", "5", "--resume_from_checkpoint", "latest", *changed)
     assert named in str(error.value)
     assert error.value.exit_code == 7
     assert bytes_of(weights) == before
@@ -298,18 +303,23 @@ def test_a_preview_that_is_no_picture_stops_with_its_step(
 
 
 def test_a_second_process_on_one_output_is_refused_and_sigterm_saves(
-    train_flags: list[str], tmp_path: Path
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     endless = ["--max_train_steps", "100000", "--save_steps", "100000", "--validation_steps", "100000"]
-    command = [sys.executable, str(ROOT / "megaman_lora.py"), *train_flags, *endless]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [str(ROOT / "megaman_lora.py"), *train_flags, *endless]
+    first = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert second.returncode == 7
-        assert f"in use by process {first.pid}" in second.stderr
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as left:
+            commands.run(commands.training)
+        assert left.value.code == 7
+        assert f"in use by process {first.pid}" in capsys.readouterr().err
         first.send_signal(signal.SIGTERM)
         told = first.communicate(timeout=60)[1]
     finally:

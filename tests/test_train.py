@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import commands
 import pytest
@@ -18,6 +19,7 @@ import megaman_lora
 from megaman.common.console import UserError
 from megaman.common.output_folder import RunFolder
 from megaman.data.first_start import GUIDE
+from megaman.model import stable_diffusion
 from megaman.model.compute import new_accelerator, pick_device, pick_dtype
 from megaman.model.stable_diffusion import load_base
 from megaman.training.sampler import Position
@@ -62,6 +64,7 @@ def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
     assert {"loss", "lr", "grad_norm", "images_per_s"} <= lines[-1].keys()
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_the_same_run_twice_gives_the_same_bytes_and_another_seed_does_not(
     train: Callable[..., Path],
 ) -> None:
@@ -92,14 +95,11 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train: Callable
     assert distance(one, two) < 1e-3
 
 
-def test_gradient_checkpointing_changes_the_memory_and_not_the_result(train: Callable[..., Path]) -> None:
-    assert distance(weights_of(train()), weights_of(train("--gradient_checkpointing"))) < 1e-4
-
-
-@pytest.fixture(scope="module")
-def unchanged() -> dict[str, torch.Tensor]:
-    """What a run without further flags learns, once it is trained: the same in every folder."""
-    return {}
+def test_gradient_checkpointing_changes_the_memory_and_not_the_result(
+    train: Callable[..., Path], finished: Path
+) -> None:
+    lean = weights_of(train("--gradient_checkpointing"))
+    assert distance(weights_of(finished / "lora_weights"), lean) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,9 @@ def unchanged() -> dict[str, torch.Tensor]:
     ids=" ".join,
 )
 def test_every_setting_changes_the_result(
-    train: Callable[..., Path], unchanged: dict[str, torch.Tensor], flags: list[str]
+    train: Callable[..., Path], finished: Path, flags: list[str]
 ) -> None:
-    if not unchanged:
-        unchanged |= weights_of(train())
-    changed = weights_of(train(*flags))
+    unchanged, changed = weights_of(finished / "lora_weights"), weights_of(train(*flags))
     pairs = [(unchanged[key], changed[key]) for key in unchanged]
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
@@ -302,11 +300,23 @@ def test_captions_without_the_trigger_are_reported(
     assert "1 caption without the trigger 'mega man', which learns nothing from there (megaman_0.png)" in told
 
 
-def test_an_unwritable_output_is_said_before_the_model_loads(train_flags: list[str], tmp_path: Path) -> None:
+def test_an_unwritable_output_is_said_before_the_model_loads(
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_late(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("the model loads")
+
     (tmp_path / "file").touch()
-    result = run_script("megaman_lora.py", *train_flags, "--output_dir", str(tmp_path / "file" / "out"))
-    assert result.returncode == 6
-    assert "can't write there" in result.stderr
+    command = ["megaman_lora.py", *train_flags, "--output_dir", str(tmp_path / "file" / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(stable_diffusion, "load_base", too_late)
+    with pytest.raises(SystemExit) as left:
+        commands.run(commands.training)
+    assert left.value.code == 6
+    assert "can't write there" in capsys.readouterr().err
 
 
 def test_a_run_prints_our_lines_only(train_flags: list[str]) -> None:
@@ -369,10 +379,11 @@ def test_a_disk_that_fills_up_is_exit_6_and_leaves_no_half_file(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_runs_out_is_exit_6() -> None:
-    code = "import torch; from megaman.common import console\nwith console.reported(): torch.empty(2**50)"
-    result = run_script("-c", code)
-    assert (result.returncode, result.stderr.count("\n")) == (6, 1), result.stderr
+def test_memory_that_runs_out_is_exit_6(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        commands.run(lambda: torch.empty(2**50))
+    told = capsys.readouterr().err
+    assert (left.value.code, told.count("\n")) == (6, 1), told
 
 
 # ---------------------------------------------------------------- base, device, precision
@@ -388,9 +399,7 @@ def test_one_process_may_train_in_one_precision_after_another(train: Callable[..
 
 
 def test_a_skipped_steps_gradient_is_no_number_in_the_metrics(tmp_path: Path) -> None:
-    watcher = Tracker(
-        RunFolder(tmp_path), range(1), ["a.png"], 1, logging_dir=tmp_path / "logs", enabled=True
-    )
+    watcher = Tracker(RunFolder(tmp_path), range(1), ["a.png"], 1, logging_dir=tmp_path / "logs")
     watcher.record(StepResult(0, torch.tensor(0.5), torch.tensor(float("inf")), 1e-4, True, []))
     watcher.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None

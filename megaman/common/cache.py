@@ -152,15 +152,20 @@ class Store:
         """Whether the entries' folder bears our mark. FileExistsError if it holds anything without."""
         if self.entries is None:
             return False
+        holds_others = False
+        if not self._is_marked():
+            with contextlib.suppress(FileNotFoundError):
+                holds_others = any(not path.name.startswith(f".{MARK}.") for path in self.entries.iterdir())
+        is_ours = self._is_marked()  # asked again: another process may have begun the folder just now
+        if holds_others and not is_ours:
+            raise FileExistsError(errno.EEXIST, f"its {ENTRIES} holds files that are not ours")
+        return is_ours
+
+    def _is_marked(self) -> bool:
         try:
-            if (self.entries / MARK).read_text(encoding="utf-8") == MARK_TEXT:
-                return True
+            return self.entries is not None and (self.entries / MARK).read_text(encoding="utf-8") == MARK_TEXT
         except (OSError, ValueError):
-            pass
-        with contextlib.suppress(FileNotFoundError):
-            if any(not path.name.startswith(f".{MARK}.") for path in self.entries.iterdir()):
-                raise FileExistsError(errno.EEXIST, f"its {ENTRIES} holds files that are not ours")
-        return False
+            return False
 
     def prune(self, limit_bytes: int = LIMIT_BYTES) -> int:
         """Deletes the least recently used entries beyond the limit where it may; returns how many."""

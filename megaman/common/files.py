@@ -111,7 +111,8 @@ def save_tensors(
     """
     with replacing(path) as partial:
         try:
-            save_file({name: tensor.numpy() for name, tensor in tensors.items()}, partial, dict(metadata))
+            arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in tensors.items()}
+            save_file(arrays, partial, dict(metadata))  # which would scramble other orders without a word
         except SafetensorError as error:  # its words for a failed write; the numbers were checked before
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         partial.write_bytes(with_metadata(partial.read_bytes(), {}))

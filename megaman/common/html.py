@@ -15,6 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from megaman.common.console import Exit, UserError
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+PAGE_HEAD_BYTES = 1024
+PAGE_MARKS = (
+    b'<meta name="generator" content="megaman_lora">',
+    b"default-src &#39;none&#39;; img-src &#39;self&#39; file: data:; style-src &#39;unsafe-inline&#39;;",
+)
 SMALL_PX = 128  # pictures up to this size are shown enlarged, with hard pixels
 
 
@@ -69,10 +74,3 @@ def check_page(path: Path) -> None:
     """UserError (exit 7) if something else than a page of ours lies where one is to be written."""
     if os.path.lexists(path) and not is_page(path):
         raise UserError(f"{path}: is no page of ours. Move it, or name another --output_dir.", Exit.STATE)
-
-
-PAGE_HEAD_BYTES = 1024
-PAGE_MARKS = (
-    b'<meta name="generator" content="megaman_lora">',
-    b"default-src &#39;none&#39;; img-src &#39;self&#39; file: data:; style-src &#39;unsafe-inline&#39;;",
-)

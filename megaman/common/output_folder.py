@@ -94,6 +94,14 @@ def holds_files(folder: Path) -> bool:
     return folder.is_dir() and any(path.name not in LEFT_BY_DRY_RUN for path in folder.iterdir())
 
 
+def is_signed(folder: Path) -> bool:
+    """Whether a process of ours has worked in the folder: it left its number in the lock."""
+    try:
+        return (folder / LOCK).read_text(encoding="ascii").strip().isdigit()
+    except (OSError, ValueError):
+        return False
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run of ours lies in the folder: its record says so, not that record's name alone."""
     try:
@@ -119,6 +127,7 @@ def check_output(folder: Path, data_dir: Path) -> None:
             f"{folder}: holds files that no run of ours made. Name another --output_dir.", Exit.STATE
         )
     check_page(folder / PAGE)
+    check_page(RunFolder(folder).samples / "index.html")
     check_unused(folder)
     check_writable(folder)
 
@@ -163,19 +172,29 @@ def free_name(path: Path) -> Path:
 def is_link(folder: Path) -> bool:
     """Whether the path itself, not a folder above it, leads elsewhere: a symbolic link, Windows' junction."""
     parent, name = os.path.split(os.path.abspath(folder))
-    return os.path.realpath(folder) != os.path.join(os.path.realpath(parent), name)
+    itself = os.path.join(os.path.realpath(parent), name)
+    return os.path.normcase(os.path.realpath(folder)) != os.path.normcase(itself)
+
+
+def must_stay(folder: Path) -> bool:
+    """Whether the folder itself is not to be renamed: a link leads to it, or this process stands in it."""
+    return is_link(folder) or Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(folder))
 
 
 def move_aside(folder: Path) -> Path | None:
     """Renames a folder that holds anything to the first free NAME.001, NAME.002, …; None if it holds nothing.
-    A link stays, and so does the folder that it leads to: only the run in it moves, to a folder beside that.
+    A folder that must stay (see `must_stay`) does: only the run in it moves, to a folder beside it.
     """
     real = Path(os.path.realpath(folder))
     if not holds_files(real):
         return None
+    if not holds_run(real):  # asked again: it may have been filled since the run was prepared
+        raise UserError(
+            f"{folder}: holds files that no run of ours made. Name another --output_dir.", Exit.STATE
+        )
     aside = free_name(real)
     try:
-        if is_link(folder):
+        if must_stay(folder):
             _move_run(real, aside)
         else:
             real.rename(aside)
@@ -238,7 +257,7 @@ def claim(folder: Path, *, fresh: bool) -> tuple[OutputLock, Path | None]:
     lock = OutputLock(folder).sign()
     if not fresh or not holds_files(folder):
         return lock, None
-    if is_link(folder):
+    if must_stay(folder):
         return lock, move_aside(folder)  # the folder stays, and its lock with it
     if os.name == "nt":  # Windows moves no folder with an open file in it
         lock.close()

@@ -18,7 +18,8 @@ from megaman.common.console import Exit, UserError, is_text, leave
 
 FACTS = "facts"  # of a field's metadata
 LARGEST_SEED = 2**63  # torch takes no more
-TRUE, FALSE = ("true", "yes", "y", "1", "on"), ("false", "no", "n", "0", "off")
+TRUE = ("true", "t", "yes", "y", "1", "on")
+FALSE = ("false", "f", "no", "n", "0", "off")
 
 
 Publish = Literal["whole", "name", "never"]
@@ -118,6 +119,14 @@ class Flag:
         default = field.default if field.default_factory is MISSING else field.default_factory()
         return cls(field.name, str if choices else kind, choices, several, default, field.metadata[FACTS])
 
+    def of_code(self, value: Any) -> Any:
+        """A default's or a preset's value as `read` would give it: 32 of a float is 32.0, and lists are
+        nobody else's.
+        """
+        if isinstance(value, list):
+            return [self.of_code(each) for each in value]
+        return float(value) if self.kind is float and isinstance(value, int) else value
+
     def read(self, text: str) -> Any:
         """The value that a word of a command line or a file means. ArgumentTypeError if it means none."""
         if self.kind is bool:
@@ -212,9 +221,12 @@ def parse_flags(
     flags = {group.title: _flags_of(group) for group in groups}
     known = {flag.name: flag for group in flags.values() for flag in group}
     given = vars(_OneLineParser(flags, description, elsewhere or {}).parse_args(argv))
-    preset = (presets or {}).get(given.get("preset", ""), {})
+    preset = {
+        name: known[name].of_code(value)
+        for name, value in (presets or {}).get(given.get("preset", ""), {}).items()
+    }
     file = _read_config(given["config"], known) if "config" in given else {}
-    values = {flag.name: flag.default for flag in known.values()}
+    values = {flag.name: flag.of_code(flag.default) for flag in known.values()}
     for source in (preset, file, given):
         rivals = either_or & source.keys()
         if len(rivals) > 1:
@@ -222,7 +234,7 @@ def parse_flags(
                 f"--{' and --'.join(sorted(either_or))} contradict each other; give one", Exit.USAGE
             )
         if rivals:
-            values |= {name: known[name].default for name in either_or}
+            values |= {name: known[name].of_code(known[name].default) for name in either_or}
         values |= source
     _refuse_unwritable(values)
     return Parsed(values, set(given), set(file))

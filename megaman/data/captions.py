@@ -1,6 +1,4 @@
-"""Captions of pictures: sidecar files in any encoding, kohya's
-repeats and the words of Mega Man's world.
-"""
+"""Captions of pictures: sidecar files in any encoding, kohya's repeats, the trigger, the order of tags."""
 
 import os
 import random
@@ -21,8 +19,6 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something else under a caption's name
 MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
-
-# ---------------------------------------------------------------- the words of names
 
 
 # ---------------------------------------------------------------- captions from files

@@ -18,10 +18,13 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from megaman.common.console import Exit, UserError, say
 from megaman.common.files import replacing, write_text
 from megaman.common.html import check_page, is_page
-from megaman.common.output_folder import LOCK, holds_files, holds_run
+from megaman.common.output_folder import holds_files, holds_run, is_signed
 
 METADATA_FILE = "metadata.jsonl"
 PAGE = "index.html"
+A1111_TEXT, OUR_TEXT = "parameters", "megaman"  # of a PNG
+OUR_TEXTS = {A1111_TEXT, OUR_TEXT}
+FOREIGN = "file_name"  # what data sets call a picture's file
 TOLD = frozenset({"prompt", "seed", "file", "job", "adapter_hash"})  # in every record
 LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
@@ -128,20 +131,24 @@ def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: 
     """A PNG, complete or absent, with A1111's `parameters` and our whole record."""
     info = PngInfo()
     if described:
-        info.add_text("parameters", infotext(record))
-        info.add_text("megaman", json.dumps(asdict(record), ensure_ascii=False))
+        info.add_text(A1111_TEXT, infotext(record))
+        info.add_text(OUR_TEXT, json.dumps(asdict(record), ensure_ascii=False))
     with replacing(folder / record.file) as partial:
         image.save(partial, format="PNG", pnginfo=info)
 
 
 def strip_metadata(path: Path) -> None:
-    """Rewrites a PNG without its texts, if it has any; the pixels stay."""
+    """Rewrites a PNG without our texts, if it has any; the pixels and others' texts stay."""
     with open_image(path) as image:
-        if not (isinstance(image, PngImageFile) and image.text):
+        texts = image.text if isinstance(image, PngImageFile) else {}
+        if not texts.keys() & OUR_TEXTS:
             return
         image.load()
+        info = PngInfo()
+        for key in texts.keys() - OUR_TEXTS:
+            info.add_text(key, texts[key])
         with replacing(path) as partial:
-            image.save(partial, format="PNG", pnginfo=PngInfo())
+            image.save(partial, format="PNG", pnginfo=info)
 
 
 def read_records(folder: Path) -> list[ImageRecord]:
@@ -183,7 +190,7 @@ def _told_by(path: Path) -> ImageRecord | None:
     """The record that a PNG carries, under the name that it has now; None if there is none."""
     try:
         with warnings.catch_warnings(action="error"), open_image(path, formats=["PNG"]) as image:
-            record = _record(json.loads(image.info["megaman"]) | {"file": path.name})
+            record = _record(json.loads(image.info[OUR_TEXT]) | {"file": path.name})
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError):
         return None
     except (Warning, DecompressionBombError):  # Pillow has doubts that no picture of ours gives it
@@ -223,16 +230,18 @@ def is_metadata(path: Path) -> bool:
     """Whether metadata.jsonl is ours: one of its lines is a picture's record, or it is empty. Data sets have
     files of that name too.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return not text.strip() or any(map(_is_record, text.split("\n")))
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    keys = [_keys_of(line) for line in lines if line.strip()]
+    return not keys or (any(each >= TOLD for each in keys) and not any(FOREIGN in each for each in keys))
 
 
-def _is_record(line: str) -> bool:
+def _keys_of(line: str) -> set[str]:
+    """The names in a JSON object; none in anything else."""
     try:
         facts = json.loads(line)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(facts, dict) and facts.keys() >= TOLD
+        return set()
+    return set(facts) if isinstance(facts, dict) else set()
 
 
 def check_folder(folder: Path) -> None:
@@ -254,10 +263,10 @@ def check_folder(folder: Path) -> None:
 
 def holds_gallery(folder: Path) -> bool:
     """Whether pictures of ours were drawn into `folder`, or begun to be."""
-    if (folder / LOCK).exists() or is_page(folder / PAGE):
+    if is_signed(folder) or is_page(folder / PAGE):
         return True
     metadata = folder / METADATA_FILE
-    return (metadata.is_file() and is_metadata(metadata)) or bool(find_records(folder))
+    return (metadata.is_file() and is_metadata(metadata)) or any(map(_told_by, folder.glob("*.png")))
 
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:

@@ -17,9 +17,9 @@ from megaman.common.console import Exit, UserError, is_text
 from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite
 from megaman.lora.formats import split_key
 
+ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
 KOHYA_FILE = "megaman_lora.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
-CHECKPOINT_FILE = "adapter.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
 
@@ -107,7 +107,7 @@ def _file_of(path: Path) -> Path:
 def _file_in(folder: Path) -> Path:
     """The adapter of a folder: under one of the names that tools give it, else its only .safetensors file."""
     found = sorted(folder.glob("*.safetensors"))
-    names = (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE, CHECKPOINT_FILE)
+    names = (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE, ADAPTER_FILE)
     known = [folder / name for name in names if folder / name in found]
     if known or len(found) == 1:
         return [*known, *found][0]

@@ -1,10 +1,11 @@
 """Names of models and where they lie: paths, the hub, its cache; and why one can't be had, in a sentence."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from megaman.common.console import Exit, UserError
@@ -18,13 +19,21 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_sd"
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
 }  # deleted from the hub in September 2024
+HUB_PAGE = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/.*)?")
+
+
+def hub_id_of(name: str) -> str:
+    """The hub id that is meant: of a page's address its owner/model, of a moved model its new name."""
+    page = HUB_PAGE.fullmatch(name)
+    plain = name if page is None else page[1]
+    return MOVED.get(plain, plain)
 
 
 def canonical_name(name: str) -> str:
     """The base's name as an adapter may carry it: a hub id, or the last part of a path."""
     if name == EMBEDDED or Path(name).resolve() == EMBEDDED_FOLDER:
         return EMBEDDED
-    return Path(name).expanduser().resolve().name if is_local(name) else MOVED.get(name, name)
+    return Path(name).expanduser().resolve().name if is_local(name) else hub_id_of(name)
 
 
 def is_local(name: str) -> bool:
@@ -32,6 +41,8 @@ def is_local(name: str) -> bool:
 
     (`owner/model` is a hub id unless such a folder exists.)
     """
+    if HUB_PAGE.fullmatch(name):
+        return False
     path = Path(name).expanduser()
     written_as_path = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
     return path.exists() or written_as_path or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
@@ -44,7 +55,7 @@ def local_file(name: str, file: str) -> Path:
     if is_local(name):
         found = Path(name).expanduser() / file
     else:
-        cached = try_to_load_from_cache(MOVED.get(name, name), file)
+        cached = try_to_load_from_cache(hub_id_of(name), file)
         found = Path(cached if isinstance(cached, str) else "")  # None, or the hub's word that it lacks it
     if not found.is_file():
         raise FileNotFoundError(file)
@@ -139,22 +150,22 @@ def why_not_loaded(
     found = _facts_of(error)
     text = " ".join(str(error).split())[:200]
     is_offline = bool(found & _OFFLINE)
-    if isinstance(source, Path) and source.is_file() and is_offline:
-        return (
-            f"{name}: a single file takes its configuration from the hub once, and the hub can't be "
-            "reached. Connect, name a diffusers folder, or try --preset demo."
-        )
     if isinstance(source, Path):
-        complete = "Is it complete, and a Stable Diffusion 1.x in safetensors?"
-        return f"{source}: this {what} can't be loaded ({text}). {complete}"
+        return _why_not_read(source, text, is_offline, what)
     lacking = ", ".join(_lacking_parts(name))
     another = f"Check {flag}, or try --preset demo."
+    if Path(name).parent.is_dir() and Path(name).parent != Path():
+        another = f"Taken as a path: {Path(name).parent} holds no {Path(name).name}. {another}"
+    refused = (
+        "the hub refuses your token: it has expired, or may not read this. Log in anew with `hf auth login`."
+    )
     reasons = (
         (
             found & _GATED,
             f"this {what} is gated. Accept its licence on its page, then log in with `hf auth login`.",
         ),
         (found & _ELSEWHERE, f"the hub has it, but not as a diffusers model. {another}"),
+        (401 in found and get_token() is not None, refused),
         (found & _UNKNOWN, f"the hub knows no such model, or keeps it private. {another}"),
         (found & _BUSY, "the hub is too busy to answer. Try again later, or name a local folder."),
         (
@@ -174,6 +185,16 @@ def why_not_loaded(
         (True, f"this {what} cannot be loaded ({text}). Try again, or name a local folder."),
     )
     return f"{name}: {next(words for applies, words in reasons if applies)}"
+
+
+def _why_not_read(source: Path, text: str, is_offline: bool, what: str) -> str:
+    if source.is_file() and is_offline:
+        return (
+            f"{source}: a single file takes its configuration from the hub once, and the hub can't be "
+            "reached. Connect, name a diffusers folder, or try --preset demo."
+        )
+    complete = "Is it complete, and a Stable Diffusion 1.x in safetensors?"
+    return f"{source}: this {what} can't be loaded ({text}). {complete}"
 
 
 def _facts_of(error: Exception) -> set[str | int]:
@@ -205,6 +226,7 @@ def download_adapter(name: str) -> Path:
     UserError (exit 4) if the hub has none.
     """
     path = Path(name).expanduser()
+    name = hub_id_of(name)
     if is_local(name) or name.count("/") != 1:
         return path
     try:

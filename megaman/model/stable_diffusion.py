@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from megaman.model.hub import (
     MOVED,
     canonical_name,
     check_folder_or_file,
+    hub_id_of,
     is_local,
     local_file,
     why_not_loaded,
@@ -85,6 +86,16 @@ class StableDiffusion:
         ).input_ids
         with torch.no_grad():
             return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.to(self.unet.dtype)
+
+    def notes_on_length(self, texts: Iterable[str]) -> list[str]:
+        """A line for each distinct text whose end the text encoder does not read."""
+        most = self.tokenizer.model_max_length - 2
+        counts = {text: len(self.tokenizer(text, add_special_tokens=False).input_ids) for text in texts}
+        longer = {text: count for text, count in counts.items() if count > most}
+        return [
+            f"note: a prompt of {count} tokens is cut after {most}: {text[:60]!r}…"
+            for text, count in longer.items()
+        ]
 
     def free_encoders(self) -> None:
         """Drops the text encoder and moves the VAE off the accelerator: neither takes part in a training
@@ -168,7 +179,7 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     if name in MOVED:
         say(f"base: {name} was deleted from the hub; its successor {MOVED[name]} is used.")
         name = MOVED[name]
-    source: Path | str = Path(name).expanduser() if is_local(name) else name
+    source: Path | str = Path(name).expanduser() if is_local(name) else hub_id_of(name)
     if canonical_name(name) == EMBEDDED:
         source = EMBEDDED_FOLDER
     if isinstance(source, Path):

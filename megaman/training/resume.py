@@ -10,7 +10,7 @@ import torch
 
 from megaman.common.console import Exit, UserError, say, shell_quoted
 from megaman.common.files import write_text
-from megaman.common.output_folder import OutputLock, RunFolder, claim, is_link, step_folders
+from megaman.common.output_folder import OutputLock, RunFolder, claim, must_stay, step_folders
 from megaman.common.signals import StopRequest, after_this_step
 from megaman.config.train import TrainConfig, decisive
 from megaman.training import checkpoints
@@ -89,7 +89,7 @@ def _begin(run: RunFolder, settings: Mapping[str, Any], checkpoint: Checkpoint |
     goes_on = checkpoint is not None and checkpoint.path.resolve().parent == folder
     lock, aside = claim(run.path, fresh=not goes_on)
     if aside is not None:
-        shown = aside if is_link(run.path) else run.path.with_name(aside.name)
+        shown = aside if must_stay(run.path) else run.path.with_name(aside.name)
         say(f"output: {run.path} held an earlier run; it is kept as {shown}")
     if checkpoint is not None and goes_on:
         later = checkpoints.set_aside_later(run.checkpoints, checkpoint.step)

@@ -11,6 +11,7 @@ fork.
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import importlib
 import itertools
@@ -43,9 +44,11 @@ import megaman_lora  # noqa: E402
 from megaman.common import console, output_folder  # noqa: E402
 from megaman.lora.load import read_adapter  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
-from megaman.training import checkpoints, resume  # noqa: E402
+from megaman.training import checkpoints, resume, validation  # noqa: E402
 
 torch.set_num_threads(1)
+gc.freeze()  # no child looks for garbage among what is imported
+validation.SAMPLE_STEPS = 4  # of 20, so that most random faults hit training and saving
 STEPS, SAVE = 21, 4
 DIED = "killed"
 WEIGHTS = ("adapter_model.safetensors", "megaman_lora.safetensors")

@@ -119,19 +119,21 @@ def trained(data: Path | None, output: Path, *flags: str) -> Path:
     return train(read_config(argv)[0])
 
 
-def change(base: StableDiffusion, adapter: Path, sets: dict[str, EncodedDataset]) -> dict[str, float]:
-    """By how much the adapter changes the mean loss of each set, in percent of the base's."""
-    plain = {name: statistics.mean(losses(base, encoded)) for name, encoded in sets.items()}
+def change(
+    base: StableDiffusion, adapter: Path, sets: dict[str, EncodedDataset], plain: dict[str, list[float]]
+) -> dict[str, float]:
+    """By how much the adapter changes the mean loss of each set, in percent of the base's own; plain: those
+    losses.
+    """
     merged = MergedAdapter(read_adapter(adapter), base.unet, base.text_encoder)
     merged.set_scale(1.0)
     after = {name: statistics.mean(losses(base, encoded)) for name, encoded in sets.items()}
     merged.set_scale(0.0)
-    return {name: round(100 * (after[name] / plain[name] - 1), 1) for name in sets}
+    return {name: round(100 * (after[name] / statistics.mean(plain[name]) - 1), 1) for name in sets}
 
 
-def untrained_equals_base(base: StableDiffusion, encoded: EncodedDataset) -> bool:
-    """Whether a fresh LoRA changes not one bit of the losses. The base is spent afterwards."""
-    plain = losses(base, encoded)
+def untrained_equals_base(base: StableDiffusion, encoded: EncodedDataset, plain: list[float]) -> bool:
+    """Whether a fresh LoRA changes not one bit of the base's own losses, plain. The base is spent then."""
     inject_lora(base.unet, read_config(["--preset", "demo"])[0])
     return losses(base, encoded) == plain
 
@@ -277,6 +279,7 @@ def main() -> None:
     examiner = Examiner(base, judge, flags.work, kept)
     foreign = write_foreign(flags.work / "foreign", 48, None)
     sets = {"hero, held out": encoded_folder(HELD_OUT, base), "foreign": encoded_folder(foreign, base)}
+    plain = {name: losses(base, encoded) for name, encoded in sets.items()}
     runs: dict[str, Path | None] = {"demo": None}
     if not flags.skip_control:
         runs["shuffled control"] = with_shuffled_captions(flags.work / "shuffled")
@@ -290,9 +293,9 @@ def main() -> None:
                 (flags.work / label / "seconds").write_text(f"{time.monotonic() - started:.1f}")
             seconds = float((flags.work / label / "seconds").read_text())
             row = {"run": name, "seed": seed, "seconds": seconds}
-            rows.append(row | change(base, adapter, sets) | examiner.verdict(label, adapter))
+            rows.append(row | change(base, adapter, sets, plain) | examiner.verdict(label, adapter))
             print(rows[-1], flush=True)
-    same = untrained_equals_base(base, sets["hero, held out"])
+    same = untrained_equals_base(base, sets["hero, held out"], plain["hero, held out"])
     report = {"bench": "learning", "torch": torch.__version__, "untrained_is_base": same, "judge": right}
     print_table(rows)
     print(f"untrained LoRA equals the base to the bit: {same}\n")
