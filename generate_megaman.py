@@ -41,7 +41,7 @@ from tqdm import tqdm
 from megaman.common.output_folder import OutputLock, adapter_in, check_apart, check_unused, check_writable
 from megaman.config.train import EMBEDDED
 from megaman.generation.candidates import Candidate, base_of, candidates_of, path_in_record
-from megaman.generation.prompts import Prompt, read_prompts_file
+from megaman.generation.prompts import Prompt, read_prompts_file, without_lora_tags
 from megaman.generation.records import Job, job_hash, record_of
 from megaman.lora.adapter import Adapter
 from megaman.lora.merge import MergedAdapter
@@ -298,7 +298,7 @@ def generate(cfg: GenerateConfig) -> Path:
     candidates = candidates_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
     adapter = next(candidate.adapter for candidate in candidates if candidate.is_chosen)
     trigger = adapter.metadata.get("trigger", TRIGGER)
-    prompts = read_prompts(cfg, trigger)
+    prompts, notes = without_lora_tags(read_prompts(cfg, trigger))
     check_output_folder(output, lora_path)
 
     memory.keep_freed_memory()
@@ -321,6 +321,8 @@ def generate(cfg: GenerateConfig) -> Path:
     cfg = resolve(cfg, adapter, base)
     jobs = make_jobs(cfg, prompts)
     check_jobs(jobs, base)
+    for line in notes:
+        say(line)
     for line in base.notes_on_length(text for job in jobs for text in (job.prompt, job.negative_prompt)):
         say(line)
     tasks = make_tasks(jobs, candidates, base.digest, about["precision"])

@@ -124,8 +124,9 @@ def test_the_hub_s_refusals_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     for owner in ("gated", "locked"):
         assert "Accept its licence on its page, then log in with `hf auth login`." in said[f"base {owner}"]
         assert "this adapter is gated" in said[f"adapter {owner}"]
+    assert "the hub knows no such model, or keeps it private. Check --pretr" in said["base missing"]
+    assert "your token has expired or may not read this, or there is no such model" in said["base deleted"]
     for owner in ("missing", "deleted"):
-        assert "the hub knows no such model, or keeps it private. Check --pretr" in said[f"base {owner}"]
         assert "Check --lora_path" in said[f"adapter {owner}"]
     assert "the hub is too busy" in said["base busy"]
     assert "only there as pickle files" in said["base pickled"]

@@ -1,8 +1,8 @@
 """Prompts as people write them in a file: a line each, with kohya's options."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ RANGES = {"seed": (0, LARGEST_SEED - 1), "guidance_scale": (0, 1e6), "width": (1
 RANGES |= {"height": (1, LARGEST_SIDE), "num_inference_steps": (1, 10_000)}
 
 
+NUMBERED = "".join(letter for letter, (_, kind) in LINE_OPTIONS.items() if kind is not str)
+DASHES = "--|-|—|–"  # a word processor makes one of two
+MEANT = re.compile(rf"(?<!\S)(?:{DASHES})([{NUMBERED}])(?:=|\s*)(?=-?\.?\d)")  # -w 128, --w=128, —w128
+WITH_SIGN = re.compile(r"(?<!\S)(?:--|—|–)([A-Za-z_]+)=")  # --n=blurry
+OPTION = re.compile(r"(?<!\S)--([A-Za-z_]+)(?!\S)")
+DOUBTFUL = re.compile(rf"(?<!\S)(?:--\S+|(?:-|—|–)[{''.join(LINE_OPTIONS)}](?!\S))")  # rock -n roll, --3d
+LORA_TAG = re.compile(r"\s*<(?:lora|lyco|hypernet):[^<>]*>")
+SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\[[^\[\]]+\]|\bBREAK\b|\bAND\b")  # of the web UIs
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt, and the settings of its own."""
@@ -36,6 +46,9 @@ def read_prompts_file(path: Path) -> list[Prompt]:
 
     UserError (exit 3) with the line's number.
     """
+    if path.suffix.lower() in (".toml", ".json"):
+        reason = "kohya's TOML and JSON prompt files are not read; write a prompt a line into a .txt"
+        raise UserError(f"--prompts_file {path}: {reason}", Exit.DATA)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -55,7 +68,11 @@ def read_prompts_file(path: Path) -> list[Prompt]:
 
 def _parse_line(line: str, where: str) -> Prompt:
     check_text(line, where, Exit.DATA)
-    prompt, *options = re.split(r"(?:^|\s)--([A-Za-z_]+)(?=\s|$)", line)
+    plain = WITH_SIGN.sub(r"--\1 ", MEANT.sub(r"--\1 ", line))
+    if doubtful := DOUBTFUL.search(OPTION.sub("", plain)):
+        reason = f"is {doubtful[0][:SHOWN]!r} an option? Write --n, --w, --h, --d, --s or --l and a space"
+        raise UserError(f"{where}: {reason}", Exit.DATA)
+    prompt, *options = OPTION.split(plain)
     settings = dict(
         _option(name, value.strip(), where) for name, value in zip(options[::2], options[1::2], strict=True)
     )
@@ -79,3 +96,20 @@ def _option(name: str, text: str, where: str) -> tuple[str, Any]:
         wanted = f"at least {least}" if value < least else f"at most {most:g}"
         raise UserError(f"{where}: --{name} {text[:SHOWN]} must be {wanted}", Exit.DATA)
     return key, value
+
+
+def without_lora_tags(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """The prompts as they are drawn: without the web UIs' <lora:…>, which names a file of theirs. And what
+    should be said of syntax of theirs, a line each, once.
+    """
+    plain = [replace(prompt, text=LORA_TAG.sub("", prompt.text).strip() or prompt.text) for prompt in prompts]
+    notes = []
+    if tag := next((tag for prompt in prompts if (tag := LORA_TAG.search(prompt.text))), None):
+        notes.append(
+            f"note: {tag[0].strip()[:SHOWN]} is left out; --lora_path and --lora_scale say what is drawn with"
+        )
+    if found := next((found for prompt in plain if (found := SYNTAX.search(prompt.text))), None):
+        notes.append(
+            f"note: {found[0][:SHOWN]!r} and the like are plain words here: weights, BREAK and AND do nothing"
+        )
+    return plain, notes

@@ -153,19 +153,18 @@ def why_not_loaded(
     if isinstance(source, Path):
         return _why_not_read(source, text, is_offline, what)
     lacking = ", ".join(_lacking_parts(name))
-    another = f"Check {flag}, or try --preset demo."
-    if Path(name).parent.is_dir() and Path(name).parent != Path():
-        another = f"Taken as a path: {Path(name).parent} holds no {Path(name).name}. {another}"
-    refused = (
-        "the hub refuses your token: it has expired, or may not read this. Log in anew with `hf auth login`."
-    )
+    path = Path(name)
+    is_near = path.parent.is_dir() and path.parent != Path()  # perhaps no hub id was meant
+    as_path = f"Taken as a path: {path.parent} holds no {path.name}. " if is_near else ""
+    another = f"{as_path}Check {flag}, or try --preset demo."
+    refused = "the hub refuses: your token has expired or may not read this, or there is no such model."
     reasons = (
         (
             found & _GATED,
             f"this {what} is gated. Accept its licence on its page, then log in with `hf auth login`.",
         ),
         (found & _ELSEWHERE, f"the hub has it, but not as a diffusers model. {another}"),
-        (401 in found and get_token() is not None, refused),
+        (401 in found and get_token() is not None, f"{refused} Log in anew with `hf auth login`. {another}"),
         (found & _UNKNOWN, f"the hub knows no such model, or keeps it private. {another}"),
         (found & _BUSY, "the hub is too busy to answer. Try again later, or name a local folder."),
         (
@@ -179,8 +178,8 @@ def why_not_loaded(
         ),
         (
             is_offline,
-            f"the hub can't be reached and this {what} is not on this machine. Connect, name a local "
-            "folder, or try --preset demo.",
+            f"the hub can't be reached and this {what} is not on this machine. {as_path}Connect, name a "
+            "local folder, or try --preset demo.",
         ),
         (True, f"this {what} cannot be loaded ({text}). Try again, or name a local folder."),
     )

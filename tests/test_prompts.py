@@ -1,0 +1,67 @@
+"""Prompts with the options and the syntax that people know from other programs."""
+
+from pathlib import Path
+
+import pytest
+
+from megaman.common.console import UserError
+from megaman.generation.prompts import Prompt, read_prompts_file, without_lora_tags
+
+
+def read(tmp_path: Path, line: str) -> Prompt:
+    """The prompt of a file's second line."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"# ours\n{line}\n", encoding="utf-8")
+    (prompt,) = read_prompts_file(path)
+    return prompt
+
+
+@pytest.mark.parametrize(
+    "option", ["--w 128", "-w 128", "--w=128", "--w128", "-w128", "—w 128", "–w=128", "—w128"]
+)
+def test_an_option_is_understood_in_every_spelling_that_is_plainly_meant(tmp_path: Path, option: str) -> None:
+    prompt = read(tmp_path, f"mega man, 8-bit {option} --n blurry -- or not")
+    assert (prompt.text, dict(prompt.settings)) == (
+        "mega man, 8-bit",
+        {"width": 128, "negative_prompt": "blurry -- or not"},
+    )
+
+
+def test_a_negative_prompt_and_a_guidance_take_the_sign_too(tmp_path: Path) -> None:
+    assert read(tmp_path, "a --n=blurry, bad --l=7.5").settings == {
+        "negative_prompt": "blurry, bad",
+        "guidance_scale": 7.5,
+    }
+
+
+@pytest.mark.parametrize("text", ["rock-n-roll", "a - s", "x -- y", "8-bit", "t-pose -", "co-op"])
+def test_a_dash_in_a_prompt_is_a_dash(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, text) == Prompt(text)
+
+
+@pytest.mark.parametrize("line", ["rock -n roll", "a --3d", "a —n blurry", "a -w wide", "a --512", "a -s"])
+def test_what_may_be_an_option_and_is_none_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    with pytest.raises(UserError, match="line 2: ") as caught:
+        read(tmp_path, line)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["prompts.toml", "prompts.json"])
+def test_kohyas_other_prompt_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[prompt]\nwidth = 512\n")
+    with pytest.raises(UserError, match="TOML and JSON prompt files are not read"):
+        read_prompts_file(tmp_path / name)
+
+
+def test_the_web_uis_syntax_is_said_once_and_their_loras_are_left_out() -> None:
+    prompts = [
+        Prompt("mega man <lora:hero:0.8>, running"),
+        Prompt("(red:1.3) [sky] BREAK x"),
+        Prompt("a (b) c"),
+    ]
+    plain, notes = without_lora_tags(prompts)
+    assert [prompt.text for prompt in plain] == ["mega man, running", "(red:1.3) [sky] BREAK x", "a (b) c"]
+    assert len(notes) == 2
+    assert "<lora:hero:0.8> is left out" in notes[0]
+    assert "plain words" in notes[1]
+    assert without_lora_tags([Prompt("Anders, a BREAKER (b) c")])[1] == []
