@@ -43,8 +43,9 @@ def lora_config(cfg: TrainConfig, unet: nn.Module, modules: Sequence[str] | None
         )
     if cfg.use_dora:
         say(
-            "note: a DoRA is exact in PEFT, diffusers, LyCORIS and generate_megaman.py, and close in ComfyUI "
-            "and Forge; A1111, InvokeAI and kohya's networks.lora can't apply it"
+            "note: a DoRA is exact in PEFT, diffusers, LyCORIS, SD.Next and generate_megaman.py, close in "
+            "ComfyUI and Forge after a gentle training; A1111, InvokeAI, kohya's networks.lora and "
+            "stable-diffusion.cpp can't apply it"
         )
     return LoraConfig(
         r=cfg.lora_rank,
