@@ -92,12 +92,14 @@ def test_the_loss_is_measured_and_measuring_changes_nothing(
 def test_a_resumed_run_knows_the_best_and_measures_the_same(
     train: Callable[..., Path], sixteen: Path, tmp_path: Path
 ) -> None:
-    flags = ("--save_steps", "2", "--validation_steps", "2", "--lr_scheduler", "constant")
+    flags = ["--save_steps", "2", "--validation_steps", "2", "--lr_scheduler", "constant"]
+    flags += ["--learning_rate", "0.1"]  # too high, so that the last step is not the best
     unbroken = train(*flags, "--max_train_steps", "6").parent
     whole, best = lines_of(unbroken), latest_checkpoint(unbroken / "checkpoints").run["best"]
     assert best["loss"] == min(loss for step, loss in whole.items() if step)
+    assert best["step"] == 4  # measured by the part that is resumed
     shutil.rmtree(unbroken)
-    for part in ("2", "6"):
+    for part in ("4", "6"):
         resume = ("--resume_from_checkpoint", "latest") if part == "6" else ()
         output = train(*flags, "--max_train_steps", part, *resume).parent
     assert lines_of(output) == whole
