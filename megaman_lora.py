@@ -602,8 +602,8 @@ def tracker_of(run: Run) -> SilentTracker:
     names = [picture.name for picture in run.data.report.pictures]
     if not run.accelerator.is_main_process:
         return SilentTracker(steps, names)
-    logs = Path(run.cfg.logging_dir or run.folder.logs)
-    logging_dir = logs if run.cfg.report_to == "tensorboard" else None
+    wanted = run.cfg.report_to == "tensorboard"
+    logging_dir = Path(run.cfg.logging_dir or run.folder.logs) if wanted else None
     mean_pictures = len(run.data.sampler) / run.data.sampler.steps_an_epoch
     return Tracker(run.folder, steps, names, mean_pictures, logging_dir=logging_dir)
 
@@ -671,8 +671,8 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
         if better is not None:
             say(better)
     tracker.close()
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    run.unet = run.base.unet  # lets go of DDP's wrapper
+    compute.end(run.accelerator)
     return weights
 
 

@@ -93,7 +93,10 @@ def test_an_untrained_dora_is_the_base_to_the_bit_and_learns_in_float32(
     before = unet_output(base.unet, base)
     parameters = inject_lora(base.unet, TrainConfig(use_dora=True, lora_targets="conv"))
     assert torch.equal(unet_output(base.unet, base), before)
-    assert "A1111, InvokeAI and kohya's networks.lora can't apply it" in capsys.readouterr().err
+    assert (
+        "A1111, InvokeAI, kohya's networks.lora and stable-diffusion.cpp can't apply it"
+        in capsys.readouterr().err
+    )
     assert len(parameters) == 3 * len(lora_modules(base.unet))
     half = load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.bfloat16)
     trainable = inject_lora(half.unet, TrainConfig(use_dora=True, lora_targets="conv"))
