@@ -103,11 +103,8 @@ def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
 # ---------------------------------------------------------------- resumable training
 
 
-class Checkpoint:
-    """What an interrupted stage needs to go on: parameters, Adam's moments, the average, the step.
-
-    One safetensors file.
-    """
+class Progress:
+    """What an interrupted stage needs to go on, in one file: parameters, Adam's moments, the average, the step."""
 
     def __init__(self, file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
         self.file, self.model, self.optimizer, self.ema = file, model, optimizer, ema
@@ -152,7 +149,7 @@ def cosine(step: int, total: int, warmup: int = 200, floor: float = 0.03) -> flo
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def steps(progress: Checkpoint, total: int) -> Iterator[int]:
+def steps(progress: Progress, total: int) -> Iterator[int]:
     """The steps still to do, with the learning rate set, the step taken (clipped) and the state saved
     around the caller's backward.
     """
@@ -195,7 +192,7 @@ def train_vae(pictures: Tensor, work: Path, device: torch.device) -> Autoencoder
     vae = new_vae().to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     ema = EMAModel(vae.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
-    progress = Checkpoint(work / "vae.safetensors", vae, optimizer, ema)
+    progress = Progress(work / "vae.safetensors", vae, optimizer, ema)
     trained, held_out = pictures[:-HELD_OUT], pictures[-HELD_OUT:].to(device).float() / 127.5 - 1
     scraps = scraps_of(MIXTURE.seed)
     for step in steps(progress, VAE_STEPS):
@@ -303,7 +300,7 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
     ]
     optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
-    progress = Checkpoint(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
+    progress = Progress(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
     train, mean_loss = len(lesson.latents) - HELD_OUT, None
     for step in steps(progress, stage.steps):
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
@@ -332,7 +329,7 @@ def examples(lesson: Lesson, picks: Tensor, generator: torch.Generator) -> tuple
 
 
 @torch.no_grad()
-def held_out_loss(progress: Checkpoint, lesson: Lesson) -> float:
+def held_out_loss(progress: Progress, lesson: Lesson) -> float:
     """The averaged weights' loss on pictures that were never trained on; always the same noise."""
     generator, parameters = torch.Generator().manual_seed(0), list(progress.model.parameters())
     progress.ema.store(parameters)
