@@ -104,7 +104,7 @@ def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
 
 
 class Progress:
-    """What an interrupted stage needs to go on, in one file: parameters, Adam's moments, the average, the step."""
+    """What an interrupted stage needs to go on, in one file: parameters, moments, the average, the step."""
 
     def __init__(self, file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
         self.file, self.model, self.optimizer, self.ema = file, model, optimizer, ema
