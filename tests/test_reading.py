@@ -1,6 +1,7 @@
 """Other people's adapter files: read whole, by their keys, or refused in one line."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,13 @@ def _renamed(tensors: Tensors, old: str, new: str) -> Tensors:
     return {key.replace(old, new): value for key, value in tensors.items()}
 
 
+def _dotted(key: str) -> str:
+    """kohya's key of an attention's to_q as diffusers spells it."""
+    name, _, part = key.partition(".")
+    name = re.sub(r"_(?=\d|attentions|transformer_blocks|attn1|to_q)", ".", name.removeprefix("lora_unet_"))
+    return f"unet.{re.sub(r'(?<=[0-9])_', '.', name)}.{part}"
+
+
 REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "NaN": (lambda t: t | {_first(t, "up.weight"): torch.full((16, 4), float("nan"))}, "holds NaN"),
     "infinite alpha": (lambda t: t | {_first(t, "alpha"): torch.tensor(float("inf"))}, "holds NaN or inf"),
@@ -56,7 +64,15 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "LoCon with a core": (lambda t: t | {"lora_unet_x.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "be placed"),
     "Stable Diffusion XL": (lambda t: _renamed(t, "lora_unet_down", "lora_te2_down"), "be placed"),
     "a checkpoint": (lambda _: {"model.diffusion_model.out.2.bias": torch.ones(4)}, "holds no LoRA keys"),
-    "a bias": (lambda t: t | {"lora_unet_x.diff_b": torch.ones(4)}, "be placed"),
+    "a bias of no module": (lambda t: t | {"lora_unet_x.diff_b": torch.ones(4)}, "does not have"),
+    "a bias of another size": (
+        lambda t: t | {_first(t, "attn1_to_out_0.alpha").replace("alpha", "diff_b"): torch.ones(3)},
+        "made for another base",
+    ),
+    "one module under two names": (
+        lambda t: t | {_dotted(key): value.clone() for key, value in t.items() if "attn1_to_q" in key},
+        "be placed",
+    ),
     "another base": (
         lambda t: t | {_first(t, "attn2_to_k.lora_down.weight"): torch.ones(4, 768)},
         "768 wide",

@@ -40,6 +40,11 @@ class LoraLayer:
         """Rows of `down`."""
         return self.down.shape[0]
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether it belongs to a bias or a norm's weight (n,), as up (n,1) and down (1,1)."""
+        return self.down.numel() == 1
+
     def delta(self) -> Tensor:
         """B @ A * alpha / rank, float32: (out,in) or (out,in,kh,kw)."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)

@@ -4,11 +4,14 @@ Layouts (module `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`):
     PEFT       base_model.model.<dotted>.lora_A.weight, .lora_B.weight    alpha in adapter_config.json
     kohya      lora_unet_<underscored>.lora_down.weight, .lora_up.weight  .alpha, a scalar a module
     diffusers  unet.<dotted>.lora_A.weight, .lora_B.weight                alpha in the file's metadata
+    LDM        diffusion_model.<dotted>, the UNet's own names of before diffusers; only read
 DoRA's magnitudes: .lora_magnitude_vector (PEFT, diffusers; PEFT's shapes), .dora_scale (kohya; one a row).
 """
 
+import itertools
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,6 +101,62 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({f"unet.{name}": config[name] for name in wanted})}
 
 
+# ---------------------------------------------------------------- LDM's names
+
+
+def _both_spellings(names: Mapping[str, str]) -> dict[str, str]:
+    """The names as they are, with dots, and underscored."""
+    return {**names, **{underscored(one): underscored(other) for one, other in names.items()}}
+
+
+def _ldm_places() -> dict[str, str]:
+    """Each part of Stable Diffusion 1.x's UNet as CompVis' code (LDM) names it, and as diffusers does."""
+    places = {
+        "input_blocks.0.0": "conv_in",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    for block, i in itertools.product(range(4), range(3)):
+        down, up = f"input_blocks.{3 * block + i + 1}", f"output_blocks.{3 * block + i}"
+        places[f"{down}.0"] = f"down_blocks.{block}.resnets.{i}"
+        places[f"{down}.1"] = f"down_blocks.{block}.attentions.{i}"
+        places[f"{down}.0.op"] = f"down_blocks.{block}.downsamplers.0.conv"
+        places[f"{up}.0"] = f"up_blocks.{block}.resnets.{i}"
+        places[f"{up}.1"] = f"up_blocks.{block}.attentions.{i}"
+        for slot in (1, 2):  # behind the attention, where the block has one
+            places[f"{up}.{slot}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
+    return _both_spellings(places)
+
+
+_LDM_PLACES = sorted(_ldm_places().items(), key=lambda names: -len(names[0]))  # some begin with others
+_LDM_RESNET = _both_spellings(
+    {
+        ".in_layers.0": ".norm1",
+        ".in_layers.2": ".conv1",
+        ".emb_layers.1": ".time_emb_proj",
+        ".out_layers.0": ".norm2",
+        ".out_layers.3": ".conv2",
+        ".skip_connection": ".conv_shortcut",
+    }
+)
+
+
+def diffusers_name(name: str) -> str:
+    """diffusers' path of a module of Stable Diffusion 1.x's UNet, which may come under LDM's: dotted or
+    underscored, as it came.
+    """
+    for ldm, place in _LDM_PLACES:
+        within = name.removeprefix(ldm)
+        if within != name and within[:1] in ("", ".", "_"):
+            return place + _LDM_RESNET.get(within, within)
+    return name
+
+
 # ---------------------------------------------------------------- whose key is it?
 _PARTS = {
     r"\.lora_down\.weight": "down",  # kohya
@@ -113,25 +172,37 @@ _PARTS = {
     r"_lora\.up\.weight": "up",
     r"\.lora_linear_layer\.down\.weight": "down",  # diffusers' text encoders
     r"\.lora_linear_layer\.up\.weight": "up",
+    r"\.diff": "difference",  # ComfyUI's, of a norm
+    r"\.diff_b": "bias",
+    r"\.w_norm": "difference",  # LyCORIS's
+    r"\.b_norm": "bias",
 }
 _HOMES: dict[str, Component] = {
     r"base_model\.model\.(?=(text_model\.)?encoder\.layers\.)": "text_encoder",
     r"base_model\.model\.": "unet",
-    r"lora_unet_": "unet",
-    r"lora_te1?_": "text_encoder",
+    r"lora_unet[._]": "unet",
+    r"lora_te1?[._]": "text_encoder",
     r"unet\.": "unet",
     r"text_encoder\.": "text_encoder",
+    r"(model\.)?diffusion_model\.": "unet",  # ComfyUI, OneTrainer's COMFY
+    r"(text_encoders\.)?clip_l\.(transformer\.)?": "text_encoder",
+    r"cond_stage_model\.transformer\.": "text_encoder",  # as in a checkpoint of LDM's
     r"(?=(down_blocks|mid_block|up_blocks)\.)": "unet",  # of the first trainers: nothing before the module
+    r"(?=(input_blocks|middle_block|output_blocks|time_embed|out)\.)": "unet",  # OneTrainer's ORIGINAL
 }
 
 
 def split_key(key: str) -> tuple[Key, str] | None:
-    """The module and the part that a key names; None if it is no LoRA's."""
+    """The module, under diffusers' name, and the part of it that a key names; None if it is no LoRA's."""
     key = re.sub(r"\.default(?=\.weight$|$)", "", key)  # PEFT's own dictionary, saved as it was
     home = next((home for home in _HOMES if re.match(home, key)), None)
     part = next((part for part in _PARTS if re.search(f"{part}$", key)), None)
     if home is None or part is None:
         return None
+    component, kind = _HOMES[home], _PARTS[part]
     name = re.sub(f"{part}$", "", re.sub(f"^{home}", "", key)).replace(".processor.", ".")
     name = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name)
-    return (_HOMES[home], name), _PARTS[part]
+    name = diffusers_name(name) if component == "unet" else name
+    if kind == "bias":
+        return (component, f"{name}.bias" if "." in name else f"{name}_bias"), "difference"
+    return (component, name), kind

@@ -74,6 +74,10 @@ def read_init_lora(path: str) -> InitLora:
     if others:
         reason = f"changes {others} modules of the text encoder too, which this training would lose"
         raise UserError(f"--init_lora {path}: {reason}; take one of the UNet alone.", Exit.MODEL)
+    vectors = sum(layer.is_vector for layer in layers.values())
+    if vectors:
+        reason = f"changes {vectors} biases and norms too, which this training would lose"
+        raise UserError(f"--init_lora {path}: {reason}; it can be drawn with, not continued.", Exit.MODEL)
     largest = max(layers.values(), key=lambda layer: (layer.rank, layer.alpha))
     scale = largest.alpha / largest.rank
     magnitudes = {name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None}

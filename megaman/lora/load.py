@@ -1,5 +1,5 @@
-"""Adapter files of any tool, read by their keys: PEFT's, kohya's and diffusers' layouts, old and new. What
-can't be placed is refused: a key that is passed over is strength that is lost.
+"""Adapter files of any tool, read by their keys: PEFT's, kohya's and diffusers' layouts, old and new, and
+LDM's names. What can't be placed is refused: a key that is passed over is strength that is lost.
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_text
-from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite
+from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite, underscored
 from megaman.lora.formats import split_key
 
 ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
@@ -209,36 +209,52 @@ def _grouped(
     strange: list[str] = []
     for key, tensor in tensors.items():
         place = split_key(key)
-        if place is None:
+        if place is None or place[1] in parts.get(place[0], {}):
             strange.append(key)
         else:
             parts.setdefault(place[0], {})[place[1]] = tensor
-    halves = [name for (_, name), part in parts.items() if not {"down", "up"} <= part.keys()]
-    if parts and (strange or halves):
+    wholes = ({"down", "up"}, {"difference"})
+    halves = [name for (_, name), part in parts.items() if not any(whole <= part.keys() for whole in wholes)]
+    twins = [name for part, name in parts if "." in name and (part, underscored(name)) in parts]
+    if parts and (misfits := strange + halves + twins):
         raise UserError(
-            f"{file}: {len(strange) + len(halves)} of its keys can't be placed, such as "
-            f"{(strange + halves)[0][:100]!r}; this kind of adapter is not supported.",
+            f"{file}: {len(misfits)} of its keys can't be placed, such as {misfits[0][:100]!r}; this kind of "
+            "adapter is not supported.",
             Exit.MODEL,
         )
     return {
-        key: _layer(key[1], part, strengths.get(key[0], _Strengths()), file) for key, part in parts.items()
+        key: _layer(key[1], part, strengths.get(key[0], _Strengths()), file)
+        for key, part in parts.items()
+        if "difference" not in part or part["difference"].any()  # ComfyUI writes those that are zero too
     }
 
 
 def _layer(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> LoraLayer:
     if any(tensor.is_complex() for tensor in part.values()):
         raise UserError(f"{file}: {name} holds complex numbers, which no LoRA does.", Exit.MODEL)
+    if "difference" in part:
+        return _vector(name, part, file)
     down, up = part["down"].float(), part["up"].float()
-    is_pair = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0]
+    is_pair = {down.ndim, up.ndim} <= {2, 4} and up.shape[1] == down.shape[0]
     if not is_pair or 0 in (*down.shape, *up.shape) or up.shape[2:].numel() != 1:
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
         raise UserError(f"{file}: {name} has shapes {shapes}, which make no pair.", Exit.MODEL)
+    up = up.reshape(*up.shape[:2], *[1] * (down.ndim - 2))  # of a convolution, LyCORIS's DyLoRA has it flat
     if "alpha" in part and part["alpha"].numel() != 1:
         raise UserError(
             f"{file}: {name} has {part['alpha'].numel()} alphas; one is its strength.", Exit.MODEL
         )
     alpha = part["alpha"].item() if "alpha" in part else strengths.of(name, down.shape[0])
     return LoraLayer(down, up, float(alpha), _magnitude_of(name, part, strengths, file))
+
+
+def _vector(name: str, part: Mapping[str, Tensor], file: Path) -> LoraLayer:
+    """What is added to a bias or to a norm's weight, as the pair of rank 1 that it is."""
+    difference = part["difference"].float()
+    if difference.ndim != 1 or part.keys() != {"difference"}:
+        reason = "holds whole differences of weights (LyCORIS's full, ComfyUI's full_diff), not LoRAs of them"
+        raise UserError(f"{file}: {reason}; extract a LoRA from it with their tool.", Exit.MODEL)
+    return LoraLayer(difference.new_ones(1, 1), difference[:, None], 1.0)
 
 
 def _magnitude_of(name: str, part: Mapping[str, Tensor], strengths: _Strengths, file: Path) -> Tensor | None:

@@ -25,14 +25,17 @@ class MergedAdapter:
             )
         self.targets: list[tuple[Tensor, Tensor, LoraLayer]] = []  # a weight, and what it was
         homes = {
-            "unet": _modules(unet),
-            "text_encoder": _modules(text_encoder) if text_encoder is not None else {},
+            "unet": _weights(unet),
+            "text_encoder": _weights(text_encoder) if text_encoder is not None else {},
         }
+        self.counts = dict.fromkeys(homes, 0)
         for (component, name), layer in adapter.layers.items():
-            module = homes[component].get(_plain(underscored(name)))
-            weight = _fitting_weight(module, component, name, layer, unet)
+            weight = homes[component].get(_plain(underscored(name)))
+            if weight is None and not _acts(layer):
+                continue  # ComfyUI writes what it found unchanged too, the text encoder's embeddings among it
+            weight = _fitting(weight, component, name, layer, unet)
             self.targets.append((weight, weight.detach().clone(), layer))
-        self.counts = {component: sum(key[0] == component for key in adapter.layers) for component in homes}
+            self.counts[component] += 1
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
@@ -50,36 +53,40 @@ def _acts(layer: LoraLayer) -> bool:
     return layer.magnitude is not None or bool(layer.alpha and layer.down.any() and layer.up.any())
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The modules that a LoRA may change, by underscored path; `to_out` is the old diffusers name of
-    `to_out.0`.
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that an adapter may change, by their module's underscored path, and the biases by the same
+    with _bias; `to_out` is the old diffusers name of `to_out.0`.
     """
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            plain = _plain(underscored(name))
-            found |= {plain: module, re.sub(r"_to_out_0$", "_to_out", plain): module}
-    return found
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
+            path = _plain(underscored(name))
+            found[path] = module.weight
+            if module.bias is not None:
+                found[f"{path}_bias"] = module.bias
+    return found | {re.sub(r"_to_out_0(?=$|_bias$)", "_to_out", path): found[path] for path in found}
 
 
-def _fitting_weight(
-    module: nn.Linear | nn.Conv2d | None,
+def _fitting(
+    weight: Tensor | None,
     component: str,
     name: str,
     layer: LoraLayer,
     unet: UNet2DConditionModel,
 ) -> Tensor:
-    """The module's weight, if the layer fits it."""
-    if module is None:
+    """The same weight, if there is one and the layer fits it."""
+    if weight is None:
         raise UserError(
             f"the adapter changes {component} module {name[:100]!r}, which this base model does not have; it "
             "was made for another base.",
             Exit.MODEL,
         )
-    expected: tuple[int, ...] = tuple(module.weight.shape)
+    expected: tuple[int, ...] = tuple(weight.shape)
     found: tuple[int, ...] = (layer.up.shape[0], *layer.down.shape[1:])
+    if layer.is_vector:
+        found = found[:1]
     # A 1x1 convolution may be stored as a matrix.
-    if expected != found and math.prod(expected[2:]) * math.prod(found[2:]) == 1:
+    elif expected != found and math.prod(expected[2:]) * math.prod(found[2:]) == 1:
         expected, found = expected[:2], found[:2]
     if expected != found:
         width = layer.down.shape[1] if re.search(r"attn2.to_[kv]$", name) else None
@@ -93,7 +100,7 @@ def _fitting_weight(
             "Name its own with --base_model.",
             Exit.MODEL,
         )
-    return module.weight
+    return weight
 
 
 def _plain(name: str) -> str:
