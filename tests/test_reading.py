@@ -60,10 +60,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "half a pair": (lambda t: {k: v for k, v in t.items() if k != _first(t, "down.weight")}, "be placed"),
     "ranks differ": (lambda t: t | {_first(t, "down.weight"): torch.ones(3, 16)}, "make no pair"),
     "no rank": (lambda t: t | {_first(t, "down.weight"): torch.ones(0, 16)}, "make no pair"),
-    "LoHa": (lambda t: _renamed(t, "lora_up.weight", "hada_w1_a"), "be placed"),
-    "LoCon with a core": (lambda t: t | {"lora_unet_x.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "be placed"),
-    "Stable Diffusion XL": (lambda t: _renamed(t, "lora_unet_down", "lora_te2_down"), "be placed"),
-    "a checkpoint": (lambda _: {"model.diffusion_model.out.2.bias": torch.ones(4)}, "holds no LoRA keys"),
+    "LoHa": (lambda t: _renamed(t, "lora_up.weight", "hada_w1_a"), "is a LoHa"),
+    "LoCon with a core": (lambda t: t | {"lora_unet_x.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "a core"),
+    "Stable Diffusion XL": (lambda t: _renamed(t, "lora_unet_down", "lora_te2_down"), "Stable Diffusion XL"),
+    "a checkpoint": (lambda _: {"model.diffusion_model.out.2.bias": torch.ones(4)}, "is a whole model"),
     "a bias of no module": (lambda t: t | {"lora_unet_x.diff_b": torch.ones(4)}, "does not have"),
     "a bias of another size": (
         lambda t: t | {_first(t, "attn1_to_out_0.alpha").replace("alpha", "diff_b"): torch.ones(3)},
@@ -148,6 +148,67 @@ def test_a_folder_with_several_unknown_files_asks_which(kohya: Tensors, tmp_path
     save_file(kohya, tmp_path / "villain.safetensors")
     with pytest.raises(UserError, match=r"holds 2 adapters \(hero.safetensors, villain.safetensors\)"):
         read_adapter(tmp_path)
+
+
+DOWN, UP = torch.ones(4, 320), torch.ones(320, 4)
+FOREIGN: dict[str, tuple[Tensors, str]] = {
+    "LoHa": ({"lora_unet_x.hada_w1_a": UP, "lora_unet_x.alpha": torch.tensor(1.0)}, "is a LoHa"),
+    "LoKr": ({"lora_unet_x.lokr_w1": UP, "lora_unet_x.lokr_w2_a": UP}, "is a LoKr"),
+    "GLoRA": ({f"lora_unet_x.{part}.weight": UP for part in ("a1", "a2", "b1", "b2")}, "is a GLoRA"),
+    "kohya's OFT": ({"oft_unet_x.oft_blocks": torch.ones(4, 80, 80)}, "is an OFT"),
+    "diag-OFT": ({"lora_unet_x.oft_blocks": torch.ones(4, 80, 80)}, "is an OFT"),
+    "an early diag-OFT": ({"lora_unet_x.oft_diag": torch.ones(4, 80, 80)}, "is an OFT"),
+    "(IA)^3": ({"lora_unet_x.weight": torch.ones(320, 1), "lora_unet_x.on_input": torch.ones(1)}, "(IA)^3"),
+    "full": ({"lora_unet_x.diff": torch.ones(320, 320)}, "whole differences"),
+    "Stable Diffusion XL, text": ({"lora_te2_text_model_x.lora_down.weight": DOWN}, "Stable Diffusion XL"),
+    "Stable Diffusion XL": (
+        {
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(
+                4, 2048
+            ),
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_up.weight": torch.ones(640, 4),
+        },
+        "Stable Diffusion XL",
+    ),
+    "Stable Diffusion 2": (
+        {
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight": torch.ones(4, 1024),
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_B.weight": torch.ones(1280, 4),
+        },
+        "Stable Diffusion 2",
+    ),
+    "Flux": ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": DOWN}, "Flux"),
+    "Flux by diffusers": ({"transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": DOWN}, "Flux"),
+    "Stable Diffusion 3": (
+        {"lora_transformer_joint_blocks_0_x.lora_down.weight": DOWN},
+        "Stable Diffusion 3",
+    ),
+    "an embedding": ({"emb_params": torch.ones(2, 768)}, "an embedding"),
+    "an embedding for SDXL": ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, "an embedding"),
+    "an embedding of diffusers'": ({"<hero>": torch.ones(1, 768)}, "an embedding"),
+    "an embedding in a bundle": (
+        {
+            "bundle_emb.hero.clip_l": torch.ones(1, 768),
+            "diffusion_model.out.2.lora_A.weight": torch.ones(4, 320, 3, 3),
+            "diffusion_model.out.2.lora_B.weight": torch.ones(4, 4, 1, 1),
+        },
+        "save the LoRA without it",
+    ),
+    "a ControlNet": ({"control_model.zero_convs.0.0.weight": torch.ones(320, 320, 1, 1)}, "a ControlNet"),
+    "a whole model": ({"first_stage_model.decoder.conv_in.weight": UP}, "--base_model"),
+    "a UNet": ({"down_blocks.0.resnets.0.conv1.weight": torch.ones(4, 4, 3, 3)}, "a model of its own"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_lora_for_stable_diffusion_1_is_refused_by_its_name(tmp_path: Path, kind: str) -> None:
+    tensors, name = FOREIGN[kind]
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError) as raised:
+        read_adapter(tmp_path / "a.safetensors")
+    assert raised.value.exit_code == 4
+    assert name in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 # ---------------------------------------------------------------- spellings

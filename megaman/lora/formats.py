@@ -11,7 +11,7 @@ DoRA's magnitudes: .lora_magnitude_vector (PEFT, diffusers; PEFT's shapes), .dor
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -206,3 +206,44 @@ def split_key(key: str) -> tuple[Key, str] | None:
     if kind == "bias":
         return (component, f"{name}.bias" if "." in name else f"{name}_bias"), "difference"
     return (component, name), kind
+
+
+# ---------------------------------------------------------------- files of other kinds
+_ADAPTER = "is {}, which is not read; take a LoRA, LoCon or DoRA, or draw with it in A1111, Forge or ComfyUI."
+_BASE = "is {}; here only those of Stable Diffusion 1.x can be used."
+_THING = "is {} and no LoRA; name a LoRA's file."
+_FOREIGN = {
+    r"\.hada_[wt]\d": _ADAPTER.format("a LoHa"),
+    r"\.lokr_[wt]\d": _ADAPTER.format("a LoKr"),
+    r"(oft_blocks|oft_diag|oft_R)\b|^oft_": _ADAPTER.format("an OFT (kohya's, LyCORIS's diag-OFT or BOFT)"),
+    r"\.([ab][12]|bm)\.weight$": _ADAPTER.format("a GLoRA"),
+    r"\.on_input$|\.ia3_l\b": _ADAPTER.format("an (IA)^3"),
+    r"\.lora_mid\.weight$": _ADAPTER.format("a LoCon with a core between its factors (use_tucker, use_cp)"),
+    r"\bvera_lambda_": _ADAPTER.format("a VeRA"),
+    r"^bundle_emb\.": "holds an embedding beside its LoRA (OneTrainer's bundle), which is not read; save the "
+    "LoRA without it.",
+    r"^(lllite_|control_model\.|controlnet_|input_hint_block\.)|\.lllite_": _THING.format("a ControlNet"),
+    r"^(ip_adapter|image_proj)\.": _THING.format("an IP-Adapter"),
+    r"^(emb_params|string_to_param\b.*|clip_[lg]|<.*>)$": _THING.format("an embedding (textual inversion)"),
+    r"double_blocks|single_blocks|single_transformer_blocks": _BASE.format("a LoRA for Flux"),
+    r"joint_blocks|lora_te3_|\bt5xxl\b|^(lora_)?transformer[._]": _BASE.format(
+        "a LoRA for Stable Diffusion 3, Flux or another transformer"
+    ),
+    r"lora_te2_|^text_encoder_2\.|\bclip_g\.|label_emb|add_embedding": _BASE.format(
+        "made for Stable Diffusion XL"
+    ),
+    r"\bclip_h\.": _BASE.format("a LoRA for Stable Diffusion 2.x"),
+    r"^(model\.diffusion_model|\w+_stage_model|conditioner)\.(?!.*lora_).*\.(weight|bias)$": (
+        "is a whole model and no LoRA; name it with --base_model, and a LoRA's file here."
+    ),
+    r"^(conv_in|conv_out|(down_blocks|encoder|decoder)\.(?!.*lora).*)\.(weight|bias)$": _THING.format(
+        "a model of its own (UNet, VAE or text encoder)"
+    ),
+}
+
+
+def foreign_kind(keys: Iterable[str]) -> str | None:
+    """What a file with these keys is, and what to do; None if it may be a LoRA for Stable Diffusion 1.x."""
+    names = "\n".join(keys)
+    found = (told for pattern, told in _FOREIGN.items() if re.search(pattern, names, re.MULTILINE))
+    return next(found, None)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_text
 from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite, underscored
-from megaman.lora.formats import split_key
+from megaman.lora.formats import foreign_kind, split_key
 
 ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
 KOHYA_FILE = "megaman_lora.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
+_OTHER_WIDTHS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -42,15 +43,29 @@ def read_adapter(path: Path) -> Adapter:
 def read_file(file: Path, peft_config: Path) -> Adapter:
     """The adapter in one file; peft_config: where the strength of a file in PEFT's layout stands."""
     tensors, header = _load(file)
+    if kind := foreign_kind(tensors):
+        raise UserError(f"{file}: {kind}", Exit.MODEL)
     is_peft = any(key.startswith("base_model.model.") for key in tensors)
     strengths = _peft_strength(peft_config, file) if is_peft else _diffusers_strengths(file, header)
     layers = _grouped(tensors, strengths, file)
     if not layers:
         reason = "holds no LoRA keys of kohya, diffusers or PEFT; is it a LoRA for Stable Diffusion?"
         raise UserError(f"{file}: {reason}", Exit.MODEL)
+    _check_base(layers, file)
     adapter = Adapter(layers, _known(header, file))
     check_finite(adapter, str(file), Exit.MODEL)
     return adapter
+
+
+def _check_base(layers: Mapping[Key, LoraLayer], file: Path) -> None:
+    """UserError (exit 4) for a LoRA whose cross-attention reads the text of another Stable Diffusion."""
+    for (component, name), layer in layers.items():
+        made_for = _OTHER_WIDTHS.get(layer.down.shape[1])
+        if component == "unet" and made_for and re.search(r"attn2.to_[kv]$", name):
+            reason = f"is a LoRA for {made_for} (its text is {layer.down.shape[1]} wide)"
+            raise UserError(
+                f"{file}: {reason}; here only those of Stable Diffusion 1.x can be used.", Exit.MODEL
+            )
 
 
 def _is_text(text: str) -> bool:
