@@ -14,7 +14,7 @@ from test_interop import trained
 
 import generate_megaman
 from megaman.common.console import UserError
-from megaman.lora.formats import kohya_tensors, peft_tensors
+from megaman.lora.formats import diffusers_metadata, diffusers_tensors, kohya_tensors, peft_tensors
 from megaman.lora.injection import adapter_of
 from megaman.lora.load import read_adapter
 from megaman.lora.save import write_adapter
@@ -274,3 +274,32 @@ def test_no_tensor_is_dropped_on_the_way(kohya: Tensors, tmp_path: Path) -> None
     layers = read_adapter(tmp_path / "a.safetensors").layers
     assert {f"lora_unet_{name}" for _, name in layers} == {key.split(".")[0] for key in kohya}
     assert len(load_file(tmp_path / "a.safetensors")) == 3 * len(layers)
+
+
+# ---------------------------------------------------------------- strength
+
+
+def test_a_diffusers_file_that_names_no_alpha_says_so_once(
+    plain: StableDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = adapter_of(trained(plain, lora_rank=4, lora_alpha=32))
+    tensors = diffusers_tensors(adapter)
+    for name, content, metadata in (
+        ("bare", tensors, None),
+        (
+            "with alphas",
+            tensors | {_first(tensors, "lora_A.weight")[:-13] + "alpha": torch.tensor(4.0)},
+            None,
+        ),
+        ("with metadata", tensors, diffusers_metadata(adapter)),
+        ("ours", tensors, {"megaman": "{}"}),
+        ("kohya's", {k: v for k, v in kohya_tensors(adapter).items() if "alpha" not in k}, None),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(content, path, metadata)
+        capsys.readouterr()
+        alphas = [{layer.alpha for layer in read_adapter(path).layers.values()} for _ in range(2)]
+        assert alphas == [{32.0 if name == "with metadata" else 4.0}] * 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == (name == "bare")
+        assert all("names no alpha" in line and "--lora_scale" in line for line in said)

@@ -5,15 +5,16 @@ LDM's names. What can't be placed is refused: a key that is passed over is stren
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaman.common.console import Exit, UserError, is_text
+from megaman.common.console import Exit, UserError, is_text, say
 from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite, underscored
 from megaman.lora.formats import foreign_kind, split_key
 
@@ -22,6 +23,7 @@ KOHYA_FILE = "megaman_lora.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
+_DIFFUSERS_STRENGTH = "lora_adapter_metadata"  # diffusers' key there
 _OTHER_WIDTHS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
@@ -54,6 +56,8 @@ def read_file(file: Path, peft_config: Path) -> Adapter:
     _check_base(layers, file)
     adapter = Adapter(layers, _known(header, file))
     check_finite(adapter, str(file), Exit.MODEL)
+    if not is_peft and not header.keys() & {OURS, _DIFFUSERS_STRENGTH} and _lacks_strength(tensors):
+        _note_strength(file)
     return adapter
 
 
@@ -66,6 +70,24 @@ def _check_base(layers: Mapping[Key, LoraLayer], file: Path) -> None:
             raise UserError(
                 f"{file}: {reason}; here only those of Stable Diffusion 1.x can be used.", Exit.MODEL
             )
+
+
+def _lacks_strength(tensors: Iterable[str]) -> bool:
+    """Whether keys of diffusers' layout come without any alpha."""
+    keys = list(tensors)
+    is_diffusers = any(
+        re.match(r"(unet|text_encoder|down_blocks|mid_block|up_blocks)\.", key) for key in keys
+    )
+    return is_diffusers and not any(key.endswith(".alpha") for key in keys)
+
+
+@cache
+def _note_strength(file: Path) -> None:
+    """Said once a file: training reads an --init_lora more than once."""
+    say(
+        f"note: {file}: names no alpha, so it is taken as alpha = rank. If it was trained with another, its "
+        "true strength is --lora_scale alpha/rank"
+    )
 
 
 def _is_text(text: str) -> bool:
@@ -186,7 +208,7 @@ def _peft_strength(config: Path, file: Path) -> dict[str, _Strengths]:
 def _diffusers_strengths(file: Path, header: Mapping[str, str]) -> dict[str, _Strengths]:
     """By component: what diffusers' metadata inside the file says."""
     try:
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+        settings = json.loads(header.get(_DIFFUSERS_STRENGTH, "{}"))
         by_component: dict[str, dict[str, Any]] = {}
         for key, value in settings.items():
             component, _, name = key.partition(".")
