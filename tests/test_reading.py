@@ -159,6 +159,7 @@ FOREIGN: dict[str, tuple[Tensors, str]] = {
     "diag-OFT": ({"lora_unet_x.oft_blocks": torch.ones(4, 80, 80)}, "is an OFT"),
     "an early diag-OFT": ({"lora_unet_x.oft_diag": torch.ones(4, 80, 80)}, "is an OFT"),
     "(IA)^3": ({"lora_unet_x.weight": torch.ones(320, 1), "lora_unet_x.on_input": torch.ones(1)}, "(IA)^3"),
+    "T-LoRA": ({"lora_unet_x.q_layer.weight": DOWN, "lora_unet_x.lambda_layer": torch.ones(1, 4)}, "T-LoRA"),
     "full": ({"lora_unet_x.diff": torch.ones(320, 320)}, "whole differences"),
     "Stable Diffusion XL, text": ({"lora_te2_text_model_x.lora_down.weight": DOWN}, "Stable Diffusion XL"),
     "Stable Diffusion XL": (

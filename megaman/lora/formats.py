@@ -220,6 +220,7 @@ _FOREIGN = {
     r"\.on_input$|\.ia3_l\b": _ADAPTER.format("an (IA)^3"),
     r"\.lora_mid\.weight$": _ADAPTER.format("a LoCon with a core between its factors (use_tucker, use_cp)"),
     r"\bvera_lambda_": _ADAPTER.format("a VeRA"),
+    r"\.(lambda|[pq])_layer\b": _ADAPTER.format("a T-LoRA"),
     r"^bundle_emb\.": "holds an embedding beside its LoRA (OneTrainer's bundle), which is not read; save the "
     "LoRA without it.",
     r"^(lllite_|control_model\.|controlnet_|input_hint_block\.)|\.lllite_": _THING.format("a ControlNet"),
