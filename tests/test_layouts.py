@@ -15,7 +15,7 @@ from megaman.common.console import UserError
 from megaman.config.train import TrainConfig
 from megaman.lora.adapter import Adapter, Key, LoraLayer, underscored
 from megaman.lora.formats import diffusers_name, kohya_tensors
-from megaman.lora.init_lora import read_init_lora
+from megaman.lora.init_lora import module_names, read_init_lora
 from megaman.lora.injection import adapter_of, lora_modules
 from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
@@ -200,6 +200,15 @@ def test_a_file_with_ldms_names_holds_the_same_updates_and_draws_alike(
         outputs.append((unet_output(unet, plain), query))
     assert error(outputs[0][0], outputs[1][0]) <= 1e-5
     assert error(outputs[0][1], outputs[1][1]) <= 1e-6
+
+
+def test_training_goes_on_from_a_file_with_ldms_names(
+    small_sd15: UNet2DConditionModel, adapter: Adapter, tmp_path: Path
+) -> None:
+    save_file(LAYOUTS["OneTrainer's ORIGINAL"](adapter), tmp_path / "a.safetensors")
+    init = read_init_lora(str(tmp_path / "a.safetensors"))
+    names = {name for component, name in adapter.layers if component == "unet"}
+    assert set(module_names(init, small_sd15)) == names
 
 
 def test_an_ldm_doras_lengths_are_read_with_it(adapter: Adapter, tmp_path: Path) -> None:
