@@ -121,6 +121,8 @@ def test_the_hub_s_refusals_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert result.stderr == ""
     assert "hf_secret" not in result.stdout
     said = json.loads(result.stdout)
+    for base in ("base thin", "base thin, hub down"):  # its weights are there as the fp16 variant alone
+        assert said.pop(base) == "it was had: StableDiffusion"
     for owner in ("gated", "locked"):
         assert "Accept its licence on its page, then log in with `hf auth login`." in said[f"base {owner}"]
         assert "this adapter is gated" in said[f"adapter {owner}"]

@@ -1,5 +1,7 @@
 """What a base is, is found out before anything is trained on it."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import generate_megaman
 from megaman.common.console import Exit, UserError
-from megaman.model.stable_diffusion import SD2_TEXT_WIDTH, load_base, peek
+from megaman.model.stable_diffusion import SD2_TEXT_WIDTH, StableDiffusion, load_base, peek
 
 
 def test_a_stable_diffusion_2_is_refused_by_name(tiny_folder: Path, tmp_path: Path) -> None:
@@ -29,3 +32,74 @@ def test_a_peek_tells_what_this_disk_knows_and_says_where_it_guesses(tiny_folder
     assert (known.cell_px, known.is_exact) == (4, True)
     guessed = peek("nobody/nothing")
     assert (guessed.cell_px, guessed.is_exact) == (64, False)
+
+
+# ---------------------------------------------------------------- weights as the fp16 variant
+
+
+def save_variant(tiny_folder: Path, folder: Path, **settings: object) -> Path:
+    """Writes the tiny base with its weights as the fp16 variant alone."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_folder, safety_checker=None, torch_dtype=torch.float16
+    )
+    pipeline.save_pretrained(folder, variant="fp16", **settings)
+    assert not list(folder.rglob("*model.safetensors"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def variant_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base, its weights there as the fp16 variant alone."""
+    return save_variant(tiny_folder, tmp_path_factory.mktemp("variant") / "tiny_base")
+
+
+def loaded(folder: Path) -> StableDiffusion:
+    return load_base(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def are_of_half_precision(base: StableDiffusion) -> dict[str, bool]:
+    """Whether a part's weights are float16's numbers, though the tensors are float32."""
+    parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
+    assert {parameter.dtype for part in parts.values() for parameter in part.parameters()} == {torch.float32}
+    return {
+        name: all(torch.equal(weight, weight.half().float()) for weight in part.parameters())
+        for name, part in parts.items()
+    }
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["whole", "sharded"])
+def test_a_folder_with_the_fp16_variant_alone_is_loaded(
+    tiny_folder: Path, tmp_path: Path, plain: StableDiffusion, shards: dict[str, str]
+) -> None:
+    folder = save_variant(tiny_folder, tmp_path / "variant", **shards)
+    assert bool(shards) == bool(list(folder.glob("unet/*.index.fp16.json")))
+    for odd in ("unet/LICENSE", "text_encoder/model.bin", "vae/diffusion_pytorch_model.bin"):
+        (folder / odd).write_bytes(b"nothing that is read")  # beside what is
+    base = loaded(folder)
+    assert set(are_of_half_precision(base).values()) == {True}
+    assert base.digest == plain.digest
+    for name, weight in plain.unet.state_dict().items():
+        assert torch.equal(base.unet.state_dict()[name], weight.half().float())
+
+
+def test_full_weights_go_before_the_variant_part_by_part(
+    tiny_folder: Path, variant_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(variant_folder, tmp_path / "mixed")
+    weights = "diffusion_pytorch_model.safetensors"
+    shutil.copy(tiny_folder / "unet" / weights, folder / "unet")  # both
+    shutil.copy(tiny_folder / "vae" / weights, folder / "vae")
+    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert are_of_half_precision(loaded(folder)) == {"unet": False, "vae": False, "text_encoder": True}
+
+
+def test_the_fp16_variant_is_trained_on_and_drawn_with(
+    train: Callable[..., Path], variant_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peek(str(variant_folder)).is_exact
+    weights = train("--pretrained_model_name", str(variant_folder), "--max_train_steps", "1")
+    cfg = generate_megaman.GenerateConfig(
+        lora_path=str(weights), output_dir=str(tmp_path / "drawn"), prompts=["a"], num_inference_steps=1
+    )
+    assert generate_megaman.generate(cfg).is_file()
+    assert "variant" not in capsys.readouterr().err.replace(str(tmp_path), "")

@@ -13,6 +13,11 @@ from megaman.common.files import legacy_hash, sha256_of
 from megaman.config.train import EMBEDDED
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+VARIANT = "fp16"  # the spelling in which half precision is published, beside the full weights or alone
+FULL_WEIGHTS, VARIANT_WEIGHTS = (
+    re.compile(rf"(diffusion_pytorch_)?model{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    for variant in ("", rf"\.{VARIANT}")
+)  # of a part, whole or in shards
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_sd"
 
 
@@ -62,6 +67,14 @@ def local_file(name: str, file: str) -> Path:
     return found
 
 
+def is_variant_alone(part: Path) -> bool:
+    """Whether the folder of a model's part holds its weights as the fp16 variant and in no other way that is
+    read.
+    """
+    names = [path.name for path in part.glob("*.safetensors")]
+    return any(map(VARIANT_WEIGHTS.fullmatch, names)) and not any(map(FULL_WEIGHTS.fullmatch, names))
+
+
 # ---------------------------------------------------------------- why one can't be had
 _WEIGHTS = ("unet", "vae", "text_encoder")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # whose classes a model may name
@@ -76,6 +89,7 @@ _OFFLINE = {
 _GATED = {"GatedRepoError", 403}
 _ELSEWHERE = {"EntryNotFoundError", "RemoteEntryNotFoundError"}
 _UNKNOWN = {"RepositoryNotFoundError", "HFValidationError", 401, 404}
+NO_SAFETENSORS = "`safetensors` weights"  # in diffusers' words for a hub that has no others than pickles
 _BUSY = {429, 500, 502, 503, 504}
 BASE_FLAG = "--pretrained_model_name"
 
@@ -168,7 +182,7 @@ def why_not_loaded(
         (found & _UNKNOWN, f"the hub knows no such model, or keeps it private. {another}"),
         (found & _BUSY, "the hub is too busy to answer. Try again later, or name a local folder."),
         (
-            "`safetensors` weights" in text,
+            NO_SAFETENSORS in text,
             f"this {what} is only there as pickle files, which can run code. Name one in safetensors.",
         ),
         (

@@ -16,7 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -25,10 +25,13 @@ from megaman.config.train import EMBEDDED
 from megaman.model.hub import (
     EMBEDDED_FOLDER,
     MOVED,
+    NO_SAFETENSORS,
+    VARIANT,
     canonical_name,
     check_folder_or_file,
     hub_id_of,
     is_local,
+    is_variant_alone,
     local_file,
     why_not_loaded,
 )
@@ -173,6 +176,34 @@ def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
         raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", Exit.MODEL)
 
 
+SAFE: dict[str, Any] = {"safety_checker": None, "use_safetensors": True}  # no pickle is ever loaded
+
+
+def _download(name: str) -> Path:
+    """The folder in the hub's cache that holds the model, fetched where it isn't there: as the fp16 variant
+    if a part has no other weights in safetensors.
+    """
+    settings = SAFE | {"feature_extractor": None}
+    try:
+        return Path(StableDiffusionPipeline.download(name, **settings))
+    except OSError as error:
+        if NO_SAFETENSORS not in str(error):
+            raise
+        return Path(StableDiffusionPipeline.download(name, variant=VARIANT, **settings))
+
+
+def _variant_parts(folder: Path) -> dict[str, nn.Module]:
+    """The parts whose weights lie in the folder as the fp16 variant alone, by name. diffusers itself, asked
+    for the variant, would prefer it to the full weights of other parts.
+    """
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    return {
+        part: kind.from_pretrained(folder / part, variant=VARIANT, use_safetensors=True)
+        for part, kind in kinds.items()
+        if is_variant_alone(folder / part)
+    }
+
+
 def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     diffusers_logging.disable_progress_bar()  # of loading only: the bars of a download stay
     transformers_logging.disable_progress_bar()
@@ -184,12 +215,18 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
         source = EMBEDDED_FOLDER
     if isinstance(source, Path):
         check_folder_or_file(source)
-    kwargs: dict[str, Any] = {"safety_checker": None, "use_safetensors": True}
     try:
         if isinstance(source, Path) and source.is_file():
-            kwargs |= {"torch_dtype": torch.float32}  # of all parts, or the VAE would be rounded on the way
-            return StableDiffusionPipeline.from_single_file(str(source), **kwargs)
-        kwargs |= {"torch_dtype": {"vae": torch.float32, "default": dtype}, "feature_extractor": None}
-        return StableDiffusionPipeline.from_pretrained(str(source), requires_safety_checker=False, **kwargs)
+            # float32 of all parts, or the VAE would be rounded on the way
+            return StableDiffusionPipeline.from_single_file(str(source), torch_dtype=torch.float32, **SAFE)
+        folder = source if isinstance(source, Path) else _download(source)
+        return StableDiffusionPipeline.from_pretrained(
+            str(folder),
+            torch_dtype={"vae": torch.float32, "default": dtype},
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **SAFE,
+            **_variant_parts(folder),
+        )
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
         raise UserError(why_not_loaded(name, source, error), Exit.MODEL) from error

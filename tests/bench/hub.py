@@ -33,6 +33,8 @@ FILES: dict[str, list[str]] = {  # of the repositories that are there
     "pickled": ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin"],
     "other": ["config.json", "model.safetensors"],
 }
+BASE = Path(__file__).resolve().parents[2] / "megaman" / "tiny_sd"
+THIN = "thin"  # has the embedded base, its weights under the names of the fp16 variant alone
 HALF = (
     "half",
     "torn",
@@ -55,6 +57,10 @@ class Hub(BaseHTTPRequestHandler):
             body = json.dumps({"id": f"{owner}/it", "sha": COMMIT, "siblings": siblings}).encode()
         elif code == 200 and self.path.endswith("model_index.json") and owner in ("pickled", "half"):
             body, headers = json.dumps(INDEX).encode(), {"X-Repo-Commit": COMMIT, "ETag": '"1"'}
+        elif code == 200 and owner == THIN:
+            name = self.path.split("/resolve/")[1].partition("/")[2]
+            body = (BASE / name.replace(".fp16.", ".")).read_bytes()
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name.replace("/", "-")}"'}
         elif code == 200:
             code, headers = 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
         self.send_response(code)
@@ -85,7 +91,7 @@ def told(ask: Callable[[str], object], owner: str) -> str:
     from megaman.common.console import Exit, UserError
 
     try:
-        return f"it was had: {ask(f'{owner}/it')}"
+        return f"it was had: {type(ask(f'{owner}/it')).__name__}"
     except UserError as error:
         return str(error) if error.exit_code == Exit.MODEL else f"exit {error.exit_code}: {error}"
 
@@ -110,6 +116,8 @@ def main() -> None:
             path for path in hub.EMBEDDED_FOLDER.rglob("*.*") if path.suffix in (".json", ".safetensors")
         ]
         FILES["half"] = [path.relative_to(hub.EMBEDDED_FOLDER).as_posix() for path in parts]
+        whole = ["model_index.json", *(path.relative_to(BASE).as_posix() for path in BASE.glob("*/*.*"))]
+        FILES[THIN] = [name.replace(".safetensors", ".fp16.safetensors") for name in whole]
         asks = {
             "base": lambda name: stable_diffusion.load_base(
                 name, device=torch.device("cpu"), dtype=torch.float32
@@ -122,7 +130,7 @@ def main() -> None:
         server.shutdown()
         server.server_close()
         for what, ask in asks.items():
-            said |= {f"{what} {owner}, hub down": told(ask, owner) for owner in ("missing", *HALF)}
+            said |= {f"{what} {owner}, hub down": told(ask, owner) for owner in ("missing", THIN, *HALF)}
     print(json.dumps(said))
 
 
