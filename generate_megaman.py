@@ -169,11 +169,11 @@ def check_adapters_fit(candidates: Sequence[Candidate], base: StableDiffusion) -
 
 def check_jobs(jobs: Sequence[Job], base: StableDiffusion) -> None:
     """UserError (exit 2) unless the base can draw every size, in that many steps."""
-    cell = base.cell_px
     limit = base.scheduler.config.num_train_timesteps // 2  # samplers space their steps over the schedule
     for job in jobs:
-        if job.width % cell or job.height % cell:
-            reason = f"width and height must be multiples of {cell} for {base.name}"
+        width, height = base.nearest_px(job.width), base.nearest_px(job.height)
+        if (width, height) != (job.width, job.height):
+            reason = f"{base.name} draws multiples of {base.stride}; {width} x {height} is the nearest"
             raise UserError(f"{job.width} x {job.height}: {reason}", console.Exit.USAGE)
         if job.num_inference_steps > limit:
             raise UserError(
@@ -197,7 +197,7 @@ def render(batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter) -
         guidance_scale=job.guidance_scale,
         width=job.width,
         height=job.height,
-        generator=[torch.Generator().manual_seed(job.seed) for job in batch],
+        generators=[torch.Generator().manual_seed(job.seed) for job in batch],
     )
 
 

@@ -280,6 +280,53 @@ def test_every_setting_changes_the_picture(
     assert plain_drawing.shape != changed.shape or not np.array_equal(plain_drawing, changed)
 
 
+@pytest.mark.parametrize(("width", "height"), [(34, 38), (2, 46), (50, 32), (32, 48)])
+def test_every_multiple_of_the_stride_is_drawn(
+    generate: Callable[..., Path], tmp_path: Path, width: int, height: int
+) -> None:
+    size = {"width": width, "height": height}
+    together = generate(prompts=["a", "b", "c"], batch_size=3, **size)
+    alone, again = (generate(prompts=["b"], output_dir=str(tmp_path / name), **size) for name in ("1", "2"))
+    name = records(alone)[0]["file"]
+    with Image.open(alone / name) as picture:
+        assert picture.size == (width, height)
+    assert (alone / name).stat().st_size > 100
+    assert np.array_equal(pixels(alone / name), pixels(again / name))
+    assert np.abs(pixels(together / name) - pixels(alone / name)).max() <= 1
+
+
+def test_a_picture_is_drawn_as_by_diffusers_pipeline_itself(tiny_base: object) -> None:
+    import torch
+
+    from megaman.model.drawing import SAMPLERS, draw, pipeline_of
+
+    settings = {"prompt": ["a", "b"], "num_inference_steps": 3, "width": 48, "height": 32}
+    for sampler in SAMPLERS:
+        pipeline = pipeline_of(tiny_base, sampler)
+        theirs = pipeline(generator=[torch.Generator().manual_seed(i) for i in range(2)], **settings).images
+        ours = draw(
+            tiny_base, pipeline, generators=[torch.Generator().manual_seed(i) for i in range(2)], **settings
+        )
+        for mine, other in zip(ours, theirs, strict=True):
+            difference = np.asarray(mine).astype(int) - np.asarray(other)
+            assert np.abs(difference).max() <= 1, sampler  # latents are decoded one at a time
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [((601, 800), "600 x 800"), ((3, 1), "8 x 8"), ((720, 1283), "720 x 1280")]
+)
+def test_a_size_that_can_t_be_drawn_is_told_the_nearest_that_can(
+    tiny_base: object, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], nearest: str
+) -> None:
+    monkeypatch.setattr(type(tiny_base), "stride", 8)  # Stable Diffusion 1.5's
+    jobs = [Job("a", "", 1, *size, 2, 7.5, "dpm++", 1.0)]
+    with pytest.raises(UserError, match=f"^{size[0]} x {size[1]}: .* {nearest} is the nearest$") as error:
+        generate_megaman.check_jobs(jobs, tiny_base)
+    assert error.value.exit_code == 2
+    width, height = map(int, nearest.split(" x "))
+    generate_megaman.check_jobs([Job("a", "", 1, width, height, 2, 7.5, "dpm++", 1.0)], tiny_base)
+
+
 def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_base: object) -> None:
     import torch
 
@@ -288,9 +335,9 @@ def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_bas
     folder = generate(prompts=["a"], lora_scale=[1.0, 0.0])
     (record,) = [record for record in records(folder) if record["lora_scale"] == 0]
     settings = {"negative_prompt": record["negative_prompt"], "num_inference_steps": 2, "guidance_scale": 7.5}
-    generator = torch.Generator().manual_seed(record["seed"])
+    generators = [torch.Generator().manual_seed(record["seed"])]
     (plain,) = draw(
-        tiny_base, pipeline_of(tiny_base), prompt="a", generator=generator, height=32, width=32, **settings
+        tiny_base, pipeline_of(tiny_base), prompt="a", generators=generators, height=32, width=32, **settings
     )
     assert np.array_equal(np.asarray(plain), pixels(folder / record["file"]))
 
@@ -321,7 +368,11 @@ def test_a_long_prompt_is_said_to_be_cut(
     [
         (["--lora_path", "nowhere"], 4, "--preset demo"),
         (["--lora_path", "WEIGHTS", "--base_model", "megaman/tiny_sd"], 4, "made for another base"),
-        (["--lora_path", "WEIGHTS", "--width", "33"], 2, "must be multiples of 4"),
+        (
+            ["--lora_path", "WEIGHTS", "--width", "33"],
+            2,
+            "multiples of 2; 32 x 32 is the nearest",
+        ),
         (["--lora_path", "WEIGHTS", "--prompts_file", "nowhere.txt"], 3, "can't be read"),
         (["--num_images_per_prompt", "0"], 2, "must be at least 1"),
         (["--seed", "99999999999999999999"], 2, "must be 0 or more and below 2^63"),
@@ -678,7 +729,7 @@ def test_an_overflow_spoils_no_neighbour(tiny_base: object) -> None:
     pictures = [
         draw_or_none(
             base, pipeline_of(base), prompt_embeds=states, negative_prompt_embeds=text, height=32, width=32,
-            num_inference_steps=2, generator=[generator.clone_state() for generator in noise],
+            num_inference_steps=2, generators=[generator.clone_state() for generator in noise],
         )
         for states in (text, spoilt)
     ]  # fmt: skip

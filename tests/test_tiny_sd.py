@@ -120,7 +120,9 @@ def test_the_base_draws_the_backgrounds_that_the_prompts_name() -> None:
         prompt=[f"a red robot, {name} background" for name in BACKGROUNDS],
         num_inference_steps=15,
         guidance_scale=4.0,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(BACKGROUNDS))],
+        width=64,
+        height=64,
+        generators=[torch.Generator().manual_seed(i) for i in range(len(BACKGROUNDS))],
     )
     obeyed = [name for name, image in zip(BACKGROUNDS, images, strict=True) if background_of(image) == name]
     assert len(obeyed) >= 6, obeyed  # of eight; by chance it would be one

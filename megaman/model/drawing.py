@@ -1,5 +1,6 @@
 """Pictures from a base: its pipeline, the samplers, the decoding."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from torch import Generator, Tensor
 
 from megaman.common.console import Exit, UserError
 from megaman.model.stable_diffusion import StableDiffusion
@@ -57,13 +59,34 @@ def draw(base: StableDiffusion, pipeline: StableDiffusionPipeline, **settings: A
     return whole
 
 
+def noise_of(base: StableDiffusion, width: int, height: int, generators: Sequence[Generator]) -> Tensor:
+    """What a picture of each generator begins with, (B,C,h,w) on the CPU. The pipeline would draw the same,
+    but for sizes that are no multiples of 8, which it refuses whatever the base's stride.
+    """
+    shape = (1, base.unet.config.in_channels, height // base.stride, width // base.stride)
+    return torch.cat(
+        [torch.randn(shape, generator=generator, dtype=base.unet.dtype) for generator in generators]
+    )
+
+
 def draw_or_none(
-    base: StableDiffusion, pipeline: StableDiffusionPipeline, **settings: Any
+    base: StableDiffusion,
+    pipeline: StableDiffusionPipeline,
+    *,
+    width: int,
+    height: int,
+    generators: Sequence[Generator],
+    **settings: Any,
 ) -> list[Image.Image | None]:
     """The pictures of one batch, RGB; None where numbers overflowed, which leaves the others as they are.
-    settings: the pipeline's own. Latents are decoded one at a time, which halves the peak memory.
+    Latents are decoded one at a time, which halves the peak memory.
+
+    width, height: pixels, multiples of the base's stride. generators: one a picture, on the CPU. settings:
+    the pipeline's own.
     """
-    latents = pipeline(output_type="latent", **settings).images
+    noise = noise_of(base, width, height, generators)
+    settings |= {"latents": noise, "generator": list(generators), "output_type": "latent"}
+    latents = pipeline(**settings).images
     pictures: list[Image.Image | None] = []
     with torch.no_grad():
         for latent in latents.split(1):

@@ -57,8 +57,14 @@ class StableDiffusion:
 
     @property
     def cell_px(self) -> int:
-        """The sides of a picture must be multiples of it: the UNet halves the latents so often."""
+        """The sides of training sizes are multiples of it: the UNet halves the latents so often."""
         return self.stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def nearest_px(self, side: int) -> int:
+        """The side nearest to this one that can be drawn: the UNet pads what it can't halve evenly, so every
+        multiple of the stride.
+        """
+        return max(1, round(side / self.stride)) * self.stride
 
     @property
     def digest(self) -> str:

@@ -116,7 +116,7 @@ def _draw(base: StableDiffusion, text: Tensor, look: Look, stop: StopRequest) ->
             images += draw(
                 base, pipeline, prompt_embeds=text[i : i + 1], negative_prompt_embeds=text[:1],
                 num_inference_steps=SAMPLE_STEPS, guidance_scale=look.guidance_scale, height=look.side_px,
-                width=look.side_px, generator=torch.Generator().manual_seed(look.seed + i),
+                width=look.side_px, generators=[torch.Generator().manual_seed(look.seed + i)],
                 callback_on_step_end=hurry,
             )  # fmt: skip
     finally:

@@ -150,7 +150,7 @@ def drawn(base: StableDiffusion, prompts: list[str], first_seed: int) -> list[Im
         images += draw(
             base, pipeline, prompt=part, negative_prompt=[NEGATIVE] * len(part), num_inference_steps=STEPS,
             guidance_scale=GUIDANCE, height=64, width=64,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )  # fmt: skip
     return images
 
