@@ -13,7 +13,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, flags_of_a_run, run_script, save_pictures
 from PIL import Image
 
 import megaman_lora
@@ -193,10 +193,70 @@ def other_base(tiny_folder: Path, folder: Path) -> Path:
     return folder
 
 
-def test_there_is_no_resume_without_a_checkpoint(train: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="no checkpoint that can be resumed") as error:
-        train("--resume_from_checkpoint", "latest")
-    assert error.value.exit_code == 7
+@pytest.fixture(scope="module")
+def half_a_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """The output folder `out` of a run of four steps as it was left after two, and the bytes that it ends
+    with.
+    """
+    root = tmp_path_factory.mktemp("half")
+    flags = flags_of_a_run(tiny_folder, save_pictures(root / "pictures"), root / "out")
+    unbroken = bytes_of(megaman_lora.train(megaman_lora.read_config(flags)[0]))
+    shutil.rmtree(root / "out" / "checkpoints" / "step-000004")
+    shutil.rmtree(root / "out" / "lora_weights")
+    return root / "out", unbroken
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--config elsewhere/out2/training_config.json --resume_from_checkpoint latest",
+        "--config elsewhere/out2/training_config.json "
+        "--resume_from_checkpoint elsewhere/out2/checkpoints/step-000002",
+        "SAME --output_dir elsewhere/out2 --resume_from_checkpoint latest",
+        "SAME --output_dir elsewhere/../elsewhere/out2 --resume_from_checkpoint latest",
+        "SAME --output_dir link --resume_from_checkpoint latest",
+        "--config link/training_config.json --resume_from_checkpoint latest",
+        "--config HERE/link/training_config.json --resume_from_checkpoint HERE/link/checkpoints/step-000002",
+        "SAME --output_dir out --resume_from_checkpoint HERE/elsewhere/out2/checkpoints/step-000002",
+    ],
+)
+def test_a_moved_and_renamed_run_resumes_to_the_bytes_of_an_unbroken_one(
+    half_a_run: tuple[Path, list[bytes]],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+) -> None:
+    output, unbroken = half_a_run
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(output, "elsewhere/out2")
+    os.symlink("elsewhere/out2", "link", target_is_directory=True)
+    same = flags_of_a_run(tiny_folder, output.parent / "pictures", tmp_path / "out")
+    words = flags.replace("HERE", str(tmp_path)).split()
+    argv = [*same, *words[1:]] if words[0] == "SAME" else words
+    weights = megaman_lora.train(megaman_lora.read_config(argv)[0])
+    assert bytes_of(weights) == unbroken
+    went_on_in = tmp_path / ("out" if "out" in argv else "elsewhere/out2")
+    assert weights.resolve() == went_on_in / "lora_weights"
+    assert not list(tmp_path.glob("**/out2.*"))  # nothing was moved aside: it is the same run
+
+
+def test_where_no_checkpoint_is_the_way_to_a_moved_run_is_told(
+    train: Callable[..., Path], finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "moved ü")
+    (tmp_path / "other").mkdir()
+    named = tmp_path / "out" / "checkpoints" / "step-000002"
+    for wanted, missing in (
+        ("latest", "no checkpoint that can be resumed"),
+        (str(named), "no such checkpoint"),
+    ):
+        with pytest.raises(UserError, match=missing) as error:
+            train("--resume_from_checkpoint", wanted)
+        assert error.value.exit_code == 7
+        told = str(error.value)
+        assert "--output_dir, or its training_config.json with --config (beside this one: moved ü)" in told
+        assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- memory and numbers

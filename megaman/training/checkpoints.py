@@ -22,9 +22,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megaman.common.console import Exit, UserError, say
+from megaman.common.console import Exit, UserError, listed, say
 from megaman.common.files import save_tensors, sha256_of, sync
-from megaman.common.output_folder import ADAPTER_FILE, free_name, step_folders, step_name
+from megaman.common.output_folder import (
+    ADAPTER_FILE,
+    CHECKPOINTS,
+    RECORD,
+    free_name,
+    step_folders,
+    step_name,
+)
 from megaman.lora.adapter import Adapter
 from megaman.lora.save import write_kohya
 
@@ -231,9 +238,18 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
             return read_checkpoint(path)
         except Damaged as error:
             say(f"warning: {path} can't be resumed: {error}; an older checkpoint is looked for")
-    raise UserError(
-        f"{folder}: no checkpoint that can be resumed. Leave --resume_from_checkpoint out to begin anew.",
-        Exit.STATE,
+    raise UserError(f"{folder}: no checkpoint that can be resumed. {_where_now(folder)}", Exit.STATE)
+
+
+def _where_now(folder: Path) -> str:
+    """What to do where a run's folder of checkpoints has not the one that is meant."""
+    output = folder.absolute().parent
+    beside = [path for path in sorted(output.parent.glob("*")) if step_folders(path / CHECKPOINTS)]
+    others = listed(path.name for path in beside if path != output)
+    return (
+        "If the run was moved or renamed, name the folder where it lies now with --output_dir, or its "
+        f"{RECORD} with --config{f' (beside this one: {others})' if others else ''}. To begin anew, leave "
+        "--resume_from_checkpoint out."
     )
 
 
@@ -245,7 +261,7 @@ def find_checkpoint(wanted: str, folder: Path) -> Checkpoint:
         return latest_checkpoint(folder)
     path = Path(wanted).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint folder. Name one, or latest.", Exit.STATE)
+        raise UserError(f"{path}: no such checkpoint folder. {_where_now(path.parent)}", Exit.STATE)
     try:
         return read_checkpoint(path)
     except Damaged as error:
