@@ -514,7 +514,7 @@ def set_up(cfg: TrainConfig) -> Run:
     cfg = plan(cfg, data.sampler.steps_an_epoch, checkpoint)
     for line in [*data.report.lines(), describe_plan(cfg, data.sampler)]:
         say(line)
-    origins = {"the pictures": data.dataset.fingerprint, "pictures a step": data.sampler.step_size}
+    origins = {resume.PICTURES: data.dataset.fingerprint, "pictures a step": data.sampler.step_size}
     resume.check_resume(checkpoint, cfg, origins)
     check_output(Path(cfg.output_dir), Path(cfg.data_dir))
 

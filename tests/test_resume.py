@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -179,8 +180,34 @@ def test_a_resume_with_anything_else_names_it_and_stops(
     with pytest.raises(UserError) as error:
         train("--max_train_steps", "5", "--resume_from_checkpoint", "latest", *changed)
     assert named in str(error.value)
+    assert ("--init_lora" in str(error.value)) == flags[0].startswith("NEW")
     assert error.value.exit_code == 7
     assert bytes_of(weights) == before
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "--lora_targets attention",
+        "--lora_targets attention+ff --use_rslora",
+        "--lora_targets linear --lora_rank 8 --lora_alpha 20",
+        "--lora_targets conv --use_dora",
+    ],
+)
+def test_with_other_pictures_the_told_command_goes_on_from_what_was_learned(
+    train: Callable[..., Path], folder_of_pictures: Path, form: str
+) -> None:
+    first = train(*form.split(), "--max_train_steps", "2").parent
+    Image.new("RGB", (40, 48), "pink").save(folder_of_pictures / "megaman_9.png")
+    with pytest.raises(UserError, match="To go on with these pictures") as error:
+        train(*form.split(), "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    told = shlex.split(str(error.value).split("python megaman_lora.py ")[1])
+    cfg = megaman_lora.with_init_lora(*megaman_lora.read_config(told))
+    assert cfg.init_lora == str(first / "checkpoints" / "step-000002" / "adapter.safetensors")
+    assert Path(cfg.data_dir) == folder_of_pictures
+    second = megaman_lora.train(cfg)
+    assert second.parent != first
+    assert (first / "lora_weights").is_dir()
 
 
 def other_base(tiny_folder: Path, folder: Path) -> Path:

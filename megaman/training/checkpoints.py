@@ -268,15 +268,22 @@ def find_checkpoint(wanted: str, folder: Path) -> Checkpoint:
         raise UserError(f"{path}: {error}. Name another checkpoint, or latest.", Exit.STATE) from error
 
 
-def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """UserError (exit 7) that names every entry in which a resume differs from its checkpoint."""
+def changed_entries(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The entries in which a resume differs from its checkpoint."""
     then, now = (json.loads(json.dumps(dict(entries))) for entries in (then, now))  # tuples become lists
-    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    if changed:
+    return [key for key in {**then, **now} if then.get(key) != now.get(key)]
+
+
+def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], remedy: str = "") -> None:
+    """UserError (exit 7) that names every entry in which a resume differs from its checkpoint.
+
+    remedy: a further way on than to give the same, or to begin anew.
+    """
+    if changed := changed_entries(then, now):
         words = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(
             f"{path}: can't be resumed with other settings: {words}. Give the same, such as by --config "
-            "with the run's training_config.json, or leave --resume_from_checkpoint out.",
+            f"with the run's {RECORD}, or leave --resume_from_checkpoint out.{remedy}",
             Exit.STATE,
         )
 

@@ -4,17 +4,27 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megaman.common.console import Exit, UserError, say, shell_quoted
 from megaman.common.files import write_text
-from megaman.common.output_folder import OutputLock, RunFolder, claim, must_stay, step_folders
+from megaman.common.output_folder import (
+    ADAPTER_FILE,
+    OutputLock,
+    RunFolder,
+    claim,
+    must_stay,
+    step_folders,
+)
 from megaman.common.signals import StopRequest, after_this_step
 from megaman.config.train import TrainConfig, decisive
 from megaman.training import checkpoints
 from megaman.training.checkpoints import Checkpoint
+
+PICTURES = "the pictures"  # whose fingerprint is one of a run's origins
 
 
 def checkpoint_of(wanted: str | None, run: RunFolder) -> Checkpoint | None:
@@ -32,6 +42,23 @@ def checkpoint_of(wanted: str | None, run: RunFolder) -> Checkpoint | None:
     return checkpoint
 
 
+def _how_to_go_on_with_others(checkpoint: Path, data_dir: str) -> str:
+    """The command that trains on with other pictures from what a checkpoint has learned, if its run is there.
+    It writes to a new folder, since the checkpoint must stay in its place as long as that run goes on.
+    """
+    run = RunFolder.of_adapter(checkpoint)
+    if not run.record.is_file():
+        return ""
+    flags = {
+        "config": run.record,
+        "data_dir": data_dir,
+        "init_lora": checkpoint / ADAPTER_FILE,
+        "output_dir": run.path.with_name(f"{run.path.name}_more"),
+    }
+    words = " ".join(f"--{name} {shell_quoted(str(value))}" for name, value in flags.items())
+    return f" To go on with these pictures from what it has learned: python megaman_lora.py {words}"
+
+
 def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mapping[str, Any]) -> None:
     """Checks that a resume, if it is one, uses the settings and data the checkpoint was made with; only its
     total may change. UserError (exit 7) if not.
@@ -41,7 +68,11 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
     if checkpoint is None:
         return
     then = decisive(checkpoint.settings) | {key: checkpoint.origins.get(key) for key in origins}
-    checkpoints.check_same(checkpoint.path, then, decisive(asdict(cfg)) | dict(origins))
+    now = decisive(asdict(cfg)) | dict(origins)
+    remedy = ""
+    if checkpoints.changed_entries(then, now) == [PICTURES]:
+        remedy = _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir)
+    checkpoints.check_same(checkpoint.path, then, now, remedy)
     if checkpoint.step > cfg.max_train_steps:
         total = f"--max_train_steps {cfg.max_train_steps} is the total, give more."
         raise UserError(f"{checkpoint.path}: at step {checkpoint.step}; {total}", Exit.STATE)
