@@ -14,6 +14,10 @@ if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words o
 
 from megaman.common import console, signals
 from megaman.common.console import UserError, quiet_libraries, say
+
+if __name__ == "__main__":
+    sys.excepthook = console.name_missing_library  # the imports below need what may not be installed
+
 from megaman.config.generate import BUILT_IN_PROMPTS, NEGATIVE, TRIGGER, GenerateConfig, read_config
 from megaman.generation import gallery, records
 

@@ -15,6 +15,10 @@ if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words o
 
 from megaman.common import console, signals
 from megaman.common.console import UserError, quiet_libraries, say, shell_quoted
+
+if __name__ == "__main__":
+    sys.excepthook = console.name_missing_library  # the imports below need what may not be installed
+
 from megaman.config.train import DataFlags, TrainConfig, published, read_config, recorded
 from megaman.data import first_start
 
@@ -30,6 +34,7 @@ import random
 from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +184,8 @@ class MegaManDataset:
         """For each picture, its caption with every one of these names in the trigger's place."""
         plain = [caption.text for caption in self.captions]
         trigger = self.settings.trigger
-        return list(
-            zip(*(captions.with_trigger_replaced(plain, trigger, name) for name in classes), strict=True)
-        )
+        wordings = [captions.with_trigger_replaced(plain, trigger, name) for name in classes]
+        return list(zip(*wordings, strict=True))
 
 
 def sampler_of(dataset: MegaManDataset, step_size: int, without: frozenset[int] = frozenset()) -> Sampler:
@@ -635,12 +639,8 @@ def validate(run: Run, tracker: SilentTracker, step: int) -> None:
     if run.data.held_out and run.accelerator.is_main_process:
         unet = run.base.unet.eval()
         with torch.no_grad(), run.ema.swapped_in():
-            moments = (
-                (index, [timestep])
-                for index in sorted(run.data.held_out)
-                for timestep in validation.TIMESTEPS
-            )
-            batches = (validation_batch(run.encoded, *moment) for moment in moments)  # one at a time: memory
+            moments = product(sorted(run.data.held_out), validation.TIMESTEPS)  # one at a time: memory
+            batches = (validation_batch(run.encoded, index, [timestep]) for index, timestep in moments)
             losses = [denoising_losses(unet, batch, run.base.scheduler, snr_gamma=0) for batch in batches]
         unet.train()
         loss = torch.cat(losses).mean().item()

@@ -2,11 +2,12 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import commands
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from megaman.common import output_folder
 from megaman.common.console import UserError
@@ -99,6 +100,39 @@ def test_an_old_python_is_told_which_one_is_needed_before_anything_is_imported(s
         assert line in head
     compile(source, script, "exec", dont_inherit=True)
     ast.parse(source, feature_version=(3, 8))  # the whole file must parse, or the line is never reached
+
+
+MISSING = "{} is not installed; run: pip install -r requirements_megaman_lora.txt\n"
+
+
+@pytest.mark.parametrize("script", ["megaman_lora.py", "generate_megaman.py"])
+@pytest.mark.parametrize("flags", [["--help"], []])
+def test_without_its_libraries_a_script_says_in_one_line_how_to_get_them(
+    script: str, flags: list[str]
+) -> None:
+    result = run_script("-S", script, *flags)  # -S: as in a fresh virtual environment
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: \w+ " + MISSING.removeprefix("{} "), result.stderr), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("megaman_lora.py", ["--preset", "demo", "--dry_run"]),
+        ("generate_megaman.py", ["--prompts", "a"]),
+    ],
+)
+def test_the_library_that_is_missing_is_named_and_a_bug_keeps_its_traceback(
+    script: str, flags: list[str]
+) -> None:
+    for module, code in (("torch", 2), ("megaman.config.parser", 1)):
+        program = f"import sys, runpy; sys.argv = {[script, *flags]}; sys.modules[{module!r}] = None\n"
+        result = run_script("-c", f"{program}runpy.run_path({script!r}, run_name='__main__')")
+        assert result.returncode == code
+        if code == 2:
+            assert result.stderr == "error: " + MISSING.format(module)
+        else:
+            assert "Traceback" in result.stderr
 
 
 def test_what_stands_in_code_means_what_it_means_in_a_file(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 import ast
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import run_script
+
+from megaman.common.console import REQUIRED
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
@@ -103,6 +106,13 @@ def closure_of(name: str) -> set[str]:
 def test_writing_an_adapter_loads_few_rooms_and_pages_know_no_gallery() -> None:
     assert len(closure_of("lora.save")) <= ROOMS_TO_WRITE_A_FILE
     assert closure_of("common.html") == {"common.console", "common.signals"}
+
+
+def test_every_library_that_must_be_there_is_known_as_required() -> None:
+    imported = {name.split(".")[0] for path in SOURCES.values() for name in imports_of(path)}
+    optional = {"xformers", "bitsandbytes", "prodigyopt"}  # imported only where a flag asks for it
+    indirect = {"tensorboard"}  # torch imports it
+    assert imported - sys.stdlib_module_names - LIBRARIES_OF_OURS - optional | indirect == REQUIRED
 
 
 @pytest.mark.parametrize("floor", WITHOUT_TORCH)

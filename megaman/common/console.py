@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import islice
+from types import TracebackType
 from typing import NoReturn
 
 from megaman.common.signals import Stopped, at_once
@@ -47,6 +48,25 @@ _STEERING = re.compile(
 )  # controls, writing directions
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
+
+REQUIREMENTS = "requirements_megaman_lora.txt"
+REQUIRED = frozenset(
+    {
+        "PIL",
+        "accelerate",
+        "diffusers",
+        "huggingface_hub",
+        "jinja2",
+        "numpy",
+        "peft",
+        "safetensors",
+        "tensorboard",
+        "torch",
+        "tqdm",
+        "transformers",
+        "yaml",
+    }
+)  # what it installs, by the names that are imported
 
 _BREAKS_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but the characters that end a line
@@ -88,6 +108,17 @@ def check_text(text: str, where: str, exit_code: int) -> None:
 
 
 # ---------------------------------------------------------------- how both scripts begin and end
+def name_missing_library(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """An excepthook: one line (exit 2) where a library that the scripts need is not installed. All else keeps
+    its traceback.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        leave(f"{error.name} is not installed; run: pip install -r {REQUIREMENTS}", Exit.USAGE)
+    sys.__excepthook__(kind, error, trace)
+
+
 def quiet_libraries() -> None:
     """Silences warnings of libraries that the user can do nothing about. Called before they are imported."""
     for library in ("TRANSFORMERS", "HF_HUB"):
