@@ -1,5 +1,6 @@
 """Only what is ours by its content is deleted, renamed or overwritten; links stay where they were laid."""
 
+import io
 import json
 import os
 import shlex
@@ -180,6 +181,17 @@ def test_a_told_path_pastes_into_a_shell_as_it_stands(name: str) -> None:
     assert told.isprintable()
     answer = subprocess.run([shell, "-c", told], capture_output=True, check=True).stdout
     assert answer.decode() in (name, f"./{name}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asks a POSIX shell")
+def test_a_told_path_pastes_also_from_a_terminal_that_lacks_its_letters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    told = f"printf %s {shell_quoted('ü 猫')}"
+    assert told.isascii()
+    answer = subprocess.run([shutil.which("bash") or "sh", "-c", told], capture_output=True, check=True)
+    assert answer.stdout.decode() == "ü 猫"
 
 
 def test_the_next_command_and_the_one_that_goes_on_work_in_an_odd_folder(

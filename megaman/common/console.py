@@ -2,7 +2,9 @@
 libraries.
 """
 
+import codecs
 import errno
+import io
 import logging
 import os
 import re
@@ -107,6 +109,46 @@ def check_text(text: str, where: str, exit_code: int) -> None:
         raise UserError(f"{where}: {reason}", exit_code)
 
 
+# ---------------------------------------------------------------- terminals that are not UTF-8
+LOOK_ALIKES = (
+    {"…": "...", "×": "x"}
+    | dict.fromkeys("“”„«»", '"')
+    | dict.fromkeys("‘’", "'")
+    | dict.fromkeys("·–—−", "-")
+)
+SPELLED_OUT = "megaman_spelled_out"  # our error handler's name among Python's
+
+
+def _spelled_out(error: UnicodeError) -> tuple[str, int]:
+    """What is printed in place of characters that an encoding lacks, and where to go on: plain look-alikes of
+    typographic ones, backslash escapes of all others.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    spelled = (LOOK_ALIKES.get(each) or each.encode("ascii", "backslashreplace").decode() for each in lacking)
+    return "".join(spelled), error.end
+
+
+def spell_out_what_terminals_lack() -> None:
+    """From here on stdout and stderr print every text, whatever their encoding. UTF-8 has all characters and
+    stays as it is.
+    """
+    codecs.register_error(SPELLED_OUT, _spelled_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors=SPELLED_OUT)
+
+
+def _is_in_terminals_encoding(text: str) -> bool:
+    """Whether stderr can print the text as it is."""
+    try:
+        text.encode(getattr(sys.stderr, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # ---------------------------------------------------------------- how both scripts begin and end
 def name_missing_library(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -153,6 +195,7 @@ def reported() -> Iterator[None]:
     """Ends the program with one line and its exit code where the block fails by a mistake of the user's, for
     want of disk or memory, or by a signal. Only a bug of ours shows a traceback.
     """
+    spell_out_what_terminals_lack()
     try:
         with at_once():
             yield
@@ -202,7 +245,7 @@ def shell_quoted(word: str) -> str:
         word = os.path.join(".", word)  # a path, and no flag
     if os.name == "nt":  # cmd and PowerShell; no name of a file holds their quote
         return word if re.fullmatch(r"[\w.:\\/-]+", word, re.ASCII) else f'"{word}"'
-    if _STEERING.search(word) or "\n" in word or "\t" in word:
+    if _STEERING.search(word) or "\n" in word or "\t" in word or not _is_in_terminals_encoding(word):
         spelled = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
         return f"$'{spelled}'"
     return shlex.quote(word)

@@ -1,0 +1,94 @@
+"""The terminal: whatever its encoding, a run's lines are printed, and never a traceback in their place."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import commands
+import pytest
+from conftest import flags_of_a_run, run_script, save_pictures
+
+from megaman.common import console
+
+
+class Terminal(io.TextIOWrapper):
+    """A terminal of this encoding, which raises an error for every character that it lacks."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict")
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def shown(self) -> str:
+        """All that was printed."""
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@contextlib.contextmanager
+def terminal_of(encoding: str) -> Iterator[Terminal]:
+    """Inside, everything is printed on a terminal of this encoding."""
+    terminal = Terminal(encoding)
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        yield terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "latin-1"])
+def test_a_terminal_without_utf8_shows_a_whole_run(
+    encoding: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "洛克人 “×”"
+    root.mkdir()
+    pictures = save_pictures(root / "pictures")
+    (pictures / "megaman_0.txt").write_text("洛克人 · mega man … " + "robot " * 90, encoding="utf-8")
+
+    def exit_code(command: Callable[[], object], *flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+        with pytest.raises(SystemExit) as left:
+            commands.run(command)
+        return left.value.code
+
+    training = [*flags_of_a_run(tiny_folder, pictures, root / "out"), "--max_train_steps=1"]
+    drawing = [
+        "--lora_path",
+        str(root / "out"),
+        "--output_dir",
+        str(root / "drawn"),
+        "--num_inference_steps=1",
+    ]
+    with terminal_of(encoding) as terminal:
+        trained = exit_code(commands.training, *training, "--validation_prompt", "× " * 90)
+        drawn = exit_code(commands.drawing, *drawing, "--prompts", "洛 " * 90)
+        refused = exit_code(commands.training, f"--data_dir={root}/“nowhere”")
+    assert (trained, drawn, refused) == (0, 0, 3), terminal.shown
+    for words in ("training: 100%", "drawing: 100%", "done: open", "is cut after 75", r"\u6d1b\u514b\u4eba"):
+        assert words in terminal.shown
+    assert '/"nowhere": no such folder' in terminal.shown.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", r'"a" ... - x - \xfc \u6d1b \U0001f916'),
+        ("cp437", r'"a" ... · x - ü \u6d1b \U0001f916'),
+        ("latin-1", r'"a" ... · × - ü \u6d1b \U0001f916'),
+        ("utf-8", "“a” … · × — ü 洛 🤖"),
+    ],
+)
+def test_what_an_encoding_lacks_is_spelled_in_what_it_has(encoding: str, shown: str) -> None:
+    with terminal_of(encoding) as terminal, console.reported():
+        print("“a” … · × — ü 洛 🤖")
+    assert terminal.shown == f"{shown}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
+@pytest.mark.parametrize("script", ["megaman_lora.py", "generate_megaman.py"])
+def test_help_is_shown_on_any_terminal(script: str, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    result = run_script(script, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--output_dir OUTPUT_DIR" in result.stdout
