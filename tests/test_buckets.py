@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megaman.data.buckets import Bucket, bucket_for, buckets_of, cut_out, fit_of
+from megaman.common.console import UserError
+from megaman.data.buckets import Bucket, bucket_for, buckets_of, check_sizes, cut_out, fit_of
 
 
 @pytest.mark.parametrize(("resolution", "cell"), [(512, 64), (768, 64), (256, 64), (64, 16), (32, 4)])
@@ -25,6 +26,18 @@ def test_buckets_are_cells_of_no_more_area_than_the_square_and_hold_the_square(
 
 def test_a_cut_square_is_the_only_size_without_buckets() -> None:
     assert buckets_of(512, 64, "center") == buckets_of(512, 64, "random") == [Bucket(512, 512)]
+
+
+@pytest.mark.parametrize(("resolution", "nearest"), [(700, 704), (660, 640), (10, 64)])
+def test_a_resolution_that_can_t_be_trained_at_is_told_the_nearest_that_can(
+    resolution: int, nearest: int
+) -> None:
+    for crop in ("bucket", "center"):
+        offered = buckets_of(resolution, 64, crop)
+        with pytest.raises(UserError, match=f"multiples of 64; {nearest} is the nearest") as error:
+            check_sizes(offered, resolution, 64, "a base")
+        assert error.value.exit_code == 2
+    check_sizes(buckets_of(nearest, 64, "bucket"), nearest, 64, "a base")
 
 
 @pytest.mark.parametrize(

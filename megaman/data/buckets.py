@@ -112,6 +112,6 @@ def check_sizes(buckets: Sequence[Bucket], resolution: int, cell_px: int, base: 
     """UserError (exit 2) unless the base can halve all sizes as often as it must."""
     sides = {resolution, *(side for bucket in buckets for side in (bucket.width, bucket.height))}
     if any(side % cell_px for side in sides):
-        near = max(cell_px, resolution // cell_px * cell_px)
-        reason = f"{base} needs a multiple of {cell_px}; {near} is near"
+        nearest = max(1, round(resolution / cell_px)) * cell_px
+        reason = f"{base} trains at multiples of {cell_px}; {nearest} is the nearest"
         raise UserError(f"--resolution {resolution}: {reason}", Exit.USAGE)
