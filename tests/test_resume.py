@@ -244,6 +244,7 @@ def half_a_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
         "SAME --output_dir link --resume_from_checkpoint latest",
         "--config link/training_config.json --resume_from_checkpoint latest",
         "--config HERE/link/training_config.json --resume_from_checkpoint HERE/link/checkpoints/step-000002",
+        "SAME --output_dir elsewhere/out2 --resume_from_checkpoint elsewhere/out2",
         "SAME --output_dir out --resume_from_checkpoint HERE/elsewhere/out2/checkpoints/step-000002",
     ],
 )

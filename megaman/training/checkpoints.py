@@ -254,12 +254,14 @@ def _where_now(folder: Path) -> str:
 
 
 def find_checkpoint(wanted: str, folder: Path) -> Checkpoint:
-    """The checkpoint that --resume_from_checkpoint names: `latest` in `folder`, or a path. UserError (exit 7)
-    if it is not whole.
+    """The checkpoint that --resume_from_checkpoint names: `latest` in `folder`, or a path, of a run's folder
+    its newest. UserError (exit 7) if it is not whole.
     """
     if wanted == "latest":
         return latest_checkpoint(folder)
     path = Path(wanted).expanduser()
+    if step_folders(path / CHECKPOINTS):
+        return latest_checkpoint(path / CHECKPOINTS)
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder. {_where_now(path.parent)}", Exit.STATE)
     try:
