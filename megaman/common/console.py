@@ -70,6 +70,7 @@ REQUIRED = frozenset(
     }
 )  # what it installs, by the names that are imported
 
+_SPELLED_IN_SHELL = re.compile(rb"[^ -&(-\[\]-~]")  # in $'…': quote, backslash, all but printable ASCII
 _BREAKS_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but the characters that end a line
 _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL and half characters: no file, no tokenizer takes them
@@ -246,7 +247,7 @@ def shell_quoted(word: str) -> str:
     if os.name == "nt":  # cmd and PowerShell; no name of a file holds their quote
         return word if re.fullmatch(r"[\w.:\\/-]+", word, re.ASCII) else f'"{word}"'
     if _STEERING.search(word) or "\n" in word or "\t" in word or not _is_in_terminals_encoding(word):
-        spelled = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
+        spelled = _SPELLED_IN_SHELL.sub(lambda found: b"\\x%02x" % found[0][0], os.fsencode(word)).decode()
         return f"$'{spelled}'"
     return shlex.quote(word)
 
