@@ -515,8 +515,8 @@ def set_up(cfg: TrainConfig) -> Run:
     init = init_lora.init_of(cfg)
     with accelerator.main_process_first():  # the others then find what it has seen in the cache
         data = open_training_set(cfg, accelerator.num_processes)
-    cfg = plan(cfg, data.sampler.steps_an_epoch, checkpoint)
-    for line in [*data.report.lines(), describe_plan(cfg, data.sampler)]:
+    cfg = plan(cfg, data.sampler, checkpoint)
+    for line in [*data.report.lines(), *describe_plan(cfg, data.sampler)]:
         say(line)
     origins = {resume.PICTURES: data.dataset.fingerprint, "pictures a step": data.sampler.step_size}
     resume.check_resume(checkpoint, cfg, origins)
@@ -608,8 +608,7 @@ def tracker_of(run: Run) -> SilentTracker:
         return SilentTracker(steps, names)
     wanted = run.cfg.report_to == "tensorboard"
     logging_dir = Path(run.cfg.logging_dir or run.folder.logs) if wanted else None
-    mean_pictures = len(run.data.sampler) / run.data.sampler.steps_an_epoch
-    return Tracker(run.folder, steps, names, mean_pictures, logging_dir=logging_dir)
+    return Tracker(run.folder, steps, names, run.data.sampler.step_size, logging_dir=logging_dir)
 
 
 def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
@@ -721,8 +720,7 @@ def accumulate(run: Run, positions: Sequence[Position]) -> list[tuple[Sequence[P
             if cfg.lora_dropout:
                 seed_dropout(cfg.seed, used[0].number)
             losses, strayed = training_losses(run.unet, batch, scheduler, cfg)
-            # Divides by the full step, so a short one counts less; times processes, because DDP averages.
-            weight = processes / run.data.sampler.step_size if share else 0.0
+            weight = processes / len(positions) if share else 0.0  # times processes, because DDP averages
             accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
         parts.append((share, losses.detach()[: len(share)]))
     return parts
@@ -774,7 +772,7 @@ def show_dataset(cfg: TrainConfig) -> None:
     """--dry_run: the report, on the terminal and as a page."""
     data = open_training_set(cfg, processes=1)
     output = Path(cfg.output_dir)
-    for line in [*data.report.lines(), describe_plan(plan(cfg, data.sampler.steps_an_epoch), data.sampler)]:
+    for line in [*data.report.lines(), *describe_plan(plan(cfg, data.sampler), data.sampler)]:
         say(line)
     check_output(output, Path(cfg.data_dir))
     if holds_run(output):

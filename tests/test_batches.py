@@ -20,35 +20,63 @@ from megaman.training.sampler import Position, Sampler, generator_of, micro_batc
 from megaman_lora import make_batch, sampler_of
 
 
-def epoch_of(stream: Sampler, number: int) -> list[list[Position]]:
-    first = number * stream.steps_an_epoch
-    return [stream.batch(step) for step in range(first, first + stream.steps_an_epoch)]
+def shown(stream: Sampler, steps: int) -> list[int]:
+    """The pictures of the first steps, one after the other."""
+    return [place.picture for step in range(steps) for place in stream.batch(step)]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_every_epoch_shows_each_picture_as_often_as_it_repeats_whatever_the_sizes(seed: int) -> None:
-    rng = random.Random(seed)
-    wanted, buckets, index = Counter(), [], 0
+def stream_of(rng: random.Random, seed: int) -> Sampler:
+    """Buckets of many sizes, with pictures that repeat."""
+    buckets, index = [], 0
     for _ in range(rng.randint(1, 6)):
         bucket: list[int] = []
         for _ in range(rng.randint(1, 9)):
-            wanted[index] = rng.randint(1, 4)
-            bucket += [index] * wanted[index]
+            bucket += [index] * rng.randint(1, 4)
             index += 1
         buckets.append(tuple(bucket))
-    stream = Sampler(tuple(buckets), step_size=rng.randint(1, 13), seed=seed)
-    for epoch in range(3):
-        steps = epoch_of(stream, epoch)
-        assert Counter(place.picture for step in steps for place in step) == wanted
-        positions = [place.number for step in steps for place in step]
-        assert positions == list(range(epoch * len(stream), (epoch + 1) * len(stream)))
-        for step in steps:
-            assert 1 <= len(step) <= stream.step_size
-            assert any({place.picture for place in step} <= set(bucket) for bucket in stream.buckets)
+    return Sampler(tuple(buckets), step_size=rng.randint(1, 13), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_steps_are_whole_and_all_pictures_are_seen_equally_often_at_any_time(seed: int) -> None:
+    stream = stream_of(random.Random(seed), seed)
+    had = [0] * len(stream.buckets)
+    for step in range(3 * len(stream) + 5):
+        places = stream.batch(step)
+        assert [place.number for place in places] == [
+            step * stream.step_size + i for i in range(stream.step_size)
+        ]
+        pictures = {place.picture for place in places}
+        (bucket,) = [i for i, bucket in enumerate(stream.buckets) if pictures <= set(bucket)]
+        had[bucket] += 1
+        for members, steps in zip(stream.buckets, had, strict=True):
+            fair = (step + 1) * len(members) / len(stream)  # steps that are its share by now
+            assert abs(steps - fair) < 1
+    with_one_more = Sampler((*stream.buckets, (999,)), stream.step_size, seed)
+    assert shown(with_one_more, 50) == shown(with_one_more, 50)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_bucket_shows_each_picture_as_often_as_it_repeats_pass_after_pass(seed: int) -> None:
+    stream = stream_of(random.Random(seed), seed)
+    pictures = shown(stream, 4 * len(stream))
+    for bucket in stream.buckets:
+        seen = [picture for picture in pictures if picture in bucket]
+        for start in range(0, len(seen) - len(bucket) + 1, len(bucket)):
+            assert sorted(seen[start : start + len(bucket)]) == sorted(bucket)
+    whole = [
+        Counter(pictures)[picture] / bucket.count(picture) for bucket in stream.buckets for picture in bucket
+    ]
+    assert max(whole) == min(whole) == 4 * stream.step_size  # after as many steps as there are examples
+
+
+def test_one_bucket_of_whole_steps_comes_in_the_order_of_earlier_versions() -> None:
+    stream = Sampler((tuple(range(6)),), 2, seed=42)
+    assert shown(stream, 6) == [0, 3, 4, 2, 5, 1, 2, 1, 3, 0, 5, 4]
 
 
 @pytest.mark.parametrize("crop", ["bucket", "center"])
-def test_pictures_of_any_sizes_are_each_shown_as_often_as_they_repeat(crop: str) -> None:
+def test_the_pictures_of_a_step_share_their_size_whatever_the_sizes(crop: str) -> None:
     rng = random.Random(crop)
     offered = buckets_of(512, 64, crop)
     for seed in range(60):
@@ -59,18 +87,17 @@ def test_pictures_of_any_sizes_are_each_shown_as_often_as_they_repeat(crop: str)
             buckets=[bucket_for(size, offered) for size in sizes], repeats=repeats, seed=seed
         )
         stream = sampler_of(dataset, rng.randint(1, 64))
-        for epoch in range(2):
-            steps = epoch_of(stream, epoch)
-            shown = Counter(place.picture for step in steps for place in step)
-            assert shown == Counter(dict(enumerate(repeats)))
-            assert all(len({dataset.buckets[place.picture] for place in step}) == 1 for step in steps)
+        steps = [stream.batch(step) for step in range(len(stream))]
+        assert all(len({dataset.buckets[place.picture] for place in step}) == 1 for step in steps)
+        assert {place.picture for step in steps for place in step} == set(range(len(sizes)))
 
 
-def test_each_epoch_has_an_order_of_its_own_and_each_seed_others() -> None:
+def test_each_pass_has_an_order_of_its_own_and_each_seed_others() -> None:
     stream = Sampler((tuple(range(30)),), 1, seed=3)
-    orders = [tuple(step[0].picture for step in epoch_of(stream, epoch)) for epoch in range(5)]
+    pictures = shown(stream, 150)
+    orders = [tuple(pictures[start : start + 30]) for start in range(0, 150, 30)]
     assert len(set(orders)) == 5
-    assert orders[0] != tuple(step[0].picture for step in epoch_of(Sampler(stream.buckets, 1, seed=4), 0))
+    assert orders[0] != tuple(shown(Sampler(stream.buckets, 1, seed=4), 30))
 
 
 @pytest.mark.parametrize(("count", "batch"), product((1, 3, 7, 12), (1, 2, 3)))

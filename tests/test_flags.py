@@ -8,6 +8,7 @@ from conftest import run_script
 
 from megaman.common.console import UserError
 from megaman.config.train import PRESETS, TrainConfig, read_config
+from megaman.training.sampler import Sampler
 from megaman.training.schedule import plan
 
 
@@ -43,10 +44,11 @@ def test_steps_and_epochs_replace_each_other_across_sources(tmp_path: Path) -> N
     path = tmp_path / "run.json"
     path.write_text('{"max_train_steps": 77}', encoding="utf-8")
     cfg, _ = read_config(["--config", str(path), "--num_train_epochs", "3", "--train_batch_size", "2"])
-    assert plan(cfg, steps_an_epoch=4).max_train_steps == 12
+    sampler = Sampler(((0, 1, 2), (3, 4)), step_size=2, seed=0)
+    assert plan(cfg, sampler).max_train_steps == 8  # 15 pictures, two a step
     path.write_text('{"num_train_epochs": 9}', encoding="utf-8")
     cfg, _ = read_config(["--config", str(path), "--max_train_steps", "12"])
-    assert plan(cfg, steps_an_epoch=4).max_train_steps == 12
+    assert plan(cfg, sampler).max_train_steps == 12
     with pytest.raises(UserError, match="give one"):
         read_config(["--max_train_steps", "5", "--num_train_epochs", "3"])
 

@@ -3,7 +3,7 @@ generator's state is ever kept.
 """
 
 import hashlib
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,8 +35,12 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """The endless stream of examples. Every epoch holds each picture as often as it repeats, in an order of
-    its own; the examples of one step come from one bucket, so the last step of a bucket may be short.
+    """The endless stream of examples, and the steps that it is cut into.
+
+    A step takes its full number from one bucket. Each bucket is an endless stream of its own: pass after pass
+    over its pictures, every pass in another order; a bucket smaller than a step gives its pictures again,
+    under other noise. The buckets take turns, so that at any time all pictures have been seen equally often,
+    up to one step of their bucket.
     """
 
     buckets: tuple[tuple[int, ...], ...]  # the pictures of each bucket, each as often as it repeats
@@ -44,30 +48,60 @@ class Sampler:
     seed: int
 
     def __len__(self) -> int:
-        """Examples an epoch."""
+        """Examples of one pass over all pictures."""
         return sum(len(bucket) for bucket in self.buckets)
-
-    @property
-    def steps_an_epoch(self) -> int:
-        """Optimizer steps an epoch; a short one counts too."""
-        return sum(-(-len(bucket) // self.step_size) for bucket in self.buckets)
 
     def batch(self, step: int) -> list[Position]:
         """The examples of an optimizer step, counted from 0."""
-        epoch, number = divmod(step, self.steps_an_epoch)
-        return _epoch(self, epoch)[number]
+        turns = _turns(tuple(len(bucket) for bucket in self.buckets))
+        rounds, at = divmod(step, len(turns))
+        bucket, before = turns[at]
+        a_round = len(self.buckets[bucket]) * len(turns) // len(self)  # steps that the bucket has in each
+        first = (rounds * a_round + before) * self.step_size
+        number = step * self.step_size
+        return [Position(number + i, self._picture(bucket, first + i)) for i in range(self.step_size)]
+
+    def _picture(self, bucket: int, number: int) -> int:
+        """The picture that stands at this place of a bucket's stream."""
+        passes, at = divmod(number, len(self.buckets[bucket]))
+        return _pass(self, bucket, passes)[at]
 
 
-@lru_cache(maxsize=2)  # the epoch that ends and the one that begins
-def _epoch(sampler: Sampler, epoch: int) -> list[list[Position]]:
-    generator = generator_of(sampler.seed, "epoch", epoch)
-    steps = []
-    for bucket in sampler.buckets:
-        order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
-        steps += [order[i : i + sampler.step_size] for i in range(0, len(order), sampler.step_size)]
-    shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-    numbers = itertools.count(epoch * len(sampler))
-    return [[Position(next(numbers), index) for index in step] for step in shuffled]
+@lru_cache(maxsize=256)  # of every bucket the pass that ends and the one that begins
+def _pass(sampler: Sampler, bucket: int, number: int) -> list[int]:
+    """The pictures of a bucket in the order of one of its passes."""
+    pictures, size = sampler.buckets[bucket], sampler.step_size
+    generator = generator_of(sampler.seed, "epoch", number * len(sampler.buckets) + bucket)
+    order = [pictures[i] for i in torch.randperm(len(pictures), generator=generator).tolist()]
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    # Dealt once more in steps, as runs of earlier versions were: theirs go on to the same bytes.
+    return [picture for i in torch.randperm(len(parts), generator=generator).tolist() for picture in parts[i]]
+
+
+@lru_cache(maxsize=2)
+def _turns(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Whose turn each step is, for one round, after which all begins again: the bucket, and how many steps it
+    has had in this round before.
+
+    A bucket's k-th step, from 0, may come from step k * total / size on, and must have come by step
+    (k + 1) * total / size. Of those that may come, the one that must come first is taken: that keeps to every
+    one of these windows. Baruah et al. 1996, "Proportionate progress".
+    """
+    common = math.gcd(*sizes)
+    shares = [size // common for size in sizes]
+    total = sum(shares)
+    had = [0] * len(shares)
+    turns = []
+    for step in range(total):
+        due = [
+            (-(-(had[i] + 1) * total // share), i)
+            for i, share in enumerate(shares)
+            if had[i] * total // share <= step
+        ]
+        bucket = min(due)[1]
+        turns.append((bucket, had[bucket]))
+        had[bucket] += 1
+    return turns
 
 
 def micro_batches(

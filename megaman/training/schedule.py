@@ -4,18 +4,19 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from megaman.common.console import count
 from megaman.config.train import TrainConfig
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.sampler import Sampler
 
 
-def plan(cfg: TrainConfig, steps_an_epoch: int, checkpoint: Checkpoint | None = None) -> TrainConfig:
-    """The configuration with everything that was left open decided: steps from epochs, the warm-up. A run
-    that goes on keeps its warm-up, however its total changes.
+def plan(cfg: TrainConfig, sampler: Sampler, checkpoint: Checkpoint | None = None) -> TrainConfig:
+    """The configuration with everything that was left open decided: steps from passes over the pictures, the
+    warm-up. A run that goes on keeps its warm-up, however its total changes.
     """
     steps = cfg.max_train_steps
     if cfg.num_train_epochs is not None:
-        steps = cfg.num_train_epochs * steps_an_epoch
+        steps = math.ceil(cfg.num_train_epochs * len(sampler) / sampler.step_size)
     warmup = cfg.lr_warmup_steps
     if warmup is None:
         warmup = round(0.05 * steps) if checkpoint is None else checkpoint.settings["lr_warmup_steps"]
@@ -27,13 +28,29 @@ def pictures_a_step(cfg: TrainConfig, processes: int) -> int:
     return cfg.train_batch_size * cfg.gradient_accumulation_steps * processes
 
 
-def describe_plan(cfg: TrainConfig, sampler: Sampler) -> str:
-    """The arithmetic of the run, in a line. cfg: with its steps decided."""
-    epochs = cfg.max_train_steps / sampler.steps_an_epoch
-    return (
-        f"plan: {cfg.max_train_steps} steps of {sampler.step_size} pictures = {epochs:.1f} epochs of "
-        f"{len(sampler)}; rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, learning rate {cfg.learning_rate:g}"
-    )
+def describe_plan(cfg: TrainConfig, sampler: Sampler) -> list[str]:
+    """The arithmetic of the run, and what in it can hardly be meant, a line each. cfg: with its steps
+    decided.
+    """
+    steps = cfg.max_train_steps
+    seen = steps * sampler.step_size
+    pictures = {picture for bucket in sampler.buckets for picture in bucket}
+    repeated = ", their repeats counted" if len(pictures) < len(sampler) else ""
+    lines = [
+        f"plan: {steps} steps of {sampler.step_size} pictures = {seen} seen, {seen / len(sampler):.1f} passes"
+        f" over {len(sampler)}{repeated}; rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, learning rate "
+        f"{cfg.learning_rate:g}"
+    ]
+    small = sum(len(set(bucket)) < sampler.step_size for bucket in sampler.buckets)
+    if small:
+        of_all = f"{small} of {count(len(sampler.buckets), 'training size')}"
+        again = "fewer pictures than a step, which shows them again, under other noise"
+        lines.append(f"note: {of_all} {'has' if small == 1 else 'have'} {again}")
+    if steps <= (cfg.lr_warmup_steps or 0):
+        takes_all = f"the warm-up of {cfg.lr_warmup_steps} steps takes the whole run"
+        remedy = "lower --lr_warmup_steps, or leave it out for 5 % of the run"
+        lines.append(f"note: {takes_all}, so the learning rate only rises; {remedy}")
+    return lines
 
 
 def lr_at(step: int, cfg: TrainConfig) -> float:

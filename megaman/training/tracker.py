@@ -129,7 +129,7 @@ class Tracker(SilentTracker):
         run: RunFolder,
         steps: range,
         names: Sequence[str],
-        pictures_a_step: float,
+        pictures_a_step: int,
         *,
         logging_dir: Path | None,
     ) -> None:
