@@ -50,6 +50,7 @@ from megaman.common.cache import Store, default_folder, key_of
 from megaman.common.output_folder import CAPTIONS, RunFolder, check_apart, check_output, holds_run
 from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
+from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
 from megaman.lora import init_lora, injection, save
 from megaman.lora.init_lora import InitLora
@@ -122,10 +123,10 @@ class MegaManDataset:
         self.tokenizer = tokenizer
         self.seed = seed
         self.settings = settings or DataFlags()
-        self.scanned, self.skipped = scan.scan(self.folder, store or Store(None))
+        self.listing = look_into(self.folder)
+        self.scanned, self.skipped = scan.scan(self.listing, store or Store(None))
         self.paths = [picture.path for picture in self.scanned]
-        bad = [f"{file} (--strict: fix it or remove it)" for file in self.skipped if self.settings.strict]
-        self.captions = captions.read_captions(self.paths, self.folder, self.settings.trigger, bad)
+        self.captions = captions.read_captions(self.paths, self.folder, self.settings, self.skipped)
         self.repeats = [captions.repeats_of(path, self.folder) for path in self.paths]
         offered = buckets.buckets_of(self.settings.resolution, cell_px, self.settings.crop)
         self.buckets = [buckets.bucket_for(picture.size, offered) for picture in self.scanned]
@@ -140,7 +141,7 @@ class MegaManDataset:
         """
         rows = zip(self.scanned, self.buckets, self.repeats, self.captions, strict=True)
         seen = (
-            f"{picture.digest} {bucket} {count} {caption.text}" for picture, bucket, count, caption in rows
+            f"{picture.digest} {bucket} {count} {caption.whole}" for picture, bucket, count, caption in rows
         )
         return f"{len(self)} with sum {key_of(*seen)[:12]}"
 
@@ -173,12 +174,12 @@ class MegaManDataset:
         return Crop(picture.path, picture.digest, self.buckets[index], at, is_mirrored)
 
     def texts(self, index: int) -> list[str]:
-        """The wordings of a picture's caption: several where its tags are shuffled."""
-        text = self.captions[index].text
+        """The wordings of a picture's caption: those of its file; several of each where tags are shuffled."""
+        wordings = self.captions[index].wordings
         if not self.settings.shuffle_tags:
-            return [text]
+            return list(wordings)
         rng = random.Random(f"{self.seed}/{self.scanned[index].digest}")
-        return captions.variants(text, VARIANTS, keep_tags=self.settings.keep_tags, rng=rng)
+        return captions.variants(wordings, VARIANTS, keep_tags=self.settings.keep_tags, rng=rng)
 
     def class_texts(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
         """For each picture, its caption with every one of these names in the trigger's place."""
@@ -211,11 +212,11 @@ def report_of(dataset: MegaManDataset, *, is_exact: bool = True) -> Report:
             dataset.captions[i],
             dataset.buckets[i],
             dataset.repeats[i],
-            len(tokenizer(dataset.captions[i].text).input_ids) - 2,
+            max(len(tokenizer(text).input_ids) - 2 for text in dataset.captions[i].wordings),
         )
         for i, path in enumerate(dataset.paths)
     ]
-    return Report(dataset.folder, dataset.settings, pictures, dataset.skipped, is_exact)
+    return Report(dataset.listing, dataset.settings, pictures, dataset.skipped, is_exact)
 
 
 # ---------------------------------------------------------------- LoRA injection
@@ -429,8 +430,9 @@ def open_dataset(cfg: TrainConfig, facts: BaseFacts) -> MegaManDataset:
         cfg.data_dir, facts.tokenizer, cfg, cell_px=facts.cell_px, seed=cfg.seed, store=open_store(cfg)
     )
     if len(dataset) == 0:
-        none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, BMP or WebP). Add some, or try --preset demo."
-        raise UserError("\n  ".join([none, *map(str, dataset.skipped)]), console.Exit.DATA)
+        none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, WebP, …). Add some, or try --preset demo."
+        why = (*map(str, dataset.skipped), *dataset.listing.left_out_lines)
+        raise UserError("\n  ".join([none, *why]), console.Exit.DATA)
     return dataset
 
 

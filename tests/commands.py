@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import pytest
+
 import generate_megaman
 import megaman_lora
 from megaman.common import console
@@ -30,3 +32,11 @@ def run(command: Callable[[], object]) -> NoReturn:
     with console.reported():
         command()
     sys.exit(0)
+
+
+def exit_code_of(main: Callable[[], None], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a command with these arguments."""
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    return left.value.code

@@ -1,5 +1,6 @@
 """Captions as people have them: sidecar files, and what names tell."""
 
+import json
 import os
 import random
 from collections import Counter
@@ -9,8 +10,10 @@ import pytest
 from conftest import bound_by_modes
 
 from megaman.common.console import UserError
+from megaman.config.train import DataFlags
 from megaman.data.captions import (
     Caption,
+    captions_of_nobody,
     odd_repeats,
     read_captions,
     repeats_of,
@@ -20,7 +23,9 @@ from megaman.data.captions import (
     with_trigger_replaced,
     write_caption_set,
 )
+from megaman.data.folder import look_into
 from megaman.data.name_captions import VOCABULARY, caption_from_name
+from megaman.data.scan import Skipped
 
 TRIGGER = "mega man"
 HOME = Path("/pictures")
@@ -49,7 +54,7 @@ def from_name(name: str, trigger: str = TRIGGER) -> str:
 def complaint(folder: Path, *names: str) -> list[str]:
     """The lines of the error about the captions of these pictures, each without the folder's path."""
     with pytest.raises(UserError) as error:
-        read_captions([folder / name for name in names], folder, TRIGGER)
+        read_captions([folder / name for name in names], folder, DataFlags(trigger=TRIGGER))
     assert error.value.exit_code == 3
     return str(error.value).replace(f"{folder}{os.sep}", "").splitlines()
 
@@ -175,21 +180,21 @@ def test_names_of_any_kind_give_one_caption_that_begins_with_the_trigger() -> No
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_captions_are_read_in_the_three_encodings(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "a.txt").write_text("[Trigger],  洛克人\n blue", encoding=encoding)
-    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, r"mg\1mn")
-    assert (caption.text, caption.source) == (r"mg\1mn, 洛克人 blue", "file")
+    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, DataFlags(trigger=r"mg\1mn"))
+    assert (caption.text, caption.source) == (r"mg\1mn, 洛克人, blue", "file")
 
 
 def test_utf_16_is_read_from_either_end(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xfe\xff" + "洛克人".encode("utf-16-be"))
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe" + "洛克人".encode("utf-16-le"))
-    captions = read_captions([tmp_path / "a.png", tmp_path / "b.png"], tmp_path, TRIGGER)
+    captions = read_captions([tmp_path / "a.png", tmp_path / "b.png"], tmp_path, DataFlags(trigger=TRIGGER))
     assert captions == [Caption("洛克人", "file")] * 2
 
 
 def test_joined_files_leave_no_byte_order_mark_in_the_caption(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfmega man\n\xef\xbb\xbfblue")
-    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, TRIGGER)
-    assert caption.text == "mega man blue"
+    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, DataFlags(trigger=TRIGGER))
+    assert caption.text == "mega man, blue"
 
 
 def test_all_unreadable_captions_are_named_in_one_error(tmp_path: Path) -> None:
@@ -267,16 +272,16 @@ def test_a_picture_finds_its_own_caption_file(
 ) -> None:
     for file in files:
         (tmp_path / file).write_text(file)
-    (caption,) = read_captions([tmp_path / picture], tmp_path, TRIGGER)
+    (caption,) = read_captions([tmp_path / picture], tmp_path, DataFlags(trigger=TRIGGER))
     assert (caption.text, caption.file) == (text, tmp_path / text if text in files else None)
 
 
 def test_an_empty_caption_file_falls_back_to_the_next_and_then_to_the_name(tmp_path: Path) -> None:
     (tmp_path / "megaman_x.txt").write_bytes(b"\xef\xbb\xbf \r\n")
-    (caption,) = read_captions([tmp_path / "megaman_x.png"], tmp_path, TRIGGER)
+    (caption,) = read_captions([tmp_path / "megaman_x.png"], tmp_path, DataFlags(trigger=TRIGGER))
     assert (caption.text, caption.source, caption.file) == ("mega man X", "name", None)
     (tmp_path / "megaman_x.caption").write_text("blue")
-    (caption,) = read_captions([tmp_path / "megaman_x.png"], tmp_path, TRIGGER)
+    (caption,) = read_captions([tmp_path / "megaman_x.png"], tmp_path, DataFlags(trigger=TRIGGER))
     assert (caption.text, caption.source) == ("blue", "file")
 
 
@@ -284,7 +289,7 @@ def test_pictures_that_share_a_caption_file_are_named(tmp_path: Path) -> None:
     pictures = [tmp_path / name for name in ("a.jpg", "a.png", "a.webp", "b.png", "c.jpg", "c.png")]
     for name in ("a.txt", "a.webp.txt", "b.txt"):
         (tmp_path / name).write_text("blue")
-    captions = read_captions(pictures, tmp_path, TRIGGER)
+    captions = read_captions(pictures, tmp_path, DataFlags(trigger=TRIGGER))
     assert shared_captions(pictures, captions) == {tmp_path / "a.txt": pictures[:2]}
 
 
@@ -303,7 +308,7 @@ def test_bytes_of_any_kind_give_a_caption_or_one_line_that_names_the_file(tmp_pa
             data[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
         (tmp_path / "a.txt").write_bytes(data)
         try:
-            (caption,) = read_captions([tmp_path / "a.png"], tmp_path, TRIGGER)
+            (caption,) = read_captions([tmp_path / "a.png"], tmp_path, DataFlags(trigger=TRIGGER))
             assert caption.text == " ".join(caption.text.split()) != ""
             assert "\0" not in caption.text
             seen.add(caption.source)
@@ -312,6 +317,107 @@ def test_bytes_of_any_kind_give_a_caption_or_one_line_that_names_the_file(tmp_pa
             assert len(str(error).splitlines()) == 1
             seen.add("error")
     assert seen == {"file", "name", "error"}
+
+
+# ---------------------------------------------------------------- several lines
+@pytest.mark.parametrize(
+    ("text", "wordings"),
+    [
+        ("mega man\nblue robot\nrunning", ["mega man, blue robot, running"]),
+        ("mega man, blue\nrunning, sand,\n\nsky", ["mega man, blue, running, sand, sky"]),
+        ("He runs.\nHe is blue!", ["He runs.", "He is blue!"]),
+        ("跑步。\n藍色。", ["跑步。", "藍色。"]),
+        ("mega man runs fast\nmega man, blue, sand", ["mega man runs fast", "mega man, blue, sand"]),
+        ("[trigger] runs\r\n[trigger] jumps\r\n", ["mega man runs", "mega man jumps"]),
+        (
+            "mega man is a blue robot who runs across\nthe sand under a red sky.",
+            ["mega man is a blue robot who runs across the sand under a red sky."],
+        ),
+        (
+            "a blue robot that runs across the sand\nand the sky",
+            ["a blue robot that runs across the sand and the sky"],
+        ),
+        ("mega man\n", ["mega man"]),
+    ],
+)
+def test_a_caption_of_several_lines_is_tags_or_a_caption_a_line_or_wrapped_text(
+    tmp_path: Path, text: str, wordings: list[str]
+) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (caption,) = read_captions([tmp_path / "a.png"], tmp_path, DataFlags(trigger=TRIGGER))
+    assert list(caption.wordings) == wordings
+
+
+# ---------------------------------------------------------------- metadata.jsonl
+def listed(path: Path, *entries: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
+
+
+def test_metadata_jsonl_gives_captions_behind_a_pictures_own_file_and_before_its_name(tmp_path: Path) -> None:
+    pictures = [tmp_path / name for name in ("a.png", "b.png", "c.png", "sub/d.png", "sub/e.png", "f.png")]
+    listed(
+        tmp_path / "metadata.jsonl",
+        {"file_name": "a.png", "text": "[trigger] runs"},
+        {"file_name": "b.png", "text": "never read"},
+        {"file_name": "sub/d.png", "text": "from above"},
+        {"file_name": "./sub/../sub/e.png", "text": "also from above"},
+        {"file_name": "f.png", "text": "  "},
+    )
+    listed(tmp_path / "sub" / "metadata.jsonl", {"file_name": "d.png", "text": "nearer"})
+    (tmp_path / "b.txt").write_text("its own")
+    captions = read_captions(pictures, tmp_path, DataFlags(trigger=TRIGGER))
+    assert [caption.text for caption in captions] == [
+        *("mega man runs", "its own", "mega man", "nearer", "also from above", "mega man"),
+    ]
+    assert [caption.source for caption in captions] == ["file", "file", "name", "file", "file", "name"]
+
+
+def test_a_damaged_metadata_jsonl_is_named_with_its_line_beside_all_else_that_is_wrong(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "blue"}\n\n{"file_name": \n')
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError) as error:
+        read_captions(
+            [tmp_path / "a.png", tmp_path / "b.png"],
+            tmp_path,
+            DataFlags(),
+            [Skipped(tmp_path / "c.png", "empty file")],
+        )
+    told = str(error.value).replace(f"{tmp_path}{os.sep}", "").splitlines()
+    assert [line.split(":")[0] for line in told] == ["c.png", "metadata.jsonl", "b.txt"]
+    assert told[1].startswith("metadata.jsonl: line 3 is no JSON")
+
+
+def test_captions_that_reach_nobody_are_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "d.png", "sub/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in (
+        "a.txt",
+        "b.txt.txt",
+        "c.text",
+        "hero.txt",
+        "sub/E2.caption",
+        "captions.json",
+        "metadata.csv",
+    ):
+        (tmp_path / name).write_text("blue")
+    (tmp_path / "a.caption").write_text("red")  # a.txt is read before it
+    (tmp_path / "d.txt").write_text("")  # empty: says that there is none
+    listed(
+        tmp_path / "metadata.jsonl",
+        {"file_name": "d.png", "text": "x"},
+        {"file_name": "gone.png", "text": "y"},
+    )
+    listed(tmp_path / "sub" / "metadata.jsonl", {"file": "e.png", "prompt": "not a data set's"})
+    listing = look_into(tmp_path)
+    captions = read_captions(listing.pictures, tmp_path, DataFlags(trigger=TRIGGER))
+    assert captions_of_nobody(listing, listing.pictures, captions) == [
+        *("a.caption", "b.txt.txt", "c.text", "captions.json", "hero.txt", "metadata.csv"),
+        *("gone.png in metadata.jsonl", "sub/E2.caption", "sub/metadata.jsonl"),
+    ]
 
 
 # ---------------------------------------------------------------- kohya's folders
@@ -367,8 +473,8 @@ def test_any_trigger_can_be_renamed(trigger: str, caption: str, expected: str) -
 
 def test_variants_shuffle_the_tags_behind_those_that_are_kept() -> None:
     text = "mega man,  blue robot ,helmet,, detailed\n armor, jumping"
-    shuffled = variants(text, 20, keep_tags=2, rng=random.Random(3))
-    assert shuffled == variants(text, 20, keep_tags=2, rng=random.Random(3))
+    shuffled = variants([text], 20, keep_tags=2, rng=random.Random(3))
+    assert shuffled == variants([text], 20, keep_tags=2, rng=random.Random(3))
     assert len(shuffled) == 20
     assert len(set(shuffled)) > 1
     for variant in shuffled:
@@ -380,10 +486,10 @@ def test_variants_shuffle_the_tags_behind_those_that_are_kept() -> None:
 
 def test_a_caption_without_commas_or_with_all_tags_kept_has_equal_variants() -> None:
     rng = random.Random(0)
-    assert variants(" mega man  runs ", 2, keep_tags=0, rng=rng) == ["mega man runs"] * 2
-    assert variants("a, b, c", 2, keep_tags=3, rng=rng) == ["a, b, c"] * 2
-    assert variants("", 1, keep_tags=1, rng=rng) == [""]
-    assert variants("a, b", 0, keep_tags=0, rng=rng) == []
+    assert variants([" mega man  runs "], 2, keep_tags=0, rng=rng) == ["mega man runs"] * 2
+    assert variants(["a, b, c"], 2, keep_tags=3, rng=rng) == ["a, b, c"] * 2
+    assert variants([""], 1, keep_tags=1, rng=rng) == [""]
+    assert variants(["a, b"], 0, keep_tags=0, rng=rng) == []
 
 
 def test_tags_are_counted_with_the_most_frequent_first() -> None:
@@ -410,7 +516,9 @@ def test_a_written_caption_set_is_read_back_beside_the_pictures(tmp_path: Path) 
         ["a.txt", "a.txt", "洛克人.txt", "b.1.txt", "b.2.txt", "c.txt", "c.png.txt"]
     )
     assert (tmp_path / "set" / "10_x" / "a.txt").read_bytes() == b"same\n"
-    captions = read_captions([tmp_path / "set" / name for name in names], tmp_path / "set", TRIGGER)
+    captions = read_captions(
+        [tmp_path / "set" / name for name in names], tmp_path / "set", DataFlags(trigger=TRIGGER)
+    )
     assert [caption.text for caption in captions] == texts
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from commands import exit_code_of
 from conftest import bound_by_modes, run_script
 from PIL import Image
 from test_pictures import KINDS, png_of
@@ -168,6 +169,75 @@ def dataset_of(folder: Path, **settings: object) -> MegaManDataset:
     return MegaManDataset(folder, tokenizer, DataFlags(**settings), cell_px=16)
 
 
+def noise(path: Path, size: tuple[int, int] = (64, 64)) -> Path:
+    """A picture unlike any other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise(size, 90).convert("RGB").save(path)
+    return path
+
+
+def test_the_report_tells_what_of_the_folder_is_not_trained_on_and_why(tmp_path: Path) -> None:
+    for name in ("img/10_mega man/a.png", "reg/1_robot/b.png", "@eaDir/c.png", "log/d.png"):
+        noise(tmp_path / name)
+    (tmp_path / "img" / "10_mega man" / "typo.txt").write_text("mega man")
+    (tmp_path / "img" / "captions.json").write_text("{}")
+    told = report_of(dataset_of(tmp_path))
+    assert [picture.name for picture in told.pictures] == ["img/10_mega man/a.png"]
+    for line in (
+        "left out: @eaDir/ (a NAS's thumbnails)",
+        "left out: reg/ (kohya's regularisation pictures, which are not the character)",
+        "left out: log/ (kohya's log)",
+        f"note: {tmp_path} is kohya's project folder, and its pictures lie deeper: --data_dir {tmp_path}/img",
+        "note: 2 texts that no picture has for a caption: img/10_mega man/typo.txt, img/captions.json",
+    ):
+        assert line in told.lines()
+    assert "kohya&#39;s regularisation pictures" in told.html()
+
+
+def test_a_picture_of_which_much_is_cut_away_is_named_with_the_remedy(tmp_path: Path) -> None:
+    noise(tmp_path / "pano.png", (900, 100))
+    noise(tmp_path / "photo.png", (150, 100))
+    told = "\n".join(report_of(dataset_of(tmp_path, crop="center")).lines())
+    assert "note: 1 picture with more than a third cut off (at most 89%: pano.png); cut out by hand" in told
+    assert "or take --crop bucket" in told
+    told = "\n".join(report_of(dataset_of(tmp_path)).lines())
+    assert "1 picture with more than a third cut off" in told  # no bucket is so wide
+    assert "take --crop bucket" not in told
+    assert "cut off" not in "\n".join(report_of(dataset_of(tmp_path, crop="random")).lines())
+
+
+def test_a_caption_of_several_sentences_is_drawn_one_at_a_time(tmp_path: Path) -> None:
+    noise(tmp_path / "a.png")
+    noise(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("mega man runs.\nmega man is blue.\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "mega man, from the list"}\n')
+    dataset = dataset_of(tmp_path)
+    assert dataset.texts(0) == ["mega man runs.", "mega man is blue."]
+    assert dataset.texts(1) == ["mega man, from the list"]
+    told = report_of(dataset)
+    assert "pictures: 2 in" in told.lines()[0]
+    assert "2 captions from files, 0 from names" in told.lines()[0]
+    note = "note: 1 caption of several lines, each a caption of its own: every draw takes one (a.png)"
+    assert note in told.lines()
+    assert "mega man runs. | mega man is blue." in told.html()
+    shuffled = dataset_of(tmp_path, shuffle_tags=True).texts(0)
+    assert sorted(set(shuffled)) == ["mega man is blue.", "mega man runs."]
+    before = dataset.fingerprint
+    (tmp_path / "a.txt").write_text("mega man runs.\nmega man is red.\n")
+    assert dataset_of(tmp_path).fingerprint != before
+
+
+def test_all_that_is_wrong_with_a_folder_is_named_in_one_go(tmp_path: Path) -> None:
+    noise(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(UserError) as error:
+        dataset_of(tmp_path)
+    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [
+        *(str(tmp_path / "b.png"), str(tmp_path / "a.txt")),
+    ]
+
+
 def test_a_count_by_another_bases_vocabulary_is_called_an_estimate(mixed: Path) -> None:
     own = "\n".join(report_of(dataset_of(mixed)).lines())
     borrowed = "\n".join(report_of(dataset_of(mixed), is_exact=False).lines())
@@ -263,13 +333,6 @@ def tree_of(folder: Path) -> str:
     return total.hexdigest()
 
 
-def exit_code_of(main: Callable[[], None], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as left:
-        commands.run(main)
-    return left.value.code
-
-
 def exit_codes_of_every_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Trains, looks, draws and fails in several ways on root/data with the base in root/base."""
     work = Path(tempfile.mkdtemp(dir=root))
@@ -341,8 +404,8 @@ def test_a_folder_of_every_kind_of_file_trains_on_all_that_can_be_read_and_names
         "cut.png": (KINDS["plain.png"][0][:60], "damaged: "),
         "cut.jpg": (KINDS["plain.jpg"][0][:-30], "damaged: "),
         "zeros.webp": (bytes(99), "nothing but zeros where a picture begins"),
-        "moving.gif": (b"GIF89a" + bytes(20), "a GIF, and only JPEG, PNG, BMP and WebP are read"),
-        "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIC, and only"),
+        "moving.gif": (b"GIF89a" + bytes(20), "a GIF with a damaged beginning"),
+        "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIC, which is not read"),
         "bomb.png": (png_of((60_000, 60_000), 8, 0, b""), "over the limit of 64 megapixels"),
     }
     for name, (content, _) in refused.items():
@@ -400,7 +463,7 @@ def test_strict_makes_skipped_files_errors_and_names_them_with_all_else_that_is_
     assert ended("--strict") == 3
     told = capsys.readouterr().err
     for words in (
-        "anim.gif: a GIF, and only",
+        "anim.gif: a GIF with a damaged beginning",
         "broken.png: not a picture",
         "--strict",
         "not UTF-8 at byte 3",

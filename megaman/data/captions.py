@@ -1,56 +1,98 @@
-"""Captions of pictures: sidecar files in any encoding, kohya's repeats, the trigger, the order of tags."""
+"""Captions of pictures: sidecar files in any encoding, metadata.jsonl, kohya's repeats, the trigger, the
+order of tags.
+"""
 
+import json
 import os
 import random
 import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megaman.common.console import Exit, UserError, control_in, one_line
 from megaman.common.files import write_text
+from megaman.config.train import DataFlags
+from megaman.data.folder import CAPTION_SUFFIXES, LIST, Listing
 from megaman.data.name_captions import beside, caption_from_name
+from megaman.data.scan import Skipped
 
-CAPTION_SUFFIXES = (".txt", ".caption")
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something else under a caption's name
+MAX_LIST_BYTES = 1 << 26  # of metadata.jsonl: captions of 100,000 pictures and more
+LONGEST_TAG = 5  # words; a longer line is a sentence
+SENTENCE_ENDS = tuple(".!?。！？")
 MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
 
 
 # ---------------------------------------------------------------- captions from files
 @dataclass(frozen=True)
 class Caption:
-    """A caption and where it came from: the user's own sidecar file, or the picture's name."""
+    """A caption and where it came from: the user's own file, or the picture's name."""
 
     text: str
     source: Literal["file", "name"]
     file: Path | None = field(default=None, compare=False)  # the sidecar; equal words are equal captions
+    others: tuple[str, ...] = ()  # further wordings: each draw takes one of all
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Every way in which the file words it."""
+        return (self.text, *self.others)
+
+    @property
+    def whole(self) -> str:
+        """All wordings, a line each."""
+        return "\n".join(self.wordings)
 
 
 def read_captions(
-    pictures: Sequence[Path], folder: Path, trigger: str, errors: Sequence[str] = ()
+    pictures: Sequence[Path], folder: Path, settings: DataFlags, skipped: Sequence[Skipped] = ()
 ) -> list[Caption]:
-    """One caption per picture: the text of its sidecar file, else words from its name behind the trigger.
+    """One caption per picture: the text of its sidecar file, else what metadata.jsonl says of it, else words
+    from its name behind the trigger.
 
-    Sidecars, the first with any text counts: a.png.txt, a.txt, a.png.caption, a.caption. All unreadable files
-    are named in one error, behind the folder's other errors.
+    Sidecars, the first with any text counts: a.png.txt, a.txt, a.png.caption, a.caption. UserError (exit 3)
+    that names every unreadable file, and the pictures that were skipped; --strict makes these an error too.
     """
+    trigger = settings.trigger
     sidecars = _sidecars_of(pictures)
+    listed, problems = _listed_texts(pictures, folder)
     captions: list[Caption] = []
-    problems = list(errors)
     for picture in pictures:
         try:
-            own = _own_caption(sidecars[picture], trigger)
+            own = _own_caption(sidecars[picture], trigger) or _worded(listed.get(picture, ""), trigger, None)
             captions.append(own or Caption(caption_from_name(picture, folder, trigger), "name"))
         except UserError as error:
             problems.append(one_line(str(error)))
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)), Exit.DATA)  # two pictures may share a bad file
+    remedy = " (--strict: fix it or remove it)" if settings.strict else ""
+    if problems or (settings.strict and skipped):
+        named = [*(f"{file}{remedy}" for file in skipped), *problems]
+        raise UserError("\n".join(dict.fromkeys(named)), Exit.DATA)  # two pictures may share a file
     return captions
+
+
+def captions_of_nobody(listing: Listing, pictures: Sequence[Path], captions: Sequence[Caption]) -> list[str]:
+    """What people mean to be a caption and gives no picture its words: text files, by their names below the
+    data folder, and lines of metadata.jsonl.
+    """
+    used = {caption.file for caption in captions}
+    sidecars = _sidecars_of(pictures)
+    for picture, caption in zip(pictures, captions, strict=True):
+        if caption.file is None:  # an empty file says that there is no caption
+            used.update(sidecars[picture])
+    known = _by_likeness(pictures)
+    lost = []
+    for file in listing.texts:
+        name = file.relative_to(listing.folder).as_posix()
+        entries = dict(_entries_of(file)) if file.name == LIST and _is_above(file.parent, pictures) else {}
+        lost += [f"{each} in {name}" for each in entries if _likeness(file.parent / each) not in known]
+        lost += [name] if file not in used and not entries else []
+    return lost
 
 
 def shared_captions(pictures: Sequence[Path], captions: Sequence[Caption]) -> dict[Path, list[Path]]:
@@ -94,15 +136,86 @@ def _alike(name: str) -> str:
 
 
 def _own_caption(sidecars: list[Path], trigger: str) -> Caption | None:
-    for sidecar in sidecars:
-        text = " ".join(_text_of(sidecar).split())
-        if text:
-            return Caption(re.sub(r"\[trigger\]", lambda _: trigger, text, flags=re.I), "file", sidecar)
-    return None
+    return next(filter(None, (_worded(_text_of(file), trigger, file) for file in sidecars)), None)
 
 
-def _text_of(sidecar: Path) -> str:
-    data = _bytes_of(sidecar)
+def _worded(text: str, trigger: str, file: Path | None) -> Caption | None:
+    """The caption that a text of one line or several is; None of a text without words."""
+    lines = [line for each in text.splitlines() if (line := " ".join(each.split()))]
+    if not lines:
+        return None
+    filled = [re.sub(r"\[trigger\]", lambda _: trigger, line, flags=re.I) for line in lines]
+    first, *others = _wordings(filled, trigger)
+    return Caption(first, "file", file, tuple(others))
+
+
+def _wordings(lines: list[str], trigger: str) -> list[str]:
+    """What several lines mean: a caption each, where all hold the trigger or all are whole sentences; the
+    tags of one caption, where all are short; else one text that was wrapped.
+    """
+    if all(has_trigger(line, trigger) for line in lines) or all(map(_is_sentence, lines)):
+        return lines
+    if not any(map(_is_sentence, lines)) and all(
+        len(tag.split()) <= LONGEST_TAG for line in lines for tag in line.split(",")
+    ):
+        return [", ".join(tag for line in lines for tag in _tags_of(line))]
+    return [" ".join(lines)]
+
+
+def _is_sentence(line: str) -> bool:
+    return line.endswith(SENTENCE_ENDS)
+
+
+def _listed_texts(pictures: Sequence[Path], folder: Path) -> tuple[dict[Path, str], list[str]]:
+    """What the metadata.jsonl of their folders say of the pictures, of several the nearest; and what in these
+    files can't be read.
+    """
+    known = _by_likeness(pictures)
+    places = {parent for picture in pictures for parent in picture.parents if parent.is_relative_to(folder)}
+    texts: dict[Path, str] = {}
+    problems = []
+    for place in sorted(places, key=lambda place: len(place.parts)):
+        try:
+            entries = {_likeness(place / name): text for name, text in _entries_of(place / LIST)}
+        except UserError as error:
+            problems.append(one_line(str(error)))
+            continue
+        texts |= {known[name]: text for name, text in entries.items() if name in known}
+    return texts, problems
+
+
+def _by_likeness(pictures: Sequence[Path]) -> dict[str, Path]:
+    return {_likeness(picture): picture for picture in pictures}
+
+
+def _likeness(path: Path) -> str:
+    return _alike(os.path.normpath(path))
+
+
+def _is_above(place: Path, pictures: Sequence[Path]) -> bool:
+    return any(picture.is_relative_to(place) for picture in pictures)
+
+
+def _entries_of(file: Path) -> Iterator[tuple[str, str]]:
+    """The pictures' names and captions in a metadata.jsonl; none of a file of that name that holds other
+    things. UserError (exit 3) on a line that is damaged.
+    """
+    if not file.is_file():
+        return
+    for number, line in enumerate(_text_of(file, MAX_LIST_BYTES).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = f"line {number} is no JSON ({str(error)[:60]}); mend it, or rename the file"
+            raise UserError(f"{file}: {reason}", Exit.DATA) from error
+        if isinstance(entry, Mapping) and "file_name" in entry and isinstance(entry.get("text"), str):
+            yield str(entry["file_name"]), entry["text"]
+
+
+def _text_of(sidecar: Path, most: int = MAX_CAPTION_BYTES) -> str:
+    data = _bytes_of(sidecar, most)
     mark, encoding = next(
         ((mark, name) for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), (b"", "utf-8")
     )
@@ -120,7 +233,7 @@ def _text_of(sidecar: Path) -> str:
     return text.replace("\ufeff", "")  # a second mark in the middle, where files were joined, is no word
 
 
-def _bytes_of(sidecar: Path) -> bytes:
+def _bytes_of(sidecar: Path, most: int) -> bytes:
     try:
         mode = sidecar.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -128,7 +241,7 @@ def _bytes_of(sidecar: Path) -> bytes:
         if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
             raise UserError(f"{sidecar}: is no ordinary file; remove it", Exit.DATA)
         with sidecar.open("rb") as file:
-            data = file.read(MAX_CAPTION_BYTES + 1)
+            data = file.read(most + 1)
     except FileNotFoundError as error:
         raise UserError(
             f"{sidecar}: a link to a file that is gone; remove it or fix it", Exit.DATA
@@ -136,13 +249,10 @@ def _bytes_of(sidecar: Path) -> bytes:
     except OSError as error:
         reason = f"caption can't be read ({error.strerror})"
         raise UserError(f"{sidecar}: {reason}; fix its permissions or remove it", Exit.DATA) from error
-    if len(data) > MAX_CAPTION_BYTES:
-        reason = f"over {MAX_CAPTION_BYTES // 1000} kB, which is no caption"
+    if len(data) > most:
+        reason = f"over {most // 1000} kB, which is no caption"
         raise UserError(f"{sidecar}: {reason}; shorten it or rename it", Exit.DATA)
     return data
-
-
-# ---------------------------------------------------------------- captions from names
 
 
 # ---------------------------------------------------------------- kohya's folders
@@ -189,13 +299,16 @@ def _pattern_in_captions(trigger: str) -> re.Pattern[str]:
     return re.compile(f"(?<!{beside(words[0][0])}){spelled}(?!{beside(words[-1][-1])})", re.IGNORECASE)
 
 
-def variants(text: str, count: int, *, keep_tags: int, rng: random.Random) -> list[str]:
-    """`count` orders of the caption's comma-separated tags, of which the first `keep_tags` (>= 0) stay; some
+def variants(texts: Sequence[str], count: int, *, keep_tags: int, rng: random.Random) -> list[str]:
+    """`count` orders of each text's comma-separated tags, of which the first `keep_tags` (>= 0) stay; some
     may be equal.
     """
-    tags = _tags_of(text)
-    kept, rest = tags[:keep_tags], tags[keep_tags:]
-    return [", ".join(kept + rng.sample(rest, len(rest))) for _ in range(count)]
+    found = []
+    for text in texts:
+        tags = _tags_of(text)
+        kept, rest = tags[:keep_tags], tags[keep_tags:]
+        found += [", ".join(kept + rng.sample(rest, len(rest))) for _ in range(count)]
+    return found
 
 
 def tag_frequencies(captions: Sequence[str]) -> dict[str, int]:

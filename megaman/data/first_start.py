@@ -8,7 +8,7 @@ from pathlib import Path
 from megaman.common.console import Exit, say
 from megaman.common.files import write_text
 from megaman.config.train import TrainConfig
-from megaman.data.pictures import find_pictures
+from megaman.data.folder import find_pictures
 
 GUIDE = Path(__file__).parents[1] / "templates" / "megaman_images.md"
 

@@ -19,11 +19,35 @@ from PIL import Image, ImageChops, ImageCms, ImageFile, UnidentifiedImageError
 from megaman.common.console import Exit, UserError, one_line
 
 SUFFIX_FORMATS = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP",
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".apng": "PNG",
+    ".bmp": "BMP", ".webp": "WEBP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
+    ".jp2": "JPEG2000", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".tga": "TGA",
 }  # fmt: skip
-OTHER_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jxl", ".psd", ".tif", ".tiff"}  # opened to say why not
-PICTURE_SUFFIXES = frozenset(SUFFIX_FORMATS) | OTHER_SUFFIXES
-PILLOW_FORMATS = tuple(sorted(set(SUFFIX_FORMATS.values())))  # whatever the suffix; no other decoder runs
+UNREAD_SUFFIXES = {
+    *(
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".psd",
+        ".svg",
+        ".xcf",
+        ".kra",
+        ".clip",
+        ".ai",
+        ".eps",
+        ".exr",
+        ".hdr",
+        ".ico",
+    ),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
+}  # opened to say why not
+PICTURE_SUFFIXES = SUFFIX_FORMATS.keys() | UNREAD_SUFFIXES
+BY_SUFFIX = {"TGA"}  # begins like anything: only its suffix tells it
+PILLOW_FORMATS = tuple(sorted(set(SUFFIX_FORMATS.values()) - BY_SUFFIX))  # no other decoder ever runs
+SHOWN: dict[str | None, str] = {
+    "WEBP": "WebP",
+    "JPEG2000": "JPEG 2000",
+}  # formats under another name than Pillow's
 MAX_PICTURE_PX = 64_000_000  # a larger one is a decompression bomb or a scan that needs shrinking first
 MAX_FILE_BYTES = 1 << 29  # as many pixels of 16-bit RGBA, not compressed; some decoders read the whole file
 
@@ -51,25 +75,6 @@ class _Unfit(Exception):
 # ---------------------------------------------------------------- files
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """Everything below the folder with the suffix of a picture, in any case, in a stable order.
-
-    Hidden files and folders are left out. What people take for pictures and is none is listed too, so that
-    opening it says why and nothing is lost in silence: formats that are not read, links to folders, which are
-    not followed, and folders that may not be looked into.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures. Check --data_dir.", Exit.DATA)
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=lambda error: found.append(Path(error.filename))):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = [*folders, *(name for name in files if not name.startswith("."))]
-        named = {name for name in visible if Path(name).suffix.lower() in PICTURE_SUFFIXES}
-        named |= {name for name in folders if Path(place, name).is_symlink()}
-        found.extend(Path(place, name) for name in named)
-    return sorted(found)
-
-
 def _check_file(path: Path) -> None:
     """Raises unless it is a file whose bytes can be read: a pipe or a device would never end."""
     info = path.stat()
@@ -88,30 +93,60 @@ def _check_file(path: Path) -> None:
 
 BEGINNINGS = {
     b"\x89PNG": "a PNG",
-    b"\xff\xd8": "a JPEG",
-    b"BM": "a BMP",
+    b"\xff\xd8\xff": "a JPEG",
+    b"BM....\0\0\0\0": "a BMP",
     b"RIFF....WEBP": "a WebP",
-    b"GIF8": "a GIF",
+    b"GIF8[79]a": "a GIF",
     b"II\\*\0|MM\0\\*": "a TIFF",
-    b"....ftyp(hei|hev|mif|msf)": "a HEIC",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000",
+    b"P[1-6]\\s\\d": "a PPM",
     b"....ftypavi[fs]": "an AVIF",
-    b"....ftyp": "a video",
+    b"....ftyp(hei|hev|mif|msf)": "a HEIC",
     b"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL",
     b"8BPS": "a Photoshop file",
+}  # of pictures, whatever their name
+OTHER_BEGINNINGS = {
+    b"....ftyp": "a video",
     b"%PDF": "a PDF",
     b"\\s*<": "a web page or SVG",
-}  # files that people rename, and how they begin
+}  # of what people rename to pictures
+BEGINNING_BYTES = 16
+
+
+def named(kind: str | None) -> str:
+    """Pillow's name of a format as people say it: "a WebP"."""
+    return f"{'an' if kind == 'AVIF' else 'a'} {SHOWN.get(kind, kind)}"
+
+
+READ = frozenset(map(named, PILLOW_FORMATS))
+
+
+def kind_of(beginning: bytes) -> str | None:
+    """What a file that begins like this is, if it is a picture: "a PNG"."""
+    found = (kind for start, kind in BEGINNINGS.items() if re.match(start, beginning, re.DOTALL))
+    return next(found, None)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as pictures do, whatever its name says."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as stream:
+            return kind_of(stream.read(BEGINNING_BYTES)) is not None
+    except OSError:
+        return False
 
 
 def _unidentified(beginning: bytes) -> str:
     """Why no decoder wanted a file that begins like this."""
     if not beginning.strip(b"\0"):
         return "nothing but zeros where a picture begins"
-    kinds = (kind for start, kind in BEGINNINGS.items() if re.match(start, beginning, re.DOTALL))
-    kind = next(kinds, None)
-    if kind in ("a PNG", "a JPEG", "a BMP", "a WebP"):
+    kind = kind_of(beginning)
+    if kind in READ:
         return f"{kind} with a damaged beginning, or of a kind that is not supported"
-    return f"{kind or 'not a picture'}, and only JPEG, PNG, BMP and WebP are read; save it again as PNG"
+    others = (name for start, name in OTHER_BEGINNINGS.items() if re.match(start, beginning, re.DOTALL))
+    return f"{kind or next(others, 'not a picture')}, which is not read; save it again as PNG"
 
 
 OS_REASONS = {
@@ -282,12 +317,13 @@ def picture_of(image: Image.Image) -> Picture:
 # ---------------------------------------------------------------- decoding
 
 
-def _opened(stream: BinaryIO) -> ImageFile.ImageFile:
+def _opened(stream: BinaryIO, suffix: str = "") -> ImageFile.ImageFile:
     stream.seek(0)
-    beginning = stream.read(16)
+    beginning = stream.read(BEGINNING_BYTES)
     stream.seek(0)
+    by_suffix = BY_SUFFIX & {SUFFIX_FORMATS.get(suffix, "")} if kind_of(beginning) is None else set()
     try:
-        return Image.open(stream, formats=PILLOW_FORMATS)
+        return Image.open(stream, formats=(*PILLOW_FORMATS, *by_suffix))
     except UnidentifiedImageError as error:
         raise _Unfit(_unidentified(beginning)) from error
 
@@ -310,7 +346,7 @@ def _checked_png(file: ImageFile.ImageFile, stream: BinaryIO) -> tuple[ImageFile
 
 def _decoded(stream: BinaryIO, suffix: str) -> Picture:
     """The picture in an open file. Raises anything."""
-    file = _opened(stream)
+    file = _opened(stream, suffix.lower())
     width, height = file.size
     if width * height > MAX_PICTURE_PX:
         limit = f"the limit of {MAX_PICTURE_PX // 1_000_000} megapixels; shrink it first"
@@ -320,7 +356,7 @@ def _decoded(stream: BinaryIO, suffix: str) -> Picture:
     kind = "JPEG" if file.format == "MPO" else file.format
     remarks = []
     if SUFFIX_FORMATS.get(suffix.lower()) != kind:
-        remarks.append(f"is a {'WebP' if kind == 'WEBP' else kind}, whatever its name says")
+        remarks.append(f"is {named(kind)}, whatever its name says")
     if (count := getattr(file, "n_frames", 1)) > 1:
         remarks.append(f"first of {count} {'pictures in it' if file.format == 'MPO' else 'frames'}")
     if kind == "PNG":

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megaman.common.console import NAMED, count, listed, one_line
+from megaman.common.console import NAMED, count, listed, one_line, shell_quoted
 from megaman.common.files import write_text
 from megaman.common.html import check_page, render
 from megaman.common.output_folder import PAGE
@@ -14,14 +14,17 @@ from megaman.config.train import DataFlags
 from megaman.data.buckets import Bucket, Fit, fit_of
 from megaman.data.captions import (
     Caption,
+    captions_of_nobody,
     has_trigger,
     odd_repeats,
     shared_captions,
     tag_frequencies,
     write_caption_set,
 )
+from megaman.data.folder import Listing
 from megaman.data.scan import ScannedPicture, Skipped, duplicates
 
+MUCH_IS_CUT = 0.35  # of a picture, outside the frame; a photo of 3:2 in a square loses a third
 MAX_TOKENS = 75  # Stable Diffusion reads 77, two of them mark the beginning and the end
 
 
@@ -41,20 +44,31 @@ class TrainedPicture:
         """The part of the picture that a centred cut keeps."""
         return fit_of(self.scanned.size, self.bucket)
 
+    @property
+    def cut_off(self) -> float:
+        """The share of the picture that lies outside the frame."""
+        width, height = self.scanned.size
+        return 1 - (self.fit.right - self.fit.left) * (self.fit.bottom - self.fit.top) / (width * height)
+
 
 @dataclass(frozen=True)
 class Report:
     """The dataset as the training sees it.
 
-    is_exact: whether the tokens are the base's own; the embedded base's vocabulary, which stands in
-    where the base is not at hand yet, is smaller and makes more of them.
+    listing: all that lies in its folder. is_exact: whether the tokens are the base's own; the embedded base's
+    vocabulary, which stands in where the base is not at hand yet, is smaller and makes more of them.
     """
 
-    folder: Path
+    listing: Listing
     settings: DataFlags
     pictures: Sequence[TrainedPicture]
     skipped: Sequence[Skipped]
     is_exact: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """The data folder."""
+        return self.listing.folder
 
     @cached_property
     def alike(self) -> list[list[TrainedPicture]]:
@@ -89,6 +103,12 @@ class Report:
         )
 
     @property
+    def much_cut(self) -> list[TrainedPicture]:
+        """Pictures of which much is never seen, the most first. Windows at random places see all in time."""
+        cut = [] if self.settings.crop == "random" else [p for p in self.pictures if p.cut_off > MUCH_IS_CUT]
+        return sorted(cut, key=lambda picture: -picture.cut_off)
+
+    @property
     def too_long(self) -> list[TrainedPicture]:
         """Captions whose end the text encoder does not see."""
         return [picture for picture in self.pictures if picture.tokens > MAX_TOKENS]
@@ -99,7 +119,7 @@ class Report:
         return [
             picture
             for picture in self.pictures
-            if not has_trigger(picture.caption.text, self.settings.trigger)
+            if not all(has_trigger(text, self.settings.trigger) for text in picture.caption.wordings)
         ]
 
     @cached_property
@@ -122,6 +142,7 @@ class Report:
             made = (f"{picture.name} “{picture.caption.text}”" for picture in self.captioned_from_name)
             lines.append(f"captions: from names: {listed(made)}")
         lines += [f"skipped: {self.relative(file.path)}: {file.reason}" for file in self.skipped]
+        lines += self.listing.left_out_lines
         lines += [f"note: {note}" for note in (*self._about_pictures(), *self._about_captions())]
         return [one_line(line) for line in lines]
 
@@ -142,6 +163,15 @@ class Report:
                 f"{count(len(self.enlarged), 'picture')} smaller than the training size, enlarged to it "
                 f"(at most {worst.fit.scale:.1f} times: {worst.name})"
             )
+        if cut := self.much_cut:
+            remedy = ", or take --crop bucket" if self.settings.crop == "center" else ""
+            notes.append(
+                f"{count(len(cut), 'picture')} with more than a third cut off (at most {cut[0].cut_off:.0%}: "
+                f"{cut[0].name}); cut out by hand what is to be learned{remedy}"
+            )
+        if (inner := self.listing.kohya_pictures) is not None:
+            flag = f"--data_dir {shell_quoted(str(inner))}"
+            notes.append(f"{self.folder} is kohya's project folder, and its pictures lie deeper: {flag}")
         for name in odd_repeats([picture.scanned.path for picture in self.pictures], self.folder):
             notes.append(f"the number of {name} is no count of repeats; its pictures count once")
         return notes
@@ -159,11 +189,17 @@ class Report:
                 f"{count(len(self.without_trigger), 'caption')} without the trigger {self.settings.trigger!r}"
             )
             notes.append(f"{lacking}, which learns nothing from there ({_named(self.without_trigger)})")
+        paths = [picture.scanned.path for picture in self.pictures]
         captions = [picture.caption for picture in self.pictures]
-        for sidecar, users in shared_captions(
-            [picture.scanned.path for picture in self.pictures], captions
-        ).items():
+        for sidecar, users in shared_captions(paths, captions).items():
             notes.append(f"{self.relative(sidecar)} is the caption of {len(users)} pictures")
+        if several := [picture for picture in self.pictures if picture.caption.others]:
+            notes.append(
+                f"{count(len(several), 'caption')} of several lines, each a caption of its own: every draw "
+                f"takes one ({_named(several)})"
+            )
+        if lost := captions_of_nobody(self.listing, paths, captions):
+            notes.append(f"{count(len(lost), 'text')} that no picture has for a caption: {listed(lost)}")
         return notes
 
     def relative(self, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Scans the data folder: size, hash, thumbnail, remarks of each picture, kept by content; look-alikes."""
+"""Scans the pictures: size, hash, thumbnail, remarks of each picture, kept by content; look-alikes."""
 
 import base64
 import io
@@ -13,7 +13,8 @@ from PIL import Image
 from megaman.common.cache import Store, key_of
 from megaman.common.console import one_line
 from megaman.common.files import sha256_of
-from megaman.data.pictures import MAX_FILE_BYTES, BadPicture, find_pictures, open_picture
+from megaman.data.folder import Listing
+from megaman.data.pictures import MAX_FILE_BYTES, BadPicture, open_picture
 
 RECIPE = 2  # raised whenever decoding changes: older facts and latents are then no longer found
 THUMBNAIL_PX = 128
@@ -48,13 +49,13 @@ class Skipped:
         return one_line(f"{self.path}: {self.reason}")
 
 
-def scan(folder: Path, store: Store) -> tuple[list[ScannedPicture], list[Skipped]]:
-    """Looks at every picture file below the folder: those that can be used, and those that can't. Each is
-    decoded once; later runs find it in the store. UserError (exit 3) if there is no folder.
+def scan(listing: Listing, store: Store) -> tuple[list[ScannedPicture], list[Skipped]]:
+    """Looks at every picture file of a folder: those that can be used, and those that can't. Each is decoded
+    once; later runs find it in the store.
     """
     scanned: list[ScannedPicture] = []
     skipped: list[Skipped] = []
-    for path in find_pictures(folder):
+    for path in listing.pictures:
         try:
             scanned.append(_scanned(path, store))
         except BadPicture as error:

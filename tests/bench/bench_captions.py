@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megaman.common.console import Exit, UserError  # noqa: E402
+from megaman.config.train import DataFlags  # noqa: E402
 from megaman.data.captions import read_captions  # noqa: E402
 from megaman.data.name_captions import VOCABULARY, caption_from_name  # noqa: E402
 
@@ -81,7 +82,7 @@ def judge_file(folder: Path, data: bytes) -> str:
     """What became of it: "file", "name", or the kind of its error."""
     (folder / "a.txt").write_bytes(data)
     try:
-        (caption,) = read_captions([folder / "a.png"], folder, "mega man")
+        (caption,) = read_captions([folder / "a.png"], folder, DataFlags(trigger="mega man"))
     except UserError as error:
         line = str(error)
         assert line.startswith(f"{folder / 'a.txt'}: "), (data, line)

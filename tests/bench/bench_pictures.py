@@ -32,7 +32,8 @@ from PIL import Image  # noqa: E402
 from test_pictures import KINDS, SAMPLES, linear_profile, mutated  # noqa: E402
 
 from megaman.common.console import UserError  # noqa: E402
-from megaman.data.pictures import find_pictures, open_picture  # noqa: E402
+from megaman.data.folder import find_pictures  # noqa: E402
+from megaman.data.pictures import open_picture  # noqa: E402
 from megaman.data.scan import duplicates, fingerprint  # noqa: E402
 
 SLOW_S = 5.0  # a small damaged file that takes longer counts as a hang

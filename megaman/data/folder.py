@@ -1,0 +1,122 @@
+"""What lies in the data folder: pictures, texts beside them, and folders that are never meant."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megaman.common.console import Exit, UserError
+from megaman.common.output_folder import holds_run, is_signed
+from megaman.data.pictures import PICTURE_SUFFIXES, is_picture
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+LIST = "metadata.jsonl"  # captions of many pictures: {"file_name": "a.png", "text": "mega man"}
+TEXT_SUFFIXES = {*CAPTION_SUFFIXES, ".text", ".json", ".jsonl", ".csv", ".tags"}  # where people keep captions
+NEVER_MEANT = {
+    "@eadir": "a NAS's thumbnails",
+    "#recycle": "a NAS's bin",
+    "$recycle.bin": "Windows' bin",
+    "system volume information": "Windows' own",
+    "lost+found": "a file system's own",
+    "__macosx": "macOS's own",
+}  # by their names in lower case
+KOHYA_PICTURES = "img"
+BESIDE_KOHYA_PICTURES = {
+    "reg": "kohya's regularisation pictures, which are not the character",
+    "model": "kohya's results",
+    "log": "kohya's log",
+    "sample": "kohya's sample pictures",
+}  # only where `img` lies beside them
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a data folder. Sorted, so that every machine sees one order."""
+
+    folder: Path
+    pictures: list[Path] = field(default_factory=list)  # and what people take for pictures
+    texts: list[Path] = field(default_factory=list)  # that may be captions
+    left_out: dict[Path, str] = field(default_factory=dict)  # folders with pictures, and why they don't count
+
+    @property
+    def left_out_lines(self) -> list[str]:
+        """What was left out and why, a line a folder."""
+        return [
+            f"left out: {place.relative_to(self.folder).as_posix()}/ ({why})"
+            for place, why in sorted(self.left_out.items())
+        ]
+
+    @property
+    def kohya_pictures(self) -> Path | None:
+        """Where the pictures lie, if the folder is kohya's project folder: one level too high."""
+        place = self.folder / KOHYA_PICTURES
+        inside = (path.relative_to(place) for path in self.pictures if path.is_relative_to(place))
+        return place if any(path.parts[0][:1].isdigit() for path in inside) else None
+
+
+def look_into(folder: Path) -> Listing:
+    """Everything below the folder that has to do with pictures. UserError (exit 3) if there is no folder.
+
+    A picture is told by its suffix, in any case, or by its first bytes. Hidden files are left out, and hidden
+    folders. What people take for pictures and is none is listed too, so that opening it says why and nothing
+    is lost in silence: formats that are not read, links to folders, which are not followed, and folders that
+    may not be looked into.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of pictures. Check --data_dir.", Exit.DATA)
+    found = Listing(folder)
+    walk = os.walk(folder, onerror=lambda error: found.pictures.append(Path(error.filename)))
+    for name, folders, files in walk:
+        place = Path(name)
+        out = {each: why for each in folders if (why := _why_not_meant(place / each, folders))}
+        found.left_out.update(
+            {place / each: why for each, why in out.items() if _holds_picture(place / each)}
+        )
+        folders[:] = [each for each in folders if each not in out]
+        found.pictures.extend(_pictures_among(place, folders, files))
+        found.texts.extend(place / each for each in _visible(files) if _suffix(each) in TEXT_SUFFIXES)
+    found.pictures.sort()
+    found.texts.sort()
+    return found
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures below the folder, and what people take for pictures: see `look_into`."""
+    return look_into(folder).pictures
+
+
+def _pictures_among(place: Path, folders: list[str], files: list[str]) -> Iterator[Path]:
+    for name in folders:
+        if _suffix(name) in PICTURE_SUFFIXES or (place / name).is_symlink():
+            yield place / name
+    for name in _visible(files):
+        known = _suffix(name) in PICTURE_SUFFIXES
+        if known or (_suffix(name) not in TEXT_SUFFIXES and is_picture(place / name)):
+            yield place / name
+
+
+def _why_not_meant(place: Path, siblings: Iterable[str]) -> str | None:
+    """Why the pictures of a folder are not those of the character; None if they may be."""
+    name = place.name.lower()
+    if name in NEVER_MEANT:
+        return NEVER_MEANT[name]
+    if name.startswith("."):
+        return "hidden"
+    if name in BESIDE_KOHYA_PICTURES and KOHYA_PICTURES in map(str.lower, siblings):
+        return BESIDE_KOHYA_PICTURES[name]
+    if holds_run(place):
+        return "a training run's output"
+    return "drawn by generate_megaman.py" if is_signed(place) else None
+
+
+def _holds_picture(folder: Path) -> bool:
+    names = (name for _, _, files in os.walk(folder) for name in _visible(files))
+    return any(_suffix(name) in PICTURE_SUFFIXES for name in names)
+
+
+def _visible(names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if not name.startswith("."))
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
