@@ -42,15 +42,22 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
+from megaman.common.files import path_from
 from megaman.common.output_folder import OutputLock, adapter_in, check_apart, check_unused, check_writable
 from megaman.config.train import EMBEDDED
-from megaman.generation.candidates import Candidate, base_of, candidates_of, path_in_record
+from megaman.generation.candidates import (
+    Candidate,
+    base_of,
+    candidates_of,
+    check_hash,
+    path_in_record,
+)
 from megaman.generation.prompts import Prompt, read_prompts_file, without_lora_tags
 from megaman.generation.records import Job, job_hash, record_of
 from megaman.lora.adapter import Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, memory, stable_diffusion
-from megaman.model.hub import download_adapter
+from megaman.model.hub import download_adapter, is_local
 from megaman.model.stable_diffusion import StableDiffusion
 
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
@@ -242,9 +249,9 @@ def save_batch(
     """
     for task, image, seconds in batch:
         if image is not None:
-            own = {"adapter": task.candidate.name, "adapter_hash": task.candidate.digest}
-            record = record_of(task.job, task.digest, about | own, seconds)
-            records.save_picture(image, record, Path(cfg.output_dir), described=not cfg.no_metadata)
+            output = Path(cfg.output_dir)
+            record = record_of(task.job, task.digest, about | task.candidate.facts(output), seconds)
+            records.save_picture(image, record, output, described=not cfg.no_metadata)
             yield record
 
 
@@ -300,7 +307,9 @@ def generate(cfg: GenerateConfig) -> Path:
         return gallery.rebuild(output)
     lora_path = adapter_in(download_adapter(cfg.lora_path))
     candidates = candidates_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
-    adapter = next(candidate.adapter for candidate in candidates if candidate.is_chosen)
+    chosen = next(candidate for candidate in candidates if candidate.is_chosen)
+    check_hash(chosen, cfg.adapter_hash)
+    adapter = chosen.adapter
     trigger = adapter.metadata.get("trigger", TRIGGER)
     prompts, notes = without_lora_tags(read_prompts(cfg, trigger))
     check_output_folder(output, lora_path)
@@ -318,6 +327,7 @@ def generate(cfg: GenerateConfig) -> Path:
         say(f"checkpoints: {', '.join(candidate.name for candidate in candidates)}")
     about = {
         "base_model": base.name,
+        "base_path": path_from(output, Path(name).expanduser()) if is_local(name) else "",
         "trigger": trigger,
         "precision": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megaman.common import files
 from megaman.common.console import UserError
-from megaman.common.files import save_tensors, write_text
+from megaman.common.files import path_from, save_tensors, write_text
 from megaman.common.output_folder import OutputLock
 
 fcntl = pytest.importorskip("fcntl")
@@ -76,3 +76,9 @@ def test_tensors_of_any_layout_come_back_as_they_were(tmp_path: Path) -> None:
     read = load_file(tmp_path / "a.safetensors")
     assert torch.equal(read["turned"], grid.T)
     assert read["one"].shape == ()
+
+
+def test_the_way_to_a_place_is_told_unless_it_cannot_be_written(tmp_path: Path) -> None:
+    assert path_from(tmp_path / "gallery", tmp_path / "out" / "lora") == "../out/lora"
+    assert path_from(tmp_path, tmp_path) == "."
+    assert path_from(tmp_path / "gallery", tmp_path / "\udcff" / "lora") == ""

@@ -1,7 +1,10 @@
 """The generation script: prompts to jobs to pictures, and what a picture is decided by."""
 
+import hashlib
+import html
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -14,13 +17,17 @@ from types import SimpleNamespace
 import commands
 import numpy as np
 import pytest
+from commands import exit_code_of
 from conftest import ROOT, run_script
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import generate_megaman
 from generate_megaman import GenerateConfig, group_into_batches, read_prompts_file, resolve
 from megaman.common.console import UserError
-from megaman.generation.records import Job, file_name
+from megaman.generation.gallery import command, rebuild
+from megaman.generation.records import PATHS, Job, file_name, read_records
 from megaman.lora.adapter import Adapter
 from megaman.lora.load import read_adapter
 
@@ -176,7 +183,8 @@ def test_the_default_run_draws_the_ten_prompts_and_a_gallery(generate: Callable[
                 f"\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: {record['seed']}"
                 in picture.text["parameters"]
             )
-            assert json.loads(picture.text["megaman"]) == record
+            told = json.loads(picture.text["megaman"])
+            assert told == {name: value for name, value in record.items() if name not in PATHS}
         assert record["file"] in page
     assert [path.name for path in folder.glob(".*")] == [".lock"]
 
@@ -440,6 +448,84 @@ def test_a_checkpoint_draws_like_any_adapter(generate: Callable[..., Path], adap
         )  # the same weights: one picture
 
 
+def test_a_picture_names_its_lora_as_the_web_uis_know_it(
+    generate: Callable[..., Path], adapter_folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = str(tiny_folder)
+
+    def told_of(lora: Path) -> str:
+        output = tmp_path / f"of {lora.stem}"
+        folder = generate(lora_path=str(lora), base_model=base, prompts=["a"], output_dir=str(output))
+        with Image.open(folder / records(folder)[0]["file"]) as picture:
+            return picture.text["parameters"]
+
+    def known_as(file: Path) -> str:  # as A1111 and Civitai reckon it: AutoV3
+        content = file.read_bytes()
+        return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()[:12]
+
+    kohya = adapter_folder / "megaman_lora.safetensors"
+    with safe_open(kohya, framework="pt") as file:
+        assert file.metadata()["sshs_model_hash"].startswith(known_as(kohya))
+    assert "a <lora:megaman_lora:1>\n" in told_of(adapter_folder)
+    assert f', Lora hashes: "megaman_lora: {known_as(kohya)}"' in told_of(adapter_folder)
+    renamed = Path(shutil.copy(kohya, tmp_path / "mega man, v2.0.safetensors"))
+    assert "a <lora:mega man_ v2.0:1>\n" in told_of(renamed)  # a comma would end the name
+    peft = Path(shutil.copytree(adapter_folder, tmp_path / "peft", ignore=shutil.ignore_patterns("*lora*")))
+    assert f'"adapter_model: {known_as(peft / "adapter_model.safetensors")}"' in told_of(peft)
+
+
+def test_a_copied_command_draws_with_the_very_adapter_and_base_or_not_at_all(
+    generate: Callable[..., Path],
+    adapter_folder: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora = Path(shutil.copytree(adapter_folder, tmp_path / "other run" / "lora_weights"))
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "bases" / "my base"))
+    monkeypatch.chdir(tmp_path)
+    folder = generate(lora_path=str(lora), base_model=str(base), prompts=["a"])
+    (record,) = read_records(folder)
+    assert (record.adapter_path, record.base_path) == ("../other run/lora_weights", "../bases/my base")
+    script, *flags = shlex.split(command(record, folder))[1:]
+    assert "--lora_path=other run/lora_weights" in flags
+    assert "--base_model=bases/my base" in flags
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert json.dumps(command(record, folder)) in html.unescape(page)
+    flags.append("--output_dir=again")
+    assert exit_code_of(commands.drawing, [script, *flags], monkeypatch) == 0
+    again = tmp_path / "again" / record.file
+    assert (pixels(again) == pixels(folder / record.file)).all()
+
+    weights = load_file(lora / "adapter_model.safetensors")
+    save_file({key: tensor * 1.5 for key, tensor in weights.items()}, lora / "adapter_model.safetensors")
+    again.unlink()
+    assert exit_code_of(commands.drawing, [script, *flags], monkeypatch) == 4
+    assert f"not {record.adapter_hash}" in capsys.readouterr().err
+    assert not again.exists()
+
+
+def test_a_picture_tells_no_path(generate: Callable[..., Path], tmp_path: Path) -> None:
+    folder = generate(prompts=["a"])
+    (record,) = records(folder)
+    assert record["adapter_path"].startswith("../")
+    assert b"adapter_path" not in (folder / record["file"]).read_bytes()
+    assert str(tmp_path).encode() not in (folder / record["file"]).read_bytes()
+    (folder / "metadata.jsonl").unlink()
+    rebuild(folder)
+    (found,) = read_records(folder)
+    assert (found.adapter_path, found.adapter_hash) == ("", record["adapter_hash"])
+    assert f"--adapter_hash={found.adapter_hash}" in command(found, folder)
+
+
+@pytest.mark.parametrize("text", ["0", "xyz", "0123456789abc", "0x123456"])
+def test_a_hash_that_can_be_none_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UserError, match="hexadecimal") as error:
+        generate_megaman.read_config(["--adapter_hash", text])
+    assert error.value.exit_code == 2
+
+
 def test_a_local_base_that_was_moved_is_asked_for(adapter_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter_folder, tmp_path / "run" / "lora_weights")
     adapter = read_adapter(tmp_path / "run" / "lora_weights")
@@ -596,6 +682,7 @@ def picture(folder: Path, name: str = "a-1.png", **changes: object) -> dict:
         "job": name,
     }
     facts |= {"created": "2026-01-01T00:00:00+00:00", "seconds": 0.1, "versions": {}}
+    facts |= {"lora_file": "", "lora_hash": "", "adapter_path": "", "base_path": ""}
     save_picture(Image.new("RGB", (8, 8), "navy"), ImageRecord(**facts | changes), folder, described=True)
     return facts | changes
 

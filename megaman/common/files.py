@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from megaman.common.console import say
+from megaman.common.console import is_text, say
 
 
 class TensorOnCpu(Protocol):
@@ -84,6 +84,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the oldest web UIs hashed
+
+
+def path_from(folder: Path, place: Path) -> str:
+    """The way from a folder to a place, with slashes; "" if there is none that can be written down, as between
+    two drives, or through a folder whose name is no text.
+    """
+    try:
+        way = Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return ""
+    return way if is_text(way) else ""
+
+
+def autov3(path: Path) -> str:
+    """The 12 digits by which web UIs and Civitai know a LoRA: a hash of all behind its file's header."""
+    with path.open("rb") as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
 def legacy_hash(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The settings of a drawing run."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -54,6 +55,9 @@ class AdapterFlags:
         "./megaman_lora_output/lora_weights",
         "adapter: a folder, a .safetensors file or a hub id",
         is_path=True,
+    )
+    adapter_hash: str | None = flag(
+        None, "refuse any other adapter than the one of this hash, as copied commands do"
     )
     base_model: str | None = flag(None, "base model; the one named in the adapter if not given", is_path=True)
     lora_scale: list[float] = flag(
@@ -126,6 +130,9 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
         for name in ("compare_base", "compare_checkpoints"):
             alone = f"--{name}: --lora_scale 0 draws the base alone; give a strength to compare"
             require(any(self.lora_scale) or not getattr(self, name), alone)
+        is_hash = re.fullmatch(r"[0-9A-Fa-f]{6,12}", self.adapter_hash or "0" * 12) is not None
+        wanted = "must be 6 to 12 hexadecimal digits, as the gallery shows them behind an adapter's name"
+        require(is_hash, f"--adapter_hash {self.adapter_hash}: {wanted}")
         for prompt in self.prompts or ():
             require(bool(prompt.strip()), "--prompts: one of them is empty")
             check_text(prompt, "--prompts", Exit.USAGE)

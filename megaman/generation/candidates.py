@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaman.common.console import Exit, UserError
+from megaman.common.files import autov3, path_from
 from megaman.common.output_folder import (
     ADAPTER_FILE,
     CHECKPOINTS,
@@ -16,7 +17,7 @@ from megaman.common.output_folder import (
 )
 from megaman.config.train import EMBEDDED
 from megaman.lora.adapter import Adapter
-from megaman.lora.load import read_adapter
+from megaman.lora.load import KOHYA_FILE, read_adapter
 from megaman.lora.metadata import NAME
 from megaman.model.hub import is_local
 
@@ -29,6 +30,19 @@ class Candidate:
     adapter: Adapter
     digest: str
     is_chosen: bool  # the one of --lora_path
+    place: Path  # its folder or file on this disk
+    lora_file: str  # as web UIs name it, "" where they can read none
+    lora_hash: str  # and their hash of it
+
+    def facts(self, output: Path) -> dict[str, str]:
+        """What the record of a picture in `output` says of the adapter that drew it."""
+        return {
+            "adapter": self.name,
+            "adapter_hash": self.digest,
+            "lora_file": self.lora_file,
+            "lora_hash": self.lora_hash,
+            "adapter_path": "" if self.name.count("/") else path_from(output, self.place),
+        }
 
 
 def candidates_of(lora_path: str, fetched: Path, *, with_checkpoints: bool) -> list[Candidate]:
@@ -41,11 +55,34 @@ def candidates_of(lora_path: str, fetched: Path, *, with_checkpoints: bool) -> l
     found = {}
     for path in checkpoints_beside(fetched) if with_checkpoints else ():
         adapter = read_adapter(path)
-        found[adapter.digest] = (path.name, adapter)
-    found[chosen.digest] = (adapter_name(lora_path), chosen)
-    return [
-        Candidate(name, adapter, digest, digest == chosen.digest) for digest, (name, adapter) in found.items()
-    ]
+        found[adapter.digest] = _candidate(path.name, adapter, path, is_chosen=False)
+    found[chosen.digest] = _candidate(adapter_name(lora_path), chosen, fetched, is_chosen=True)
+    return list(found.values())
+
+
+def _candidate(name: str, adapter: Adapter, place: Path, *, is_chosen: bool) -> Candidate:
+    file = file_for_web_uis(place)
+    known_as = ("", "") if file is None else (file.stem, autov3(file))
+    return Candidate(name, adapter, adapter.digest, is_chosen, place, *known_as)
+
+
+def check_hash(adapter: Candidate, wanted: str | None) -> None:
+    """UserError (exit 4) unless it is the adapter that --adapter_hash asks for, if it asks for one."""
+    if wanted is not None and not adapter.digest.startswith(wanted.lower()):
+        raise UserError(
+            f"{adapter.place}: holds the adapter {adapter.digest}, not {wanted.lower()}: another one, or "
+            "trained again since. Name the right one with --lora_path, or leave --adapter_hash out.",
+            Exit.MODEL,
+        )
+
+
+def file_for_web_uis(adapter: Path) -> Path | None:
+    """The file of an adapter's folder that A1111 and its kin read; None if there is none."""
+    if adapter.is_file():
+        return adapter
+    files = sorted(adapter.glob("*.safetensors"))
+    kohya = adapter / KOHYA_FILE
+    return kohya if kohya in files else files[0] if len(files) == 1 else None
 
 
 def checkpoints_beside(adapter: Path) -> list[Path]:

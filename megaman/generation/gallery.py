@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megaman.common.console import Exit, UserError, say
-from megaman.common.files import write_text
+from megaman.common.files import path_from, write_text
 from megaman.common.html import render, script_of
 from megaman.common.output_folder import CHECKPOINTS, WEIGHTS, OutputLock
 from megaman.config.generate import GenerateConfig
@@ -26,7 +27,7 @@ from megaman.generation.records import (
     write_records,
 )
 
-RUN = DataFlags.output_dir  # a picture knows its adapter's name, never its path: the place that is usual
+RUN = DataFlags.output_dir  # where an adapter usually lies
 CHECKPOINT = re.compile(r"step-0{0,5}(\d{1,12})")
 UNSAFE_TO_PASTE = re.compile(
     r'[\x00-\x1f\x7f-\x9f"$`\\%!\u201c-\u201f]'
@@ -114,8 +115,8 @@ def adapter_text(name: str) -> tuple[str, str]:
     return ("step {n}", checkpoint[1]) if checkpoint else ("{n}", name)
 
 
-def facts(record: ImageRecord) -> dict[str, Any]:
-    """What the page knows of a picture, under the names it shows."""
+def facts(record: ImageRecord, folder: Path = Path()) -> dict[str, Any]:
+    """What the page of a gallery's folder knows of a picture, under the names it shows."""
     return {
         "Prompt": record.prompt,
         "Negative prompt": record.negative_prompt,
@@ -132,19 +133,23 @@ def facts(record: ImageRecord) -> dict[str, Any]:
         "Made": record.created,
         "File": record.file,
         "Job": record.job,
-        "Command": command(record),
+        "Command": command(record, folder),
     }
 
 
-def command(record: ImageRecord) -> str:
-    """What draws the picture again, in the quotes that POSIX shells, PowerShell and cmd have in common;
-    nothing if its texts hold what one of them, or a terminal, would act on inside of those.
+def command(record: ImageRecord, folder: Path = Path()) -> str:
+    """What draws the picture of a gallery's folder again, with this adapter and no other; in the quotes that
+    POSIX shells, PowerShell and cmd have in common. Nothing if its texts hold what one of them, or a
+    terminal, would act on inside of those.
 
-    The adapter's place is the usual one; so is the base's, where it is a folder whose path nobody noted.
+    The places of adapter and base are seen from where the page is made. A picture that lost its line of
+    metadata.jsonl knows names alone: then they are the usual ones.
     """
+    on_hub = record.base_model if re.fullmatch(r"[^/\\]+/[^/\\]+", record.base_model) else None
     flags = {
-        "lora_path": _usual_place(record.adapter),
-        "base_model": record.base_model if re.fullmatch(r"[^/\\]+/[^/\\]+", record.base_model) else None,
+        "lora_path": _seen_from_here(folder, record.adapter_path) or _usual_place(record.adapter),
+        "adapter_hash": record.adapter_hash,
+        "base_model": _seen_from_here(folder, record.base_path) or on_hub,
         "prompts": record.prompt,
         "negative_prompt": record.negative_prompt,
         "seed": record.seed,
@@ -163,6 +168,11 @@ def command(record: ImageRecord) -> str:
     return " ".join(["python", "generate_megaman.py", *quoted])
 
 
+def _seen_from_here(folder: Path, place: str) -> str | None:
+    """A place that is known from a folder, from where we are; None if it isn't known."""
+    return path_from(Path(), folder / place) or None if place else None
+
+
 def _usual_place(adapter: str) -> str:
     if adapter == "megaman_lora":
         return f"{RUN}/{WEIGHTS}"
@@ -172,10 +182,18 @@ def _usual_place(adapter: str) -> str:
 # ---------------------------------------------------------------- the page
 
 
-def render_gallery(drawn: Sequence[ImageRecord]) -> str:
-    """The gallery, in the order given. Works without JavaScript as a plain page of pictures."""
-    answers = {"sections": sections, "newest": newest, "adapter_text": adapter_text, "facts": facts}
-    return render("gallery.html.j2", records=drawn, script=script_of("gallery.js"), **answers)
+def render_gallery(drawn: Sequence[ImageRecord], folder: Path = Path()) -> str:
+    """The page of a gallery's folder, its pictures in the order given. Works without JavaScript as a plain
+    page of pictures.
+    """
+    answers = {"sections": sections, "newest": newest, "adapter_text": adapter_text}
+    return render(
+        "gallery.html.j2",
+        records=drawn,
+        script=script_of("gallery.js"),
+        facts=partial(facts, folder=folder),
+        **answers,
+    )
 
 
 def answer_gallery_only(cfg: GenerateConfig) -> None:
@@ -201,4 +219,4 @@ def rebuild(output: Path) -> Path:
 def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
     """Writes metadata.jsonl and the gallery's page."""
     write_records(output, drawn)
-    write_text(output / PAGE, render_gallery(drawn))
+    write_text(output / PAGE, render_gallery(drawn, output))

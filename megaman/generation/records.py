@@ -25,6 +25,7 @@ PAGE = "index.html"
 A1111_TEXT, OUR_TEXT = "parameters", "megaman"  # of a PNG
 OUR_TEXTS = {A1111_TEXT, OUR_TEXT}
 FOREIGN = "file_name"  # what data sets call a picture's file
+PATHS = frozenset({"adapter_path", "base_path"})  # never in a picture: it is shown to others
 TOLD = frozenset({"prompt", "seed", "file", "job", "adapter_hash"})  # in every record
 LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
@@ -78,6 +79,10 @@ class ImageRecord(Job):
     created: str  # ISO 8601, UTC
     seconds: float  # its share of the batch's time
     versions: Mapping[str, str]
+    lora_file: str = ""  # the adapter's file as web UIs name it, "" where they can read none
+    lora_hash: str = ""  # and their hash of it, AutoV3
+    adapter_path: str = ""  # from the gallery's folder; "" on the hub, or where nobody noted it
+    base_path: str = ""  # likewise
 
 
 def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:
@@ -111,7 +116,7 @@ def infotext(record: ImageRecord) -> str:
     """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them: prompt,
     negative prompt, all else on the last line. Nothing that a prompt holds can pass for a setting.
     """
-    name = re.sub(r"[^\w.-]", "_", record.adapter)
+    name = re.sub(r'[<>:",\\\x00-\x1f]', "_", record.lora_file or record.adapter)  # what would end the name
     settings = {
         "Steps": record.num_inference_steps,
         "Sampler": SAMPLER_NAMES[record.scheduler],
@@ -120,19 +125,21 @@ def infotext(record: ImageRecord) -> str:
         "Size": f"{record.width}x{record.height}",
         "Model": re.sub(r"[^\w ./-]", "_", record.base_model),
         "RNG": "CPU",
-        "Lora hashes": f'"{name}: {record.adapter_hash}"',
     }
+    if record.lora_hash:
+        settings["Lora hashes"] = f'"{name}: {record.lora_hash}"'
     line = ", ".join(f"{key}: {value}" for key, value in settings.items())
     prompt = f"{_plain(record.prompt)} <lora:{name}:{record.lora_scale:g}>"
     return f"{prompt}\nNegative prompt: {_plain(record.negative_prompt)}\n{line}"
 
 
 def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: bool) -> None:
-    """A PNG, complete or absent, with A1111's `parameters` and our whole record."""
+    """A PNG, complete or absent, with A1111's `parameters` and our record, its paths left out."""
     info = PngInfo()
     if described:
         info.add_text(A1111_TEXT, infotext(record))
-        info.add_text(OUR_TEXT, json.dumps(asdict(record), ensure_ascii=False))
+        told = {name: value for name, value in asdict(record).items() if name not in PATHS}
+        info.add_text(OUR_TEXT, json.dumps(told, ensure_ascii=False))
     with replacing(folder / record.file) as partial:
         image.save(partial, format="PNG", pnginfo=info)
 

@@ -147,9 +147,14 @@ def _records_of(texts: Sequence[str], counts: Counter[str]) -> list[ImageRecord]
     jobs = generate_megaman.make_jobs(generate_megaman.GenerateConfig(**settings), prompts)
     records = []
     for i, job in enumerate(jobs):
-        names = ("adapter", "base_model", "trigger")
+        names = ("adapter", "base_model", "trigger", "lora_file", "adapter_path", "base_path")
         about = {name: texts[(i + at) % len(texts)] for at, name in enumerate(names)}
-        about |= {"adapter_hash": "0" * 12, "precision": "float32", "versions": {"torch": "2"}}
+        about |= {
+            "adapter_hash": "0" * 12,
+            "lora_hash": "1" * 12,
+            "precision": "float32",
+            "versions": {"torch": "2"},
+        }
         digest = generate_megaman.job_hash(job, "0" * 12, "0" * 12, "float32")
         records.append(generate_megaman.record_of(job, digest, about, 1.0))
     return records
@@ -173,7 +178,7 @@ def _parses(record: ImageRecord) -> bool:
         if line.startswith("Negative prompt:"):
             found, line = True, line[16:].strip()
         prompt, negative = (prompt, negative + line) if found else (prompt + line, negative)
-    name = re.sub(r"[^\w.-]", "_", record.adapter)
+    name = re.sub(r'[<>:",\\\x00-\x1f]', "_", record.lora_file)
     expected = (f"{record.prompt}<lora:{name}:{record.lora_scale:g}>", record.negative_prompt)
     keys = ["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG", "Lora hashes"]
     settings = re.findall(pairs, last)
@@ -225,6 +230,11 @@ def captions_study(count: int, seed: int, folder: Path) -> dict[str, int]:
     return {name: counts[name] for name in names}
 
 
+def _bare(text: str) -> str:
+    """The text without white space and commas: those of several lines become those between tags."""
+    return re.sub(r"[\s,]", "", text)
+
+
 def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Counter[str]) -> None:
     """Two thirds of the texts as captions, all as file names where the disk takes them."""
     data.mkdir(parents=True)
@@ -237,17 +247,15 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
         picture.hardlink_to(first)
         if i % 3 and not control_in(text):
             (data / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
-            said = re.sub(
-                r"\[trigger\]", "mega man", " ".join(text.replace("\ufeff", "").split()), flags=re.I
-            )
-            expected |= {picture.name: said} if said else {}
+            said = re.sub(r"\[trigger\]", "mega man", text.replace("\ufeff", ""), flags=re.I)
+            expected |= {picture.name: _bare(said)} if said.split() else {}
     flags = [f"--data_dir={data}", f"--output_dir={output}", "--resolution=64", "--mixed_precision=no"]
     flags += [f"--cache_dir={data.parents[1] / 'cache'}", "--pretrained_model_name=megaman/tiny_sd"]
     cfg, _ = megaman_lora.read_config(flags)
     told = megaman_lora.report_of(megaman_lora.open_dataset(cfg, peek(cfg.pretrained_model_name)))
     counts["changed_texts"] += len(told.pictures) != len(texts) + 1
     counts["changed_texts"] += {
-        row.name: row.caption.text for row in told.pictures if row.caption.source == "file"
+        row.name: _bare(row.caption.whole) for row in told.pictures if row.caption.source == "file"
     } != expected
     with contextlib.redirect_stderr(io.StringIO()) as terminal:
         for line in told.lines():
