@@ -87,8 +87,8 @@ LEGACY_AT, LEGACY_SIZE = 0x100000, 0x10000  # the stretch of a file that the old
 
 
 def path_from(folder: Path, place: Path) -> str:
-    """The way from a folder to a place, with slashes; "" if there is none that can be written down, as between
-    two drives, or through a folder whose name is no text.
+    """The way from a folder to a place, with slashes; "" if there is none that can be written down, as
+    between two drives, or through a folder whose name is no text.
     """
     try:
         way = Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
