@@ -198,10 +198,8 @@ def sampler_of(dataset: MegaManDataset, step_size: int, without: frozenset[int] 
     return Sampler(tuple(tuple(members[bucket]) for bucket in sorted(members)), step_size, dataset.seed)
 
 
-def report_of(dataset: MegaManDataset, *, is_exact: bool = True) -> Report:
-    """What the user should know of a dataset with a tokenizer. is_exact: whether the tokenizer is the base's
-    own.
-    """
+def report_of(dataset: MegaManDataset) -> Report:
+    """What the user should know of a dataset with a tokenizer."""
     tokenizer = dataset.tokenizer
     if tokenizer is None:
         raise ValueError("a report counts tokens: give the dataset a tokenizer")
@@ -216,7 +214,7 @@ def report_of(dataset: MegaManDataset, *, is_exact: bool = True) -> Report:
         )
         for i, path in enumerate(dataset.paths)
     ]
-    return Report(dataset.listing, dataset.settings, pictures, dataset.skipped, is_exact)
+    return Report(dataset.listing, dataset.settings, pictures, dataset.skipped)
 
 
 # ---------------------------------------------------------------- LoRA injection
@@ -454,7 +452,7 @@ def open_training_set(cfg: TrainConfig, processes: int) -> TrainingSet:
     names = [path.name for path in dataset.paths]
     held_out = validation.held_out(digests, names, cfg.validation_split, cfg.seed)
     sampler = sampler_of(dataset, pictures_a_step(cfg, processes), held_out)
-    return TrainingSet(dataset, report_of(dataset, is_exact=facts.is_exact), held_out, sampler)
+    return TrainingSet(dataset, report_of(dataset), held_out, sampler)
 
 
 def describe_adapter(cfg: TrainConfig, base: StableDiffusion, report: Report) -> dict[str, Any]:

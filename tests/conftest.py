@@ -76,12 +76,12 @@ def all_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def save_tiny_base(folder: Path) -> Path:
+def save_tiny_base(folder: Path, tokenizer: CLIPTokenizer | None = None) -> Path:
     """Writes a diffusers folder of Stable Diffusion's shape with random weights: stride 2, 32 px, text 24
-    wide; a step takes milliseconds.
+    wide; a step takes milliseconds. tokenizer: the embedded base's, if none is given.
     """
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
+    tokenizer = tokenizer or CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=24,

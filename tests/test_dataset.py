@@ -238,13 +238,6 @@ def test_all_that_is_wrong_with_a_folder_is_named_in_one_go(tmp_path: Path) -> N
     ]
 
 
-def test_a_count_by_another_bases_vocabulary_is_called_an_estimate(mixed: Path) -> None:
-    own = "\n".join(report_of(dataset_of(mixed)).lines())
-    borrowed = "\n".join(report_of(dataset_of(mixed), is_exact=False).lines())
-    assert "a high estimate" not in own
-    assert "longer than 75 tokens (a high estimate: the base's vocabulary is not here yet)" in borrowed
-
-
 def test_the_report_groups_look_alikes_and_names_the_first_pictures_of_each_remark(tmp_path: Path) -> None:
     for i in range(7):
         Image.new("RGBA", (64, 64), (255, 0, 0, 51)).save(tmp_path / f"{i}.png")

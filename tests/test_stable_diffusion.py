@@ -11,27 +11,27 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import generate_megaman
 from megaman.common.console import Exit, UserError
-from megaman.model.stable_diffusion import SD2_TEXT_WIDTH, StableDiffusion, load_base, peek
+from megaman.model.stable_diffusion import StableDiffusion, load_base, peek
 
 
 def test_a_stable_diffusion_2_is_refused_by_name(tiny_folder: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-    config = {**pipeline.text_encoder.config.to_dict(), "hidden_size": SD2_TEXT_WIDTH, "intermediate_size": 8}
+    config = {**pipeline.text_encoder.config.to_dict(), "hidden_size": 1024, "intermediate_size": 8}
     pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**config))
-    pipeline.unet = UNet2DConditionModel.from_config(
-        {**pipeline.unet.config, "cross_attention_dim": SD2_TEXT_WIDTH}
-    )
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "cross_attention_dim": 1024})
     pipeline.save_pretrained(tmp_path / "sd2")
-    with pytest.raises(UserError, match=r"it is a Stable Diffusion 2\.x") as caught:
+    with pytest.raises(UserError, match=r"it is Stable Diffusion 2\.x") as caught:
         load_base(str(tmp_path / "sd2"), device=torch.device("cpu"), dtype=torch.float32)
     assert caught.value.exit_code == Exit.MODEL
 
 
-def test_a_peek_tells_what_this_disk_knows_and_says_where_it_guesses(tiny_folder: Path) -> None:
+def test_a_peek_tells_what_this_disk_knows_and_stable_diffusion_1_where_it_knows_nothing(
+    tiny_folder: Path,
+) -> None:
     known = peek(str(tiny_folder))
-    assert (known.cell_px, known.is_exact) == (4, True)
-    guessed = peek("nobody/nothing")
-    assert (guessed.cell_px, guessed.is_exact) == (64, False)
+    assert (known.cell_px, len(known.tokenizer)) == (4, len(peek("megaman/tiny_sd").tokenizer))
+    unknown = peek("nobody/nothing")
+    assert (unknown.cell_px, len(unknown.tokenizer)) == (64, 49408)
 
 
 # ---------------------------------------------------------------- weights as the fp16 variant
@@ -96,7 +96,6 @@ def test_full_weights_go_before_the_variant_part_by_part(
 def test_the_fp16_variant_is_trained_on_and_drawn_with(
     train: Callable[..., Path], variant_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert peek(str(variant_folder)).is_exact
     weights = train("--pretrained_model_name", str(variant_folder), "--max_train_steps", "1")
     cfg = generate_megaman.GenerateConfig(
         lora_path=str(weights), output_dir=str(tmp_path / "drawn"), prompts=["a"], num_inference_steps=1

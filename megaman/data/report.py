@@ -55,15 +55,13 @@ class TrainedPicture:
 class Report:
     """The dataset as the training sees it.
 
-    listing: all that lies in its folder. is_exact: whether the tokens are the base's own; the embedded base's
-    vocabulary, which stands in where the base is not at hand yet, is smaller and makes more of them.
+    listing: all that lies in its folder.
     """
 
     listing: Listing
     settings: DataFlags
     pictures: Sequence[TrainedPicture]
     skipped: Sequence[Skipped]
-    is_exact: bool = True
 
     @property
     def folder(self) -> Path:
@@ -179,9 +177,8 @@ class Report:
     def _about_captions(self) -> list[str]:
         notes = []
         if self.too_long:
-            doubt = "" if self.is_exact else " (a high estimate: the base's vocabulary is not here yet)"
             notes.append(
-                f"{count(len(self.too_long), 'caption')} longer than {MAX_TOKENS} tokens{doubt}; what is "
+                f"{count(len(self.too_long), 'caption')} longer than {MAX_TOKENS} tokens; what is "
                 f"over is not read ({_named(self.too_long)})"
             )
         if self.without_trigger:

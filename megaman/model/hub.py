@@ -165,7 +165,7 @@ def why_not_loaded(
     text = " ".join(str(error).split())[:200]
     is_offline = bool(found & _OFFLINE)
     if isinstance(source, Path):
-        return _why_not_read(source, text, is_offline, what)
+        return _why_not_read(source, text, what)
     lacking = ", ".join(_lacking_parts(name))
     path = Path(name)
     is_near = path.parent.is_dir() and path.parent != Path()  # perhaps no hub id was meant
@@ -200,12 +200,7 @@ def why_not_loaded(
     return f"{name}: {next(words for applies, words in reasons if applies)}"
 
 
-def _why_not_read(source: Path, text: str, is_offline: bool, what: str) -> str:
-    if source.is_file() and is_offline:
-        return (
-            f"{source}: a single file takes its configuration from the hub once, and the hub can't be "
-            "reached. Connect, name a diffusers folder, or try --preset demo."
-        )
+def _why_not_read(source: Path, text: str, what: str) -> str:
     complete = "Is it complete, and a Stable Diffusion 1.x in safetensors?"
     return f"{source}: this {what} can't be loaded ({text}). {complete}"
 

@@ -35,8 +35,9 @@ from megaman.model.hub import (
     local_file,
     why_not_loaded,
 )
-
-SD2_TEXT_WIDTH = 1024  # of 2.x's text encoder; 1.x's is 768 wide
+from megaman.model.kinds import OTHER_INPUTS, OTHER_WIDTHS, SD1
+from megaman.model.single_file import kind_in, load_file
+from megaman.model.tokenizer import clip_tokenizer
 
 
 @dataclass
@@ -122,31 +123,31 @@ class BaseFacts:
 
     cell_px: int  # see StableDiffusion
     tokenizer: CLIPTokenizer
-    is_exact: bool  # whether the tokenizer is the base's own
 
 
 def peek(name: str) -> BaseFacts:
-    """What this base is, as far as this disk tells. Where its configuration is not here yet: Stable
-    Diffusion's 64 pixels, and the embedded base's tokenizer, whose vocabulary is smaller and makes more
-    tokens of a text.
+    """What this base is, as far as this disk tells; Stable Diffusion 1.x where its configuration is not here
+    yet. UserError (exit 4) that names what a single file is, if it is none of ours.
     """
-    for file in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
-        with contextlib.suppress(OSError, ValueError):
-            tokenizer = CLIPTokenizer.from_pretrained(local_file(name, file).parent)
-            return BaseFacts(_cell_px_of(name), tokenizer, is_exact=True)
-    return BaseFacts(
-        _cell_px_of(name), CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer"), is_exact=False
-    )
-
-
-def _cell_px_of(name: str) -> int:
+    file = Path(name).expanduser()
+    if is_local(name) and file.suffix == ".safetensors" and file.is_file():
+        return BaseFacts(_cell_px(kind_in(file).config), clip_tokenizer())
     try:
-        halvings = [
-            len(json.loads(local_file(name, f"{part}/config.json").read_bytes())["block_out_channels"]) - 1
-            for part in ("vae", "unet")
-        ]
+        cell_px = _cell_px(local_file(name, "unet/config.json").parents[1])
     except (OSError, ValueError, KeyError):
-        return 64
+        cell_px = _cell_px(SD1.config)
+    for part in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
+        with contextlib.suppress(OSError, ValueError):
+            return BaseFacts(cell_px, CLIPTokenizer.from_pretrained(local_file(name, part).parent))
+    return BaseFacts(cell_px, clip_tokenizer())
+
+
+def _cell_px(folder: Path) -> int:
+    """The cell of a base by the configurations in its folder."""
+    halvings = [
+        len(json.loads((folder / part / "config.json").read_bytes())["block_out_channels"]) - 1
+        for part in ("vae", "unet")
+    ]
     return 2 ** sum(halvings)
 
 
@@ -171,11 +172,12 @@ def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
     unet, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
     reason = None
     if unet.in_channels != latents:
-        reason = f"its UNet takes {unet.in_channels} channels, not {latents} (an inpainting model?)"
+        what = OTHER_INPUTS.get(unet.in_channels, "a UNet for other latents")
+        reason = f"it is {what}: its UNet takes {unet.in_channels} channels, not {latents}"
+    elif unet.cross_attention_dim in OTHER_WIDTHS:
+        reason = f"it is {OTHER_WIDTHS[unet.cross_attention_dim]}, which this tool does not train"
     elif unet.addition_embed_type is not None:
         reason = "its UNet wants more than text (Stable Diffusion XL?)"
-    elif unet.cross_attention_dim == SD2_TEXT_WIDTH:
-        reason = "it is a Stable Diffusion 2.x, which this tool does not train yet"
     elif unet.cross_attention_dim != pipeline.text_encoder.config.hidden_size:
         reason = f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another"
     if reason is not None:
@@ -219,12 +221,13 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     source: Path | str = Path(name).expanduser() if is_local(name) else hub_id_of(name)
     if canonical_name(name) == EMBEDDED:
         source = EMBEDDED_FOLDER
+    kind = None
     if isinstance(source, Path):
         check_folder_or_file(source)
+        kind = kind_in(source) if source.is_file() else None
     try:
-        if isinstance(source, Path) and source.is_file():
-            # float32 of all parts, or the VAE would be rounded on the way
-            return StableDiffusionPipeline.from_single_file(str(source), torch_dtype=torch.float32, **SAFE)
+        if isinstance(source, Path) and kind is not None:
+            return load_file(source, kind, dtype)
         folder = source if isinstance(source, Path) else _download(source)
         return StableDiffusionPipeline.from_pretrained(
             str(folder),

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from megaman.model.tokenizer import byte_letters
 from megaman.tiny_sd.figures import FILLERS, HERO_WORDS
 
 
@@ -32,7 +33,7 @@ def write_tokenizer(folder: Path, words: list[str], whole_words: int = 6000) -> 
     for word in [*words, *whole[:whole_words]]:
         used |= _merges_of(word, ranks)
     kept = [pair for pair in merges if pair in used]
-    letters = _byte_letters()
+    letters = byte_letters()
     vocabulary = [
         *letters,
         *(f"{c}</w>" for c in letters),
@@ -62,13 +63,6 @@ def _merges_of(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, s
         used.add(best)
         at = next(i for i, pair in enumerate(pairwise(parts)) if pair == best)
         parts[at : at + 2] = ["".join(best)]
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte, in CLIP's order."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(rest))]
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -29,12 +29,16 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from megaman.lora.load import read_adapter  # noqa: E402
+from megaman.model.tokenizer import clip_tokenizer  # noqa: E402
 
 ATTENTION_MODULES = 128  # 16 transformer blocks x 2 attentions x 4 projections
 
 
-def save_random_model(folder: Path) -> Path:
-    """A diffusers folder of Stable Diffusion 1.5's shape, half precision, unless it is there already."""
+def save_random_model(folder: Path, *, whole_vocabulary: bool = False) -> Path:
+    """A diffusers folder of Stable Diffusion 1.5's shape, half precision, unless it is there already.
+
+    whole_vocabulary: CLIP's own tokenizer instead of the embedded base's.
+    """
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(0)
@@ -52,7 +56,9 @@ def save_random_model(folder: Path) -> Path:
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=CLIPTextModel(text).half(),
-        tokenizer=CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer"),
+        tokenizer=clip_tokenizer()
+        if whole_vocabulary
+        else CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer"),
         unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).half(),
         scheduler=DDPMScheduler(**schedule),
         safety_checker=None,
