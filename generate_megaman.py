@@ -43,7 +43,14 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from megaman.common.files import path_from
-from megaman.common.output_folder import OutputLock, adapter_in, check_apart, check_unused, check_writable
+from megaman.common.output_folder import (
+    GALLERY_PAGE,
+    OutputLock,
+    adapter_in,
+    check_apart,
+    check_unused,
+    check_writable,
+)
 from megaman.config.train import EMBEDDED
 from megaman.generation.candidates import (
     Candidate,
@@ -52,12 +59,13 @@ from megaman.generation.candidates import (
     check_hash,
     path_in_record,
 )
-from megaman.generation.prompts import Prompt, read_prompts_file, without_lora_tags
+from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
 from megaman.generation.records import Job, job_hash, record_of
 from megaman.lora.adapter import Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, memory, stable_diffusion
 from megaman.model.hub import download_adapter, is_local
+from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import StableDiffusion
 
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
@@ -294,7 +302,7 @@ def draw_missing(
             show()
             bar.update(len(batch))
     raise_if_overflowed([task.job for task in missing if task.digest not in finished])
-    return output / records.PAGE
+    return output / GALLERY_PAGE
 
 
 # ---------------------------------------------------------------- the command
@@ -311,7 +319,10 @@ def generate(cfg: GenerateConfig) -> Path:
     check_hash(chosen, cfg.adapter_hash)
     adapter = chosen.adapter
     trigger = adapter.metadata.get("trigger", TRIGGER)
-    prompts, notes = without_lora_tags(read_prompts(cfg, trigger))
+    asked = read_prompts(cfg, trigger)
+    prompts = plain_prompts(asked)
+    notes = notes_on_syntax(texts_of(asked, cfg.negative_prompt))
+    cfg = replace(cfg, negative_prompt=cfg.negative_prompt and without_lora_tags(cfg.negative_prompt))
     check_output_folder(output, lora_path)
 
     memory.keep_freed_memory()

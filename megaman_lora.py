@@ -57,6 +57,7 @@ from megaman.lora.init_lora import InitLora
 from megaman.model import compute, memory, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.memory import MemoryPlan
+from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
 from megaman.training import checkpoints, encoding, optim, resume, validation
 from megaman.training.checkpoints import Checkpoint
@@ -518,7 +519,7 @@ def set_up(cfg: TrainConfig) -> Run:
     cfg = plan(cfg, data.sampler, checkpoint)
     for line in [*data.report.lines(), *describe_plan(cfg, data.sampler)]:
         say(line)
-    origins = {resume.PICTURES: data.dataset.fingerprint, "pictures a step": data.sampler.step_size}
+    origins = {resume.PICTURES: data.dataset.fingerprint, **data.sampler.origins}
     resume.check_resume(checkpoint, cfg, origins)
     check_output(Path(cfg.output_dir), Path(cfg.data_dir))
 
@@ -528,7 +529,7 @@ def set_up(cfg: TrainConfig) -> Run:
     resume.check_resume(checkpoint, cfg, origins)
     with accelerator.main_process_first():
         encoded = encode_dataset(data.dataset, base, cfg)
-    validation_text = base.embed(["", *cfg.validation_prompt])
+    validation_text = base.embed(["", *map(without_lora_tags, cfg.validation_prompt)])
     base.free_encoders()
 
     trainable = inject_lora(base.unet, cfg, init)
@@ -572,7 +573,8 @@ def begin(run: Run) -> None:
     processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
-    for line in run.base.notes_on_length(run.cfg.validation_prompt):
+    prompts = run.cfg.validation_prompt
+    for line in (*notes_on_syntax(prompts), *run.base.notes_on_length(map(without_lora_tags, prompts))):
         say(line)
     if run.checkpoint is not None:
         restore_checkpoint(run, run.checkpoint)

@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+import time
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from megaman.config.train import TrainConfig
 from megaman.data.buckets import bucket_for, buckets_of
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.training.encoding import EncodedDataset, encode
-from megaman.training.sampler import Position, Sampler, generator_of, micro_batches
+from megaman.training.sampler import ORDER, Position, Sampler, _pass, _turns, generator_of, micro_batches
 from megaman_lora import make_batch, sampler_of
 
 
@@ -52,8 +53,31 @@ def test_steps_are_whole_and_all_pictures_are_seen_equally_often_at_any_time(see
         for members, steps in zip(stream.buckets, had, strict=True):
             fair = (step + 1) * len(members) / len(stream)  # steps that are its share by now
             assert abs(steps - fair) < 1
-    with_one_more = Sampler((*stream.buckets, (999,)), stream.step_size, seed)
-    assert shown(with_one_more, 50) == shown(with_one_more, 50)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_step_is_the_same_whatever_was_asked_before(seed: int) -> None:
+    stream = stream_of(random.Random(seed), seed)
+    steps = list(range(60))
+    told = {step: stream.batch(step) for step in steps}
+    random.Random(seed).shuffle(steps)
+    for step in steps:
+        _pass.cache_clear()
+        _turns.cache_clear()
+        assert stream.batch(step) == told[step]
+
+
+def test_a_large_data_set_of_many_sizes_costs_no_time() -> None:
+    rng = random.Random(0)
+    sizes = [rng.randint(1, 1000) for _ in range(200)]
+    stream = Sampler(tuple(tuple(range(size)) for size in sizes), step_size=64, seed=0)
+    started = time.process_time()
+    stream.batch(0)
+    assert time.process_time() - started < 2  # once
+    started = time.process_time()
+    for step in range(100):
+        stream.batch(step)
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -71,8 +95,16 @@ def test_a_bucket_shows_each_picture_as_often_as_it_repeats_pass_after_pass(seed
 
 
 def test_one_bucket_of_whole_steps_comes_in_the_order_of_earlier_versions() -> None:
+    # By commit 1d71517's sampler, whose steps were an epoch's, shuffled.
     stream = Sampler((tuple(range(6)),), 2, seed=42)
     assert shown(stream, 6) == [0, 3, 4, 2, 5, 1, 2, 1, 3, 0, 5, 4]
+    four_twice = Sampler((tuple(range(4)) * 2,), 4, seed=7)
+    assert shown(four_twice, 4) == [3, 0, 1, 0, 2, 1, 3, 2, 0, 0, 2, 3, 3, 1, 2, 1]
+    assert stream.origins[ORDER] is None
+    for other in (Sampler((tuple(range(6)),), 4, 42), Sampler(((0, 1), (2, 3)), 2, 42)):
+        assert (
+            other.origins[ORDER] is not None
+        )  # a checkpoint of such a run is not gone on with under another order
 
 
 @pytest.mark.parametrize("crop", ["bucket", "center"])

@@ -338,6 +338,11 @@ def test_bytes_of_any_kind_give_a_caption_or_one_line_that_names_the_file(tmp_pa
             ["a blue robot that runs across the sand and the sky"],
         ),
         ("mega man\n", ["mega man"]),
+        ("blue,robot,, helmet ,", ["blue,robot,, helmet ,"]),  # a line of his own stays as it is
+        (
+            "mega man, blue robot\nred boots, a very large and round helmet, sky\nnight",
+            ["mega man, blue robot, red boots, a very large and round helmet, sky, night"],
+        ),
     ],
 )
 def test_a_caption_of_several_lines_is_tags_or_a_caption_a_line_or_wrapped_text(
@@ -390,6 +395,35 @@ def test_a_damaged_metadata_jsonl_is_named_with_its_line_beside_all_else_that_is
     assert told[1].startswith("metadata.jsonl: line 3 is no JSON")
 
 
+@pytest.mark.parametrize("text", ["mega man \ud83d", "mega \0 man", "bell \a"])
+def test_a_listed_caption_that_is_no_text_is_an_error(tmp_path: Path, text: str) -> None:
+    listed(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": text})
+    assert complaint(tmp_path, "a.png") == [
+        "metadata.jsonl: line 1 holds a control character or half of one; save it as text"
+    ]
+
+
+def test_every_bad_line_of_a_list_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": 1\n{"file_name": "a.png", "text": "x"}\n{}}\n')
+    assert [line.split(" is no JSON")[0] for line in complaint(tmp_path, "a.png")] == [
+        *("metadata.jsonl: line 1", "metadata.jsonl: line 3"),
+    ]
+
+
+def test_a_list_means_the_picture_of_the_very_name(tmp_path: Path) -> None:
+    (tmp_path / "A.png").write_bytes(b"")
+    if (tmp_path / "a.png").exists():
+        pytest.skip("the disk knows no letter case")
+    pictures = [tmp_path / name for name in ("A.png", "a.png", "B.PNG")]
+    listed(
+        tmp_path / "metadata.jsonl",
+        {"file_name": "A.png", "text": "large"},
+        {"file_name": "b.png", "text": "from Windows"},
+    )
+    captions = read_captions(pictures, tmp_path, DataFlags(trigger=TRIGGER))
+    assert [caption.text for caption in captions] == ["large", "mega man", "from Windows"]
+
+
 def test_captions_that_reach_nobody_are_named(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png", "sub/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -410,13 +444,19 @@ def test_captions_that_reach_nobody_are_named(tmp_path: Path) -> None:
         tmp_path / "metadata.jsonl",
         {"file_name": "d.png", "text": "x"},
         {"file_name": "gone.png", "text": "y"},
+        {"file_name": "b.png", "text": None},
+        {"file_name": "d.png", "text": "z"},
     )
     listed(tmp_path / "sub" / "metadata.jsonl", {"file": "e.png", "prompt": "not a data set's"})
+    (tmp_path / "broken.txt").write_text("for a picture that is skipped")
+    (tmp_path / "broken.png").write_bytes(b"")
     listing = look_into(tmp_path)
-    captions = read_captions(listing.pictures, tmp_path, DataFlags(trigger=TRIGGER))
-    assert captions_of_nobody(listing, listing.pictures, captions) == [
+    pictures = [path for path in listing.pictures if path.stem != "broken"]
+    captions = read_captions(pictures, tmp_path, DataFlags(trigger=TRIGGER))
+    assert captions_of_nobody(listing, pictures, captions) == [
         *("a.caption", "b.txt.txt", "c.text", "captions.json", "hero.txt", "metadata.csv"),
-        *("gone.png in metadata.jsonl", "sub/E2.caption", "sub/metadata.jsonl"),
+        *("gone.png in metadata.jsonl", "'b.png' without a text in metadata.jsonl"),
+        *("'d.png' once more in metadata.jsonl", "sub/E2.caption", "sub/metadata.jsonl"),
     ]
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from megaman.common.output_folder import RECORD, RECORDED
 from megaman.data.folder import find_pictures, look_into
 from megaman.data.pictures import BadPicture, open_picture
+from megaman.generation.gallery import render_gallery
 
 FIVE = (5, 50, 250)
 
@@ -36,7 +37,9 @@ def left_out(folder: Path) -> dict[str, str]:
         ("a.jpe", "JPEG"), ("a.jfif", "JPEG"), ("a.jpg_large", "JPEG"), ("a.jpg~orig", "JPEG"), ("a", "JPEG"),
         ("a.apng", "PNG"), ("a.ppm", "PPM"), ("a.pgm", "PPM"), ("a.tga", "TGA"), ("a.gif", "GIF"),
         ("a.tif", "TIFF"), ("a.TIFF", "TIFF"), ("a.avif", "AVIF"), ("a.jp2", "JPEG2000"), ("a.part", "WEBP"),
-        ("a.bak", "BMP"), ("a.heic", "PNG"), ("a.jxl", "JPEG"), ("image.1", "PNG"),
+        ("a.bak", "BMP"), ("a.heic", "PNG"), ("a.jxl", "JPEG"), ("image.1", "PNG"), ("a.dib", "BMP"),
+        ("a.j2k", "JPEG2000"), ("a.qoi", "QOI"), ("a.sgi", "SGI"), ("a.dds", "DDS"), ("a.pcx", "PCX"),
+        ("b", "QOI"), ("c", "DDS"),
     ],
 )  # fmt: skip
 def test_whatever_pillow_opens_is_a_picture_by_its_content(tmp_path: Path, name: str, kind: str) -> None:
@@ -55,6 +58,7 @@ def test_whatever_pillow_opens_is_a_picture_by_its_content(tmp_path: Path, name:
         ("a.psd", b"8BPS" + bytes(30), "a Photoshop file, which is not read"),
         ("a.svg", b"<svg xmlns='x'/>", "a web page or SVG, which is not read"),
         ("a.cr2", b"\x01\x02\x03\x04" * 9, "not a picture, which is not read"),
+        ("a.icns", b"icns" + bytes(30), "not a picture, which is not read"),
         ("a.tga", b"\x01\x02\x03\x04" * 9, "not a picture, which is not read"),
     ],
 )
@@ -65,6 +69,29 @@ def test_a_picture_that_cannot_be_read_is_named_with_its_kind(
     (path,) = find_pictures(tmp_path)
     with pytest.raises(BadPicture, match=reason):
         open_picture(path)
+
+
+@pytest.mark.parametrize("suffix", [".dng", ".NEF", ".cr2", ".arw"])
+def test_a_cameras_raw_file_is_not_taken_for_the_preview_in_it(tmp_path: Path, suffix: str) -> None:
+    path = picture(tmp_path / f"a{suffix}", "TIFF")
+    with pytest.raises(BadPicture, match="a camera's raw file; develop it to PNG or JPEG"):
+        open_picture(path)
+
+
+def test_a_ppm_with_a_comment_is_known_without_its_suffix(tmp_path: Path) -> None:
+    (tmp_path / "gimp").write_bytes(b"P6\n# Created by GIMP\n1 1\n255\n" + bytes(FIVE))
+    (path,) = find_pictures(tmp_path)
+    assert open_picture(path).image.getpixel((0, 0)) == FIVE
+
+
+def test_a_backup_of_a_picture_beside_it_is_left_out_by_name(tmp_path: Path) -> None:
+    for name in ("a.png", "a.png~", "a.png.bak", "b.png.orig"):
+        picture(tmp_path / name)
+    assert names(tmp_path) == ["a.png", "b.png.orig"]  # b.png itself is not there
+    assert look_into(tmp_path).left_out_lines == [
+        "left out: a.png.bak (a backup of a.png)",
+        "left out: a.png~ (a backup of a.png)",
+    ]
 
 
 def test_other_files_are_no_pictures(tmp_path: Path) -> None:
@@ -107,6 +134,17 @@ def test_of_kohyas_project_folder_the_pictures_alone_are_the_character(tmp_path:
     assert look_into(tmp_path / "img").kohya_pictures is None
 
 
+def test_a_link_or_a_closed_folder_of_kohyas_name_is_no_project(tmp_path: Path) -> None:
+    picture(tmp_path / "elsewhere" / "10_mega man" / "a.png")
+    picture(tmp_path / "data" / "x.png")
+    (tmp_path / "data" / "img").symlink_to(tmp_path / "elsewhere")
+    listing = look_into(tmp_path / "data")
+    assert listing.kohya_pictures is None
+    assert listing.pictures == [tmp_path / "data" / "img", tmp_path / "data" / "x.png"]
+    picture(tmp_path / "other" / "IMG" / "5_hero" / "a.png")
+    assert look_into(tmp_path / "other").kohya_pictures == tmp_path / "other" / "IMG"
+
+
 def test_folders_of_such_names_elsewhere_are_the_users_own(tmp_path: Path) -> None:
     for name in ("model/a.png", "reg/b.png", "sample/c.png", "img2/d.png"):
         picture(tmp_path / name)
@@ -120,6 +158,8 @@ def test_what_we_made_ourselves_is_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "out" / RECORD).write_text("{" + ", ".join(f'"{name}": 1' for name in RECORDED) + "}")
     picture(tmp_path / "drawn" / "p.png")
     (tmp_path / "drawn" / ".lock").write_text("123")
+    assert names(tmp_path) == ["a.png", "drawn/p.png"]  # another program's lock
+    (tmp_path / "drawn" / "index.html").write_text(render_gallery([]), encoding="utf-8")
     assert names(tmp_path) == ["a.png"]
     assert left_out(tmp_path) == {
         "out": "a training run's output",

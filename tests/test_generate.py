@@ -20,16 +20,19 @@ import pytest
 from commands import exit_code_of
 from conftest import ROOT, run_script
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import generate_megaman
 from generate_megaman import GenerateConfig, group_into_batches, read_prompts_file, resolve
 from megaman.common.console import UserError
+from megaman.generation.candidates import adapter_name
 from megaman.generation.gallery import command, rebuild
 from megaman.generation.records import PATHS, Job, file_name, read_records
 from megaman.lora.adapter import Adapter
 from megaman.lora.load import read_adapter
+from megaman.model.hub import canonical_name, hub_id_of
 
 
 @pytest.fixture
@@ -514,6 +517,14 @@ def test_a_picture_tells_no_path(generate: Callable[..., Path], tmp_path: Path) 
     assert str(tmp_path).encode() not in (folder / record["file"]).read_bytes()
     (folder / "metadata.jsonl").unlink()
     rebuild(folder)
+    forged = folder / record["file"]  # somebody else's picture may name any place
+    with Image.open(forged) as image:
+        texts = json.loads(image.text["megaman"]) | {"adapter_path": "//evil.example/share"}
+        info = PngInfo()
+        info.add_text("megaman", json.dumps(texts))
+        image.load()
+    image.save(forged, pnginfo=info)
+    rebuild(folder)
     (found,) = read_records(folder)
     assert (found.adapter_path, found.adapter_hash) == ("", record["adapter_hash"])
     assert f"--adapter_hash={found.adapter_hash}" in command(found, folder)
@@ -614,6 +625,39 @@ def test_the_checkpoints_of_a_checkpoint_s_own_run_are_drawn(run_folder: Path, p
     assert [(source.name, source.is_chosen) for source in found] == [
         (name, name == chosen) for name in ("step-000003", "step-000005")
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("https://huggingface.co/owner/model", "owner/model"),
+        ("https://huggingface.co/owner/model/tree/main", "owner/model"),
+        ("http://www.hf.co/owner/my.model-v1.git?library=diffusers#files", "owner/my.model-v1"),
+        ("huggingface.co/owner/model", "owner/model"),
+        ("owner/model", "owner/model"),
+        (
+            "https://huggingface.co/runwayml/stable-diffusion-v1-5",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        ),
+    ],
+)
+def test_the_address_of_a_models_page_is_its_id(name: str, meant: str) -> None:
+    assert hub_id_of(name) == canonical_name(name) == adapter_name(name) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("https://civitai.com/models/4384/dreamshaper", "another site"),
+        ("https://huggingface.co/o/m/resolve/main/x.safetensors", "a single file; download it"),
+        ("https://huggingface.co/o/m/blob/main/x.safetensors", "a single file; download it"),
+        ("https://huggingface.co/datasets/o/m", "the hub's datasets, not of a model"),
+    ],
+)
+def test_other_addresses_are_refused_by_what_they_are(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as error:
+        hub_id_of(name)
+    assert error.value.exit_code == 4
 
 
 def test_a_hub_s_adapter_is_named_by_its_id_and_a_file_by_no_path() -> None:

@@ -340,6 +340,7 @@ def reopened(chromium: Browser, page: Path) -> list[str]:
         )
         if found[0] or time.monotonic() > until:
             return found
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -185,6 +185,17 @@ def test_transparency_is_white_whatever_colour_hides_under_it(tmp_path: Path) ->
     assert all(abs(value - 127) <= 1 for value in load_image(tmp_path / "half.png").getpixel((3, 3)))
 
 
+def test_a_16_bit_tiff_whose_zero_is_white_is_no_negative(tmp_path: Path) -> None:
+    values = np.array([[0, 65535, 32768]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    assert [load_image(tmp_path / "a.tif").getpixel((x, 0))[0] for x in range(3)] == [255, 0, 127]
+
+
+def test_a_dark_16_bit_pgm_stays_dark(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5\n2 1\n65535\n" + b"\x00\x00\x00\xc8")
+    assert load_image(tmp_path / "a.pgm").getpixel((1, 0)) == (1, 1, 1)
+
+
 def test_a_16_bit_ramp_keeps_its_levels(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")

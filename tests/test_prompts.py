@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megaman.common.console import UserError
-from megaman.generation.prompts import Prompt, read_prompts_file, without_lora_tags
+from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
+from megaman.model.prompt_syntax import notes_on_syntax
 
 
 def read(tmp_path: Path, line: str) -> Prompt:
@@ -59,9 +60,24 @@ def test_the_web_uis_syntax_is_said_once_and_their_loras_are_left_out() -> None:
         Prompt("(red:1.3) [sky] BREAK x"),
         Prompt("a (b) c"),
     ]
-    plain, notes = without_lora_tags(prompts)
-    assert [prompt.text for prompt in plain] == ["mega man, running", "(red:1.3) [sky] BREAK x", "a (b) c"]
+    assert [prompt.text for prompt in plain_prompts(prompts)] == [
+        *("mega man, running", "(red:1.3) [sky] BREAK x", "a (b) c"),
+    ]
+    notes = notes_on_syntax(texts_of(prompts, None))
     assert len(notes) == 2
     assert "<lora:hero:0.8> is left out" in notes[0]
     assert "plain words" in notes[1]
-    assert without_lora_tags([Prompt("Anders, a BREAKER (b) c")])[1] == []
+    assert notes_on_syntax(["Anders, a BREAKER (b) c"]) == []
+
+
+def test_negative_prompts_are_looked_at_too() -> None:
+    prompts = [Prompt("mega man", {"negative_prompt": "bad <lora:bad:1>"}), Prompt("x")]
+    assert plain_prompts(prompts)[0].settings["negative_prompt"] == "bad"
+    notes = notes_on_syntax(texts_of(prompts, "(worst quality:1.4)"))
+    assert ["<lora:bad:1>" in notes[0], "(worst quality:1.4)" in notes[1]] == [True, True]
+
+
+def test_a_prompt_of_lora_tags_alone_is_refused() -> None:
+    with pytest.raises(UserError, match="holds nothing but names of LoRAs") as error:
+        plain_prompts([Prompt("<lora:x:1>")])
+    assert error.value.exit_code == 2

@@ -69,6 +69,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: t | {_first(t, "attn1_to_out_0.alpha").replace("alpha", "diff_b"): torch.ones(3)},
         "made for another base",
     ),
+    "one module under its old and its new name": (
+        lambda t: t | {key.replace("to_out_0", "to_out"): value.clone() for key, value in t.items()},
+        "be placed",
+    ),
     "one module under two names": (
         lambda t: t | {_dotted(key): value.clone() for key, value in t.items() if "attn1_to_q" in key},
         "be placed",

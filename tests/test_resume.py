@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import commands
@@ -20,6 +21,10 @@ from PIL import Image
 import megaman_lora
 from megaman.common.console import UserError
 from megaman.common.signals import Stopped
+from megaman.config.train import TrainConfig
+from megaman.training.checkpoints import Checkpoint
+from megaman.training.resume import PICTURES, check_resume
+from megaman.training.sampler import Sampler
 from megaman.training.tracker import Tracker
 
 TRICKY = [
@@ -185,6 +190,16 @@ def test_a_resume_with_anything_else_names_it_and_stops(
     assert bytes_of(weights) == before
 
 
+def test_a_run_of_many_sizes_from_before_whole_steps_is_not_gone_on_with_in_another_order() -> None:
+    cfg = TrainConfig()
+    many, one = Sampler(((0, 1), (2, 3)), 2, 42).origins, Sampler(((0, 1, 2, 3),), 2, 42).origins
+    then = {PICTURES: "4 with sum 0", "pictures a step": 2}
+    checkpoint = Checkpoint(1, asdict(cfg), then, {}, 1, {}, Path("step-000001"))
+    check_resume(checkpoint, cfg, {PICTURES: "4 with sum 0"} | one)
+    with pytest.raises(UserError, match="the order of the pictures was None, now 'whole steps"):
+        check_resume(checkpoint, cfg, {PICTURES: "4 with sum 0"} | many)
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -278,6 +293,7 @@ def test_where_no_checkpoint_is_the_way_to_a_moved_run_is_told(
     for wanted, missing in (
         ("latest", "no checkpoint that can be resumed"),
         (str(named), "no such checkpoint"),
+        (str(tmp_path / "ouT"), "no such checkpoint"),  # a run's folder, mistyped
     ):
         with pytest.raises(UserError, match=missing) as error:
             train("--resume_from_checkpoint", wanted)

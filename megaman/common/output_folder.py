@@ -17,6 +17,7 @@ SIGNATURE_LETTERS = 64  # read of a lock: a number is shorter
 RECORD = "training_config.json"  # the settings of the run in the folder
 RECORDED = frozenset({"pretrained_model_name", "data_dir", "lora_rank", "lora_alpha"})  # in every record
 PAGE = "dataset.html"
+GALLERY_PAGE = "index.html"
 CAPTIONS = "captions"
 WEIGHTS = "lora_weights"
 CHECKPOINTS = "checkpoints"

@@ -211,7 +211,7 @@ class RunFlags:
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        "go on from OUTPUT's newest whole checkpoint (latest), or a folder step-…",
+        "go on from OUTPUT's newest whole checkpoint (latest), or a run's folder, or a folder step-…",
         is_path=True,
         is_of_one_command=True,
     )

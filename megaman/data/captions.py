@@ -9,12 +9,12 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megaman.common.console import Exit, UserError, control_in, one_line
+from megaman.common.console import Exit, UserError, control_in, is_text, one_line
 from megaman.common.files import write_text
 from megaman.config.train import DataFlags
 from megaman.data.folder import CAPTION_SUFFIXES, LIST, Listing
@@ -81,17 +81,19 @@ def captions_of_nobody(listing: Listing, pictures: Sequence[Path], captions: Seq
     data folder, and lines of metadata.jsonl.
     """
     used = {caption.file for caption in captions}
-    sidecars = _sidecars_of(pictures)
-    for picture, caption in zip(pictures, captions, strict=True):
-        if caption.file is None:  # an empty file says that there is no caption
+    sidecars = _sidecars_of(listing.pictures)
+    own = dict(zip(pictures, captions, strict=True))
+    for picture in listing.pictures:  # a skipped one's caption waits for it; an empty file says there is none
+        if picture not in own or own[picture].file is None:
             used.update(sidecars[picture])
-    known = _by_likeness(pictures)
+    picture_at = _finder(listing.pictures)
     lost = []
     for file in listing.texts:
         name = file.relative_to(listing.folder).as_posix()
-        entries = dict(_entries_of(file)) if file.name == LIST and _is_above(file.parent, pictures) else {}
-        lost += [f"{each} in {name}" for each in entries if _likeness(file.parent / each) not in known]
-        lost += [name] if file not in used and not entries else []
+        found = _read_list(file) if file.name == LIST and _is_above(file.parent, pictures) else CaptionList()
+        lost += [f"{each} in {name}" for each in found.texts if picture_at(file.parent / each) is None]
+        lost += [f"{reason} in {name}" for reason in found.unusable]
+        lost += [name] if file not in used and not (found.texts or found.unusable) else []
     return lost
 
 
@@ -151,13 +153,13 @@ def _worded(text: str, trigger: str, file: Path | None) -> Caption | None:
 
 def _wordings(lines: list[str], trigger: str) -> list[str]:
     """What several lines mean: a caption each, where all hold the trigger or all are whole sentences; the
-    tags of one caption, where all are short; else one text that was wrapped.
+    tags of one caption, where none is a sentence and all are short or any holds a comma; else one text that
+    was wrapped. A single line stays as it is.
     """
-    if all(has_trigger(line, trigger) for line in lines) or all(map(_is_sentence, lines)):
+    if len(lines) == 1 or all(has_trigger(line, trigger) for line in lines) or all(map(_is_sentence, lines)):
         return lines
-    if not any(map(_is_sentence, lines)) and all(
-        len(tag.split()) <= LONGEST_TAG for line in lines for tag in line.split(",")
-    ):
+    are_short = all(len(line.split()) <= LONGEST_TAG for line in lines)
+    if not any(map(_is_sentence, lines)) and (are_short or any("," in line for line in lines)):
         return [", ".join(tag for line in lines for tag in _tags_of(line))]
     return [" ".join(lines)]
 
@@ -170,48 +172,83 @@ def _listed_texts(pictures: Sequence[Path], folder: Path) -> tuple[dict[Path, st
     """What the metadata.jsonl of their folders say of the pictures, of several the nearest; and what in these
     files can't be read.
     """
-    known = _by_likeness(pictures)
+    picture_at = _finder(pictures)
     places = {parent for picture in pictures for parent in picture.parents if parent.is_relative_to(folder)}
     texts: dict[Path, str] = {}
-    problems = []
+    problems: list[str] = []
     for place in sorted(places, key=lambda place: len(place.parts)):
-        try:
-            entries = {_likeness(place / name): text for name, text in _entries_of(place / LIST)}
-        except UserError as error:
-            problems.append(one_line(str(error)))
-            continue
-        texts |= {known[name]: text for name, text in entries.items() if name in known}
+        found = _read_list(place / LIST)
+        problems += found.problems
+        meant = ((picture_at(place / name), text) for name, text in found.texts.items())
+        texts |= {picture: text for picture, text in meant if picture is not None}
     return texts, problems
 
 
-def _by_likeness(pictures: Sequence[Path]) -> dict[str, Path]:
-    return {_likeness(picture): picture for picture in pictures}
+def _finder(pictures: Sequence[Path]) -> Callable[[Path], Path | None]:
+    """Finds the picture that a list means by a path: of its very name, else the only one of another letter
+    case, as in lists that come from Windows.
+    """
+    exact = {os.path.normpath(picture): picture for picture in pictures}
+    alike: dict[str, list[Path]] = {}
+    for plain, picture in exact.items():
+        alike.setdefault(_alike(plain), []).append(picture)
 
+    def picture_at(path: Path) -> Path | None:
+        plain = os.path.normpath(path)
+        near = alike.get(_alike(plain), [])
+        return exact.get(plain) or (near[0] if len(near) == 1 else None)
 
-def _likeness(path: Path) -> str:
-    return _alike(os.path.normpath(path))
+    return picture_at
 
 
 def _is_above(place: Path, pictures: Sequence[Path]) -> bool:
     return any(picture.is_relative_to(place) for picture in pictures)
 
 
-def _entries_of(file: Path) -> Iterator[tuple[str, str]]:
-    """The pictures' names and captions in a metadata.jsonl; none of a file of that name that holds other
-    things. UserError (exit 3) on a line that is damaged.
-    """
+@dataclass(frozen=True)
+class CaptionList:
+    """What a metadata.jsonl holds; nothing, if it is none of a data set's."""
+
+    texts: dict[str, str] = field(default_factory=dict)  # a picture's name -> its caption
+    problems: list[str] = field(default_factory=list)  # lines that can't be read, as errors
+    unusable: list[str] = field(default_factory=list)  # lines that give no caption
+
+
+def _read_list(file: Path) -> CaptionList:
+    """Reads a metadata.jsonl, if it is there."""
+    found = CaptionList()
     if not file.is_file():
+        return found
+    try:
+        lines = _text_of(file, MAX_LIST_BYTES).split("\n")
+    except UserError as error:
+        found.problems.append(one_line(str(error)))
+        return found
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            _read_entry(line, f"{file}: line {number}", found)
+    return found
+
+
+def _read_entry(line: str, where: str, found: CaptionList) -> None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = f"is no JSON ({str(error)[:60]}); mend it, or rename the file"
+        found.problems.append(one_line(f"{where} {reason}"))
         return
-    for number, line in enumerate(_text_of(file, MAX_LIST_BYTES).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = f"line {number} is no JSON ({str(error)[:60]}); mend it, or rename the file"
-            raise UserError(f"{file}: {reason}", Exit.DATA) from error
-        if isinstance(entry, Mapping) and "file_name" in entry and isinstance(entry.get("text"), str):
-            yield str(entry["file_name"]), entry["text"]
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("file_name"), str):
+        return
+    name = entry["file_name"]
+    text = entry.get("text")
+    if not isinstance(text, str):
+        found.unusable.append(f"{name!r} without a text")
+    elif control_in(name + text) or not is_text(name + text):
+        found.problems.append(one_line(f"{where} holds a control character or half of one; save it as text"))
+    elif name in found.texts:
+        found.unusable.append(f"{name!r} once more")
+    else:
+        found.texts[name] = text
 
 
 def _text_of(sidecar: Path, most: int = MAX_CAPTION_BYTES) -> str:

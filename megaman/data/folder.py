@@ -1,12 +1,14 @@
 """What lies in the data folder: pictures, texts beside them, and folders that are never meant."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaman.common.console import Exit, UserError
-from megaman.common.output_folder import holds_run, is_signed
+from megaman.common.html import is_page
+from megaman.common.output_folder import GALLERY_PAGE, holds_run, is_signed
 from megaman.data.pictures import PICTURE_SUFFIXES, is_picture
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -36,22 +38,24 @@ class Listing:
     folder: Path
     pictures: list[Path] = field(default_factory=list)  # and what people take for pictures
     texts: list[Path] = field(default_factory=list)  # that may be captions
-    left_out: dict[Path, str] = field(default_factory=dict)  # folders with pictures, and why they don't count
+    left_out: dict[Path, str] = field(default_factory=dict)  # what else is a picture, or holds some; and why
 
     @property
     def left_out_lines(self) -> list[str]:
-        """What was left out and why, a line a folder."""
-        return [
-            f"left out: {place.relative_to(self.folder).as_posix()}/ ({why})"
-            for place, why in sorted(self.left_out.items())
-        ]
+        """What was left out and why, a line each."""
+        return [f"left out: {self.shown(place)} ({why})" for place, why in sorted(self.left_out.items())]
+
+    def shown(self, place: Path) -> str:
+        """Its name below the data folder; a folder's ends in a slash."""
+        return place.relative_to(self.folder).as_posix() + ("/" if place.is_dir() else "")
 
     @property
     def kohya_pictures(self) -> Path | None:
         """Where the pictures lie, if the folder is kohya's project folder: one level too high."""
-        place = self.folder / KOHYA_PICTURES
-        inside = (path.relative_to(place) for path in self.pictures if path.is_relative_to(place))
-        return place if any(path.parts[0][:1].isdigit() for path in inside) else None
+        ways = (path.relative_to(self.folder).parts for path in self.pictures)
+        inside = (way[0] for way in ways if len(way) > 2 and re.match(r"\d+_", way[1]))
+        found = next((name for name in inside if name.lower() == KOHYA_PICTURES), None)
+        return None if found is None else self.folder / found
 
 
 def look_into(folder: Path) -> Listing:
@@ -73,6 +77,9 @@ def look_into(folder: Path) -> Listing:
             {place / each: why for each, why in out.items() if _holds_picture(place / each)}
         )
         folders[:] = [each for each in folders if each not in out]
+        copies = {each: of for each in files if (of := _original_of(each)) in files}
+        found.left_out.update({place / each: f"a backup of {of}" for each, of in copies.items()})
+        files = [each for each in files if each not in copies]
         found.pictures.extend(_pictures_among(place, folders, files))
         found.texts.extend(place / each for each in _visible(files) if _suffix(each) in TEXT_SUFFIXES)
     found.pictures.sort()
@@ -106,7 +113,13 @@ def _why_not_meant(place: Path, siblings: Iterable[str]) -> str | None:
         return BESIDE_KOHYA_PICTURES[name]
     if holds_run(place):
         return "a training run's output"
-    return "drawn by generate_megaman.py" if is_signed(place) else None
+    return "drawn by generate_megaman.py" if is_signed(place) and is_page(place / GALLERY_PAGE) else None
+
+
+def _original_of(name: str) -> str | None:
+    """The picture of which a file is a backup by its name, if it is one by that."""
+    match = re.fullmatch(r"(.+?)(~|\.bak|\.orig|\.old)", name)
+    return match[1] if match and _suffix(match[1]) in PICTURE_SUFFIXES else None
 
 
 def _holds_picture(folder: Path) -> bool:

@@ -1,6 +1,4 @@
-"""Finding picture files and decoding them as the eye sees them. Knows PIL, EXIF and
-colour.
-"""
+"""Telling picture files by their content and decoding them as the eye sees them. Knows PIL, EXIF, colour."""
 
 import errno
 import io
@@ -20,29 +18,18 @@ from megaman.common.console import Exit, UserError, one_line
 
 SUFFIX_FORMATS = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".apng": "PNG",
-    ".bmp": "BMP", ".webp": "WEBP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
-    ".jp2": "JPEG2000", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".tga": "TGA",
+    ".bmp": "BMP", ".dib": "BMP", ".webp": "WEBP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF",
+    ".avif": "AVIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jpx": "JPEG2000", ".ppm": "PPM", ".pgm": "PPM",
+    ".pbm": "PPM", ".pnm": "PPM", ".pam": "PPM", ".pfm": "PPM", ".tga": "TGA", ".pcx": "PCX", ".qoi": "QOI",
+    ".sgi": "SGI", ".dds": "DDS",
 }  # fmt: skip
-UNREAD_SUFFIXES = {
-    *(
-        ".heic",
-        ".heif",
-        ".jxl",
-        ".psd",
-        ".svg",
-        ".xcf",
-        ".kra",
-        ".clip",
-        ".ai",
-        ".eps",
-        ".exr",
-        ".hdr",
-        ".ico",
-    ),
-    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
-}  # opened to say why not
+RAW_SUFFIXES = {".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"}  # of cameras
+UNREAD_SUFFIXES = RAW_SUFFIXES | {
+    ".heic", ".heif", ".jxl", ".psd", ".svg", ".xcf", ".kra", ".clip", ".ai", ".eps", ".exr", ".hdr", ".ico",
+    ".icns", ".emf", ".wmf",
+}  # opened to say why not  # fmt: skip
 PICTURE_SUFFIXES = SUFFIX_FORMATS.keys() | UNREAD_SUFFIXES
-BY_SUFFIX = {"TGA"}  # begins like anything: only its suffix tells it
+BY_SUFFIX = {"TGA", "PCX"}  # these begin like anything: only their suffix tells them
 PILLOW_FORMATS = tuple(sorted(set(SUFFIX_FORMATS.values()) - BY_SUFFIX))  # no other decoder ever runs
 SHOWN: dict[str | None, str] = {
     "WEBP": "WebP",
@@ -98,8 +85,11 @@ BEGINNINGS = {
     b"RIFF....WEBP": "a WebP",
     b"GIF8[79]a": "a GIF",
     b"II\\*\0|MM\0\\*": "a TIFF",
-    b"\0\0\0\x0cjP  ": "a JPEG 2000",
-    b"P[1-6]\\s\\d": "a PPM",
+    b"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "a JPEG 2000",
+    b"P[1-6]\\s+[\\d#]|P7\n|P[Ff]\n": "a PPM",
+    b"qoif": "a QOI",
+    b"\x01\xda[\0\x01][\x01\x02]": "an SGI",
+    b"DDS ": "a DDS",
     b"....ftypavi[fs]": "an AVIF",
     b"....ftyp(hei|hev|mif|msf)": "a HEIC",
     b"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL",
@@ -115,7 +105,7 @@ BEGINNING_BYTES = 16
 
 def named(kind: str | None) -> str:
     """Pillow's name of a format as people say it: "a WebP"."""
-    return f"{'an' if kind == 'AVIF' else 'a'} {SHOWN.get(kind, kind)}"
+    return f"{'an' if kind in ('AVIF', 'SGI') else 'a'} {SHOWN.get(kind, kind)}"
 
 
 READ = frozenset(map(named, PILLOW_FORMATS))
@@ -288,7 +278,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # EXIF 2.3, tag Orientation
-ORIENTATION = 0x0112
+ORIENTATION, WHITE_IS, BITS_PER_SAMPLE = 0x0112, 262, 258  # tags of TIFF 6.0
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> tuple[Image.Image, str]:
@@ -344,6 +334,21 @@ def _checked_png(file: ImageFile.ImageFile, stream: BinaryIO) -> tuple[ImageFile
     return file, ["16-bit, scaled to 8"] if cut else []
 
 
+def _wide(file: ImageFile.ImageFile, kind: str | None) -> tuple[Image.Image, list[str]]:
+    """A picture of more than 8 bits with what Pillow leaves to the reader: a TIFF whose 0 is white; a PPM,
+    however dark, is scaled to 16 bits; a TIFF's colours are cut to 8.
+    """
+    if kind == "PPM" and file.mode == "I":
+        return Image.fromarray(np.asarray(file).astype(np.uint16)), []
+    if kind != "TIFF":
+        return file, []
+    tags = getattr(file, "tag_v2", {})
+    if file.mode.startswith("I;16") and tags.get(WHITE_IS) == 0:
+        return Image.fromarray(65535 - np.asarray(file).astype(np.uint16)), []
+    cut = file.mode in ("RGB", "RGBA", "CMYK") and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8
+    return file, ["16-bit, scaled to 8"] if cut else []
+
+
 def _decoded(stream: BinaryIO, suffix: str) -> Picture:
     """The picture in an open file. Raises anything."""
     file = _opened(stream, suffix.lower())
@@ -354,6 +359,8 @@ def _decoded(stream: BinaryIO, suffix: str) -> Picture:
     if width * height == 0:
         raise _Unfit(f"{width} x {height} px")
     kind = "JPEG" if file.format == "MPO" else file.format
+    if kind == "TIFF" and suffix.lower() in RAW_SUFFIXES:  # the first picture in it is a small preview
+        raise _Unfit("a camera's raw file; develop it to PNG or JPEG")
     remarks = []
     if SUFFIX_FORMATS.get(suffix.lower()) != kind:
         remarks.append(f"is {named(kind)}, whatever its name says")
@@ -362,7 +369,8 @@ def _decoded(stream: BinaryIO, suffix: str) -> Picture:
     if kind == "PNG":
         file, more = _checked_png(file, stream)
         remarks += more
-    image: Image.Image = file
+    image, more = _wide(file, kind)
+    remarks += more
     if kind == "BMP" and file.mode == "RGBA" and file.getchannel("A").getextrema() == (0, 0):
         image = file.convert("RGB")  # many programs write a fourth channel and never fill it
         remarks.append("its alpha channel is empty, and is ignored")

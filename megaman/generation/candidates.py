@@ -19,7 +19,7 @@ from megaman.config.train import EMBEDDED
 from megaman.lora.adapter import Adapter
 from megaman.lora.load import KOHYA_FILE, read_adapter
 from megaman.lora.metadata import NAME
-from megaman.model.hub import is_local
+from megaman.model.hub import hub_id_of, is_local
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def adapter_name(lora_path: str) -> str:
     """The adapter's name in the pictures' settings: the hub id, or the file or folder to copy, never a
     path.
     """
-    if lora_path.count("/") == 1 and not is_local(lora_path):
-        return lora_path
+    if not is_local(lora_path) and hub_id_of(lora_path).count("/") == 1:
+        return hub_id_of(lora_path)
     path = Path(lora_path).expanduser().resolve()
     if path.name == ADAPTER_FILE:
         path = path.parent  # step-000250 says more than adapter

@@ -15,11 +15,10 @@ from typing import Any
 from megaman.common.console import Exit, UserError, say
 from megaman.common.files import path_from, write_text
 from megaman.common.html import render, script_of
-from megaman.common.output_folder import CHECKPOINTS, WEIGHTS, OutputLock
+from megaman.common.output_folder import CHECKPOINTS, GALLERY_PAGE, WEIGHTS, OutputLock
 from megaman.config.generate import GenerateConfig
 from megaman.config.train import DataFlags
 from megaman.generation.records import (
-    PAGE,
     ImageRecord,
     check_folder,
     find_records,
@@ -213,10 +212,10 @@ def rebuild(output: Path) -> Path:
         found = find_records(output)
         show_all(output, found)
     say(f"pictures: {len(found)}")
-    return output / PAGE
+    return output / GALLERY_PAGE
 
 
 def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
     """Writes metadata.jsonl and the gallery's page."""
     write_records(output, drawn)
-    write_text(output / PAGE, render_gallery(drawn, output))
+    write_text(output / GALLERY_PAGE, render_gallery(drawn, output))

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megaman.common.console import Exit, UserError, check_text
 from megaman.config.generate import LARGEST_SIDE
 from megaman.config.parser import LARGEST_SEED
+from megaman.model.prompt_syntax import without_lora_tags
 
 SHOWN = 40  # characters of a bad value that an error's line repeats
 LINE_OPTIONS = {
@@ -29,8 +30,6 @@ MEANT = re.compile(rf"(?<!\S)(?:{DASHES})([{NUMBERED}])(?:=|\s*)(?=-?\.?\d)")  #
 WITH_SIGN = re.compile(r"(?<!\S)(?:--|—|–)([A-Za-z_]+)=")  # --n=blurry
 OPTION = re.compile(r"(?<!\S)--([A-Za-z_]+)(?!\S)")
 DOUBTFUL = re.compile(rf"(?<!\S)(?:--\S+|(?:-|—|–)[{''.join(LINE_OPTIONS)}](?!\S))")  # rock -n roll, --3d
-LORA_TAG = re.compile(r"\s*<(?:lora|lyco|hypernet):[^<>]*>")
-SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\[[^\[\]]+\]|\bBREAK\b|\bAND\b")  # of the web UIs
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,22 @@ def _option(name: str, text: str, where: str) -> tuple[str, Any]:
     return key, value
 
 
-def without_lora_tags(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:
-    """The prompts as they are drawn: without the web UIs' <lora:…>, which names a file of theirs. And what
-    should be said of syntax of theirs, a line each, once.
-    """
-    plain = [replace(prompt, text=LORA_TAG.sub("", prompt.text).strip() or prompt.text) for prompt in prompts]
-    notes = []
-    if tag := next((tag for prompt in prompts if (tag := LORA_TAG.search(prompt.text))), None):
-        notes.append(
-            f"note: {tag[0].strip()[:SHOWN]} is left out; --lora_path and --lora_scale say what is drawn with"
-        )
-    if found := next((found for prompt in plain if (found := SYNTAX.search(prompt.text))), None):
-        notes.append(
-            f"note: {found[0][:SHOWN]!r} and the like are plain words here: weights, BREAK and AND do nothing"
-        )
-    return plain, notes
+def plain_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as they are drawn: without the web UIs' <lora:…>. UserError (exit 2) if nothing is left."""
+    plain = []
+    for prompt in prompts:
+        settings = dict(prompt.settings)
+        if "negative_prompt" in settings:
+            settings["negative_prompt"] = without_lora_tags(settings["negative_prompt"])
+        text = without_lora_tags(prompt.text)
+        if not text:
+            reason = "holds nothing but names of LoRAs; --lora_path says what is drawn with"
+            raise UserError(f"the prompt {prompt.text[:SHOWN]!r} {reason}", Exit.USAGE)
+        plain.append(Prompt(text, settings))
+    return plain
+
+
+def texts_of(prompts: Sequence[Prompt], negative: str | None) -> list[str]:
+    """Every text that these prompts have read, negative ones too."""
+    own = (prompt.settings.get("negative_prompt") for prompt in prompts)
+    return [text for text in (*(prompt.text for prompt in prompts), negative, *own) if text]

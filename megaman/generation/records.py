@@ -18,10 +18,9 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from megaman.common.console import Exit, UserError, say
 from megaman.common.files import replacing, write_text
 from megaman.common.html import check_page, is_page
-from megaman.common.output_folder import holds_files, holds_run, is_signed
+from megaman.common.output_folder import GALLERY_PAGE, holds_files, holds_run, is_signed
 
 METADATA_FILE = "metadata.jsonl"
-PAGE = "index.html"
 A1111_TEXT, OUR_TEXT = "parameters", "megaman"  # of a PNG
 OUR_TEXTS = {A1111_TEXT, OUR_TEXT}
 FOREIGN = "file_name"  # what data sets call a picture's file
@@ -197,7 +196,8 @@ def _told_by(path: Path) -> ImageRecord | None:
     """The record that a PNG carries, under the name that it has now; None if there is none."""
     try:
         with warnings.catch_warnings(action="error"), open_image(path, formats=["PNG"]) as image:
-            record = _record(json.loads(image.info[OUR_TEXT]) | {"file": path.name})
+            told = json.loads(image.info[OUR_TEXT]) | dict.fromkeys(PATHS, "")  # it may be anybody's
+            record = _record(told | {"file": path.name})
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError):
         return None
     except (Warning, DecompressionBombError):  # Pillow has doubts that no picture of ours gives it
@@ -265,12 +265,12 @@ def check_folder(folder: Path) -> None:
         reason = "holds files that no run of ours made"
     if reason is not None:
         raise UserError(f"{folder}: {reason}. Name another --output_dir.", Exit.STATE)
-    check_page(folder / PAGE)
+    check_page(folder / GALLERY_PAGE)
 
 
 def holds_gallery(folder: Path) -> bool:
     """Whether pictures of ours were drawn into `folder`, or begun to be."""
-    if is_signed(folder) or is_page(folder / PAGE):
+    if is_signed(folder) or is_page(folder / GALLERY_PAGE):
         return True
     metadata = folder / METADATA_FILE
     return (metadata.is_file() and is_metadata(metadata)) or any(map(_told_by, folder.glob("*.png")))

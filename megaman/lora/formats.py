@@ -234,7 +234,7 @@ _FOREIGN = {
         "made for Stable Diffusion XL"
     ),
     r"\bclip_h\.": _BASE.format("a LoRA for Stable Diffusion 2.x"),
-    r"^(model\.diffusion_model|\w+_stage_model|conditioner)\.(?!.*lora_).*\.(weight|bias)$": (
+    r"^(model\.diffusion_model|\w+_stage_model|conditioner)\.(?!.*lora[._]).*\.(weight|bias)$": (
         "is a whole model and no LoRA; name it with --base_model, and a LoRA's file here."
     ),
     r"^(conv_in|conv_out|(down_blocks|encoder|decoder)\.(?!.*lora).*)\.(weight|bias)$": _THING.format(

@@ -5,6 +5,7 @@ LDM's names. What can't be placed is refused: a key that is passed over is stren
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -252,7 +253,9 @@ def _grouped(
             parts.setdefault(place[0], {})[place[1]] = tensor
     wholes = ({"down", "up"}, {"difference"})
     halves = [name for (_, name), part in parts.items() if not any(whole <= part.keys() for whole in wholes)]
-    twins = [name for part, name in parts if "." in name and (part, underscored(name)) in parts]
+    plain = [(part, re.sub(r"_to_out_0$", "_to_out", underscored(name))) for part, name in parts]
+    times = Counter(plain)
+    twins = [name for place, (_, name) in zip(plain, parts, strict=True) if times[place] > 1]
     if parts and (misfits := strange + halves + twins):
         raise UserError(
             f"{file}: {len(misfits)} of its keys can't be placed, such as {misfits[0][:100]!r}; this kind of "

@@ -24,14 +24,30 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_sd"
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
 }  # deleted from the hub in September 2024
-HUB_PAGE = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/.*)?")
+ADDRESS = re.compile(r"https?://.*")
+HUB_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)"
+    r"/([\w.-]+)/([\w.-]+?)(?:\.git)?(/[^?#]*)?(?:[?#].*)?"
+)  # owner, model, a page of it
 
 
 def hub_id_of(name: str) -> str:
-    """The hub id that is meant: of a page's address its owner/model, of a moved model its new name."""
+    """The hub id that is meant: of a page's address its owner/model, of a moved model its new name. UserError
+    (exit 4) on an address of anything else.
+    """
     page = HUB_PAGE.fullmatch(name)
-    plain = name if page is None else page[1]
-    return MOVED.get(plain, plain)
+    if page is None:
+        if ADDRESS.fullmatch(name):
+            reason = "an address of another site than the Hugging Face hub"
+            raise UserError(f"{name}: {reason}; download the file and name its path.", Exit.MODEL)
+        return MOVED.get(name, name)
+    owner, model, within = page.groups()
+    if owner in ("datasets", "spaces"):
+        raise UserError(f"{name}: a page of the hub's {owner}, not of a model.", Exit.MODEL)
+    if re.match("/(resolve|blob)/", within or ""):
+        whole = f"or name the whole model, {owner}/{model}"
+        raise UserError(f"{name}: a single file; download it and name its path, {whole}.", Exit.MODEL)
+    return MOVED.get(f"{owner}/{model}", f"{owner}/{model}")
 
 
 def canonical_name(name: str) -> str:
@@ -46,9 +62,9 @@ def is_local(name: str) -> bool:
 
     (`owner/model` is a hub id unless such a folder exists.)
     """
-    if HUB_PAGE.fullmatch(name):
-        return False
     path = Path(name).expanduser()
+    if ADDRESS.fullmatch(name) or (HUB_PAGE.fullmatch(name) and not path.exists()):
+        return False
     written_as_path = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
     return path.exists() or written_as_path or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
 

@@ -238,12 +238,12 @@ def latest_checkpoint(folder: Path) -> Checkpoint:
             return read_checkpoint(path)
         except Damaged as error:
             say(f"warning: {path} can't be resumed: {error}; an older checkpoint is looked for")
-    raise UserError(f"{folder}: no checkpoint that can be resumed. {_where_now(folder)}", Exit.STATE)
+    raise UserError(f"{folder}: no checkpoint that can be resumed. {_where_now(folder.parent)}", Exit.STATE)
 
 
-def _where_now(folder: Path) -> str:
-    """What to do where a run's folder of checkpoints has not the one that is meant."""
-    output = folder.absolute().parent
+def _where_now(output: Path) -> str:
+    """What to do where a run's folder has not the checkpoint that is meant."""
+    output = output.absolute()
     beside = [path for path in sorted(output.parent.glob("*")) if step_folders(path / CHECKPOINTS)]
     others = listed(path.name for path in beside if path != output)
     return (
@@ -254,16 +254,18 @@ def _where_now(folder: Path) -> str:
 
 
 def find_checkpoint(wanted: str, folder: Path) -> Checkpoint:
-    """The checkpoint that --resume_from_checkpoint names: `latest` in `folder`, or a path, of a run's folder
-    its newest. UserError (exit 7) if it is not whole.
+    """The checkpoint that --resume_from_checkpoint names: `latest` in `folder`, or a path; of a run's folder,
+    and of its folder of checkpoints, the newest. UserError (exit 7) if it is not whole.
     """
     if wanted == "latest":
         return latest_checkpoint(folder)
     path = Path(wanted).expanduser()
-    if step_folders(path / CHECKPOINTS):
-        return latest_checkpoint(path / CHECKPOINTS)
+    for place in (path, path / CHECKPOINTS):
+        if step_folders(place):
+            return latest_checkpoint(place)
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint folder. {_where_now(path.parent)}", Exit.STATE)
+        output = path.parents[1] if path.absolute().parent.name == CHECKPOINTS else path
+        raise UserError(f"{path}: no such checkpoint folder. {_where_now(output)}", Exit.STATE)
     try:
         return read_checkpoint(path)
     except Damaged as error:

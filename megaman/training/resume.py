@@ -23,6 +23,7 @@ from megaman.common.signals import StopRequest, after_this_step
 from megaman.config.train import TrainConfig, decisive
 from megaman.training import checkpoints
 from megaman.training.checkpoints import Checkpoint
+from megaman.training.sampler import ORDER
 
 PICTURES = "the pictures"  # whose fingerprint is one of a run's origins
 
@@ -69,6 +70,8 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
         return
     then = decisive(checkpoint.settings) | {key: checkpoint.origins.get(key) for key in origins}
     now = decisive(asdict(cfg)) | dict(origins)
+    if then.get(PICTURES) != now.get(PICTURES):  # another order follows from other pictures
+        then[ORDER] = now.get(ORDER)
     remedy = ""
     if checkpoints.changed_entries(then, now) == [PICTURES]:
         remedy = _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir)

@@ -3,11 +3,12 @@ generator's state is ever kept.
 """
 
 import hashlib
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +25,9 @@ def seed_dropout(seed: int, position: int) -> None:
     one after the other.
     """
     torch.manual_seed(generator_of(seed, "dropout", position).initial_seed())
+
+
+ORDER = "the order of the pictures"  # one of a run's origins
 
 
 class Position(NamedTuple):
@@ -51,31 +55,43 @@ class Sampler:
         """Examples of one pass over all pictures."""
         return sum(len(bucket) for bucket in self.buckets)
 
+    @property
+    def origins(self) -> dict[str, Any]:
+        """What a resume must find unchanged. The order's name is None where it is the one that there always
+        was, also in earlier versions.
+        """
+        is_as_ever = len(self.buckets) == 1 and len(self) % self.step_size == 0
+        return {
+            "pictures a step": self.step_size,
+            ORDER: None if is_as_ever else "whole steps, bucket by bucket in turns",
+        }
+
     def batch(self, step: int) -> list[Position]:
         """The examples of an optimizer step, counted from 0."""
         turns = _turns(tuple(len(bucket) for bucket in self.buckets))
         rounds, at = divmod(step, len(turns))
         bucket, before = turns[at]
-        a_round = len(self.buckets[bucket]) * len(turns) // len(self)  # steps that the bucket has in each
+        pictures = self.buckets[bucket]
+        a_round = len(pictures) * len(turns) // len(self)  # steps that the bucket has in each
         first = (rounds * a_round + before) * self.step_size
         number = step * self.step_size
-        return [Position(number + i, self._picture(bucket, first + i)) for i in range(self.step_size)]
+        return [Position(number + i, pictures[self._place(bucket, first + i)]) for i in range(self.step_size)]
 
-    def _picture(self, bucket: int, number: int) -> int:
-        """The picture that stands at this place of a bucket's stream."""
-        passes, at = divmod(number, len(self.buckets[bucket]))
-        return _pass(self, bucket, passes)[at]
+    def _place(self, bucket: int, number: int) -> int:
+        """Which of a bucket's pictures stands at this place of its stream."""
+        size = len(self.buckets[bucket])
+        passes, at = divmod(number, size)
+        return _pass(self.seed, passes * len(self.buckets) + bucket, size, self.step_size)[at]
 
 
-@lru_cache(maxsize=256)  # of every bucket the pass that ends and the one that begins
-def _pass(sampler: Sampler, bucket: int, number: int) -> list[int]:
-    """The pictures of a bucket in the order of one of its passes."""
-    pictures, size = sampler.buckets[bucket], sampler.step_size
-    generator = generator_of(sampler.seed, "epoch", number * len(sampler.buckets) + bucket)
-    order = [pictures[i] for i in torch.randperm(len(pictures), generator=generator).tolist()]
-    parts = [order[i : i + size] for i in range(0, len(order), size)]
+@lru_cache(maxsize=64)  # of every bucket the pass that ends and the one that begins
+def _pass(seed: int, number: int, count: int, step_size: int) -> list[int]:
+    """The order of one pass over a bucket of so many pictures. number: of the pass, over all buckets."""
+    generator = generator_of(seed, "epoch", number)
+    order = torch.randperm(count, generator=generator).tolist()
+    parts = [order[i : i + step_size] for i in range(0, count, step_size)]
     # Dealt once more in steps, as runs of earlier versions were: theirs go on to the same bytes.
-    return [picture for i in torch.randperm(len(parts), generator=generator).tolist() for picture in parts[i]]
+    return [place for i in torch.randperm(len(parts), generator=generator).tolist() for place in parts[i]]
 
 
 @lru_cache(maxsize=2)
@@ -91,16 +107,17 @@ def _turns(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     shares = [size // common for size in sizes]
     total = sum(shares)
     had = [0] * len(shares)
+    waiting = [(0, bucket) for bucket in range(len(shares))]  # by the step from which on they may come
+    ready: list[tuple[int, int]] = []  # by the step by which they must have come
     turns = []
     for step in range(total):
-        due = [
-            (-(-(had[i] + 1) * total // share), i)
-            for i, share in enumerate(shares)
-            if had[i] * total // share <= step
-        ]
-        bucket = min(due)[1]
+        while waiting and waiting[0][0] <= step:
+            _, bucket = heapq.heappop(waiting)
+            heapq.heappush(ready, (-(-(had[bucket] + 1) * total // shares[bucket]), bucket))
+        _, bucket = heapq.heappop(ready)
         turns.append((bucket, had[bucket]))
         had[bucket] += 1
+        heapq.heappush(waiting, (had[bucket] * total // shares[bucket], bucket))
     return turns
 
 

@@ -239,6 +239,7 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
     """Two thirds of the texts as captions, all as file names where the disk takes them."""
     data.mkdir(parents=True)
     expected: dict[str, str] = {}
+    plain: set[str] = set()  # pictures with a caption of one line, which stays to the letter
     first = data / "megaman.png"
     Image.new("RGB", (64, 64), "blue").save(first)
     for i, text in enumerate(texts):
@@ -248,14 +249,19 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
         if i % 3 and not control_in(text):
             (data / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
             said = re.sub(r"\[trigger\]", "mega man", text.replace("\ufeff", ""), flags=re.I)
-            expected |= {picture.name: _bare(said)} if said.split() else {}
+            is_line = len([line for line in said.splitlines() if line.split()]) == 1
+            plain |= {picture.name} if is_line else set()
+            said = " ".join(said.split()) if is_line else _bare(said)
+            expected |= {picture.name: said} if said else {}
     flags = [f"--data_dir={data}", f"--output_dir={output}", "--resolution=64", "--mixed_precision=no"]
     flags += [f"--cache_dir={data.parents[1] / 'cache'}", "--pretrained_model_name=megaman/tiny_sd"]
     cfg, _ = megaman_lora.read_config(flags)
     told = megaman_lora.report_of(megaman_lora.open_dataset(cfg, peek(cfg.pretrained_model_name)))
     counts["changed_texts"] += len(told.pictures) != len(texts) + 1
     counts["changed_texts"] += {
-        row.name: _bare(row.caption.whole) for row in told.pictures if row.caption.source == "file"
+        row.name: row.caption.text if row.name in plain else _bare(row.caption.whole)
+        for row in told.pictures
+        if row.caption.source == "file"
     } != expected
     with contextlib.redirect_stderr(io.StringIO()) as terminal:
         for line in told.lines():
