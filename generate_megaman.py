@@ -281,6 +281,8 @@ def draw_missing(
     earlier = {record.job: record for record in records.read_records(output)}
     finished = {task.digest: earlier.pop(task.digest) for task in tasks if task.digest in earlier}
     missing = [task for task in tasks if task.digest not in finished]
+    for task in missing:
+        records.check_place(output / records.file_name(task.job, task.digest))
     if cfg.no_metadata:
         for record in finished.values():
             records.strip_metadata(output / record.file)

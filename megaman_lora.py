@@ -450,7 +450,7 @@ def open_training_set(cfg: TrainConfig, processes: int) -> TrainingSet:
     facts = stable_diffusion.peek(cfg.pretrained_model_name)
     dataset = open_dataset(cfg, facts)
     digests = [picture.digest for picture in dataset.scanned]
-    names = [path.name for path in dataset.paths]
+    names = [path.relative_to(dataset.folder).as_posix() for path in dataset.paths]
     held_out = validation.held_out(digests, names, cfg.validation_split, cfg.seed)
     sampler = sampler_of(dataset, pictures_a_step(cfg, processes), held_out)
     return TrainingSet(dataset, report_of(dataset), held_out, sampler)

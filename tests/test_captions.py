@@ -410,18 +410,39 @@ def test_every_bad_line_of_a_list_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_may_name_pictures_as_windows_does_or_by_their_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    pictures = [Path("data") / name for name in ("a.png", "sub/b.png")]
+    listed(
+        tmp_path / "data" / "metadata.jsonl",
+        {"file_name": str(tmp_path / "data" / "a.png"), "text": "whole path"},
+        {"file_name": "sub\\b.png", "text": "from Windows"},
+    )
+    captions = read_captions(pictures, Path("data"), DataFlags(trigger=TRIGGER))
+    assert [caption.text for caption in captions] == ["whole path", "from Windows"]
+
+
 def test_a_list_means_the_picture_of_the_very_name(tmp_path: Path) -> None:
     (tmp_path / "A.png").write_bytes(b"")
     if (tmp_path / "a.png").exists():
         pytest.skip("the disk knows no letter case")
     pictures = [tmp_path / name for name in ("A.png", "a.png", "B.PNG")]
+    for picture in pictures:
+        picture.write_bytes(b"")
     listed(
         tmp_path / "metadata.jsonl",
         {"file_name": "A.png", "text": "large"},
         {"file_name": "b.png", "text": "from Windows"},
+        {"image": "c.png", "text": "without the key"},
     )
     captions = read_captions(pictures, tmp_path, DataFlags(trigger=TRIGGER))
     assert [caption.text for caption in captions] == ["large", "mega man", "from Windows"]
+    assert captions_of_nobody(look_into(tmp_path), pictures, captions) == [
+        "line 3 without a file_name in metadata.jsonl"
+    ]
 
 
 def test_captions_that_reach_nobody_are_named(tmp_path: Path) -> None:
@@ -475,7 +496,7 @@ def test_captions_that_reach_nobody_are_named(tmp_path: Path) -> None:
         ("10_megaman/2023_summer/a.png", 10, ["10_megaman/2023_summer"]),
         ("20230101_a/20240101_b/a.png", 1, ["20230101_a/20240101_b", "20230101_a"]),
         ("10 megaman/a.png", 1, []),
-        ("10_/a.png", 1, []),
+        ("10_/a.png", 10, []),
         ("-5_a/a.png", 1, []),
         ("megaman_10/a.png", 1, []),
         ("10_megaman.png", 1, []),

@@ -57,9 +57,9 @@ def test_whatever_pillow_opens_is_a_picture_by_its_content(tmp_path: Path, name:
         ("a.jxl", b"\xff\x0a" + bytes(30), "a JPEG XL, which is not read"),
         ("a.psd", b"8BPS" + bytes(30), "a Photoshop file, which is not read"),
         ("a.svg", b"<svg xmlns='x'/>", "a web page or SVG, which is not read"),
-        ("a.cr2", b"\x01\x02\x03\x04" * 9, "not a picture, which is not read"),
-        ("a.icns", b"icns" + bytes(30), "not a picture, which is not read"),
-        ("a.tga", b"\x01\x02\x03\x04" * 9, "not a picture, which is not read"),
+        ("a.cr2", b"\x01\x02\x03\x04" * 9, "not a picture; save it as PNG"),
+        ("a.icns", b"icns" + bytes(30), "not a picture; save it as PNG"),
+        ("a.tga", b"\x01\x02\x03\x04" * 9, "not a picture; save it as PNG"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_named_with_its_kind(
@@ -145,6 +145,17 @@ def test_a_link_or_a_closed_folder_of_kohyas_name_is_no_project(tmp_path: Path) 
     assert look_into(tmp_path / "other").kohya_pictures == tmp_path / "other" / "IMG"
 
 
+@pytest.mark.parametrize("name", ["reg", "REG", "reg_img", "regularization", "class_images"])
+@pytest.mark.parametrize("beside", ["image/10_x/a.png", "images/a.png", "10_mega man/a.png"])
+def test_regularisation_pictures_are_left_out_under_the_names_people_give_them(
+    tmp_path: Path, name: str, beside: str
+) -> None:
+    picture(tmp_path / beside)
+    picture(tmp_path / name / "1_robot" / "r.png")
+    assert names(tmp_path) == [beside]
+    assert left_out(tmp_path) == {name: "regularisation pictures, which are not the character"}
+
+
 def test_folders_of_such_names_elsewhere_are_the_users_own(tmp_path: Path) -> None:
     for name in ("model/a.png", "reg/b.png", "sample/c.png", "img2/d.png"):
         picture(tmp_path / name)
@@ -157,7 +168,7 @@ def test_what_we_made_ourselves_is_not_trained_on(tmp_path: Path) -> None:
     picture(tmp_path / "out" / "samples" / "step-000100" / "p.png")
     (tmp_path / "out" / RECORD).write_text("{" + ", ".join(f'"{name}": 1' for name in RECORDED) + "}")
     picture(tmp_path / "drawn" / "p.png")
-    (tmp_path / "drawn" / ".lock").write_text("123")
+    (tmp_path / "drawn" / ".lock").write_text("megaman 123")
     assert names(tmp_path) == ["a.png", "drawn/p.png"]  # another program's lock
     (tmp_path / "drawn" / "index.html").write_text(render_gallery([]), encoding="utf-8")
     assert names(tmp_path) == ["a.png"]

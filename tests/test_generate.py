@@ -28,7 +28,7 @@ import generate_megaman
 from generate_megaman import GenerateConfig, group_into_batches, read_prompts_file, resolve
 from megaman.common.console import UserError
 from megaman.generation.candidates import adapter_name
-from megaman.generation.gallery import command, rebuild
+from megaman.generation.gallery import command, rebuild, render_gallery
 from megaman.generation.records import PATHS, Job, file_name, read_records
 from megaman.lora.adapter import Adapter
 from megaman.lora.load import read_adapter
@@ -474,7 +474,7 @@ def test_a_picture_names_its_lora_as_the_web_uis_know_it(
     renamed = Path(shutil.copy(kohya, tmp_path / "mega man, v2.0.safetensors"))
     assert "a <lora:mega man_ v2.0:1>\n" in told_of(renamed)  # a comma would end the name
     peft = Path(shutil.copytree(adapter_folder, tmp_path / "peft", ignore=shutil.ignore_patterns("*lora*")))
-    assert f'"adapter_model: {known_as(peft / "adapter_model.safetensors")}"' in told_of(peft)
+    assert told_of(peft).startswith("a\nNegative prompt:")  # no web UI reads PEFT's files
 
 
 def test_a_copied_command_draws_with_the_very_adapter_and_base_or_not_at_all(
@@ -507,6 +507,56 @@ def test_a_copied_command_draws_with_the_very_adapter_and_base_or_not_at_all(
     assert exit_code_of(commands.drawing, [script, *flags], monkeypatch) == 4
     assert f"not {record.adapter_hash}" in capsys.readouterr().err
     assert not again.exists()
+
+
+def test_a_folder_whose_list_is_blank_is_no_gallery(generate: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text("\n\n")
+    (folder / "thesis.doc").write_text("mine")
+    with pytest.raises(UserError, match="holds files that no run of ours made"):
+        generate(prompts=["a"], output_dir=str(folder))
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "link"])
+def test_what_lies_in_a_pictures_place_and_is_none_is_left_alone(
+    generate: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    folder = generate(prompts=["a"])
+    (record,) = records(folder)
+    place = folder / record["file"]
+    (folder / "metadata.jsonl").write_text("")
+    place.rename(tmp_path / "mine.png")
+    if kind == "text":
+        place.write_text("mine")
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(tmp_path / "mine.png")
+    with pytest.raises(UserError, match="is no picture of ours") as error:
+        generate(prompts=["a"])
+    assert error.value.exit_code == 7
+    assert kind != "text" or place.read_text() == "mine"
+    assert kind != "link" or place.is_symlink()
+
+
+def test_links_to_the_lists_are_followed_and_what_the_user_added_stays(
+    generate: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = generate(prompts=["a"])
+    for name in ("metadata.jsonl", "index.html"):
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+    (record,) = records(folder)
+    rated = json.dumps(record | {"rating": 5})
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{rated}\n", encoding="utf-8")  # as Notepad saves it
+    generate(prompts=["b"])
+    assert (folder / "metadata.jsonl").is_symlink()
+    assert (folder / "index.html").is_symlink()
+    by_prompt = {each["prompt"]: each for each in records(folder)}
+    assert by_prompt["a"] == record | {"rating": 5}
+    assert "rating" not in by_prompt["b"]
+    assert b"rating" not in (folder / record["file"]).read_bytes()
 
 
 def test_a_picture_tells_no_path(generate: Callable[..., Path], tmp_path: Path) -> None:
@@ -806,6 +856,7 @@ def test_no_gallery_is_put_into_a_folder_that_never_held_one(tmp_path: Path) -> 
     }
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metadata.jsonl").write_text("")  # one of ours, whose pictures are gone
+    (tmp_path / "empty" / "index.html").write_text(render_gallery([]), encoding="utf-8")
     assert "No pictures yet." in gallery_only(tmp_path / "empty")
 
 

@@ -18,7 +18,7 @@ import generate_megaman
 import megaman_lora
 from megaman.common import console, output_folder
 from megaman.common.console import UserError, shell_quoted
-from megaman.common.output_folder import OutputLock, check_output, claim, is_link
+from megaman.common.output_folder import RECORDED, OutputLock, check_output, claim, is_link
 from megaman.config.parser import facts_of
 from megaman.config.train import TrainConfig
 
@@ -129,7 +129,7 @@ def test_pictures_go_beside_no_file_that_is_not_ours(
 
 
 def test_a_page_put_into_a_gallery_of_ours_is_not_overwritten(tmp_path: Path) -> None:
-    lay(tmp_path, {".lock": "1", "index.html": "<h1>my page</h1>"})
+    lay(tmp_path, {".lock": "megaman 1", "index.html": "<h1>my page</h1>"})
     with pytest.raises(UserError, match="is no page of ours"):
         generate_megaman.generate(
             generate_megaman.read_config([f"--output_dir={tmp_path}", "--gallery_only"])
@@ -148,6 +148,23 @@ def test_nothing_is_drawn_among_the_pictures_that_were_trained_on(adapter_folder
 
 
 # ---------------------------------------------------------------- paths in flags and in commands
+def test_another_programs_lock_with_a_number_is_not_ours(tmp_path: Path) -> None:
+    lay(tmp_path / "code", {".lock": "4711"})
+    with pytest.raises(UserError, match="is no lock of ours"):
+        OutputLock(tmp_path / "code")
+    assert (tmp_path / "code" / ".lock").read_text() == "4711"
+    lay(tmp_path / "run", {".lock": "4711", "training_config.json": json.dumps(dict.fromkeys(RECORDED, 1))})
+    OutputLock(tmp_path / "run").sign().close()  # a run of before had no mark in it
+    assert (tmp_path / "run" / ".lock").read_text().startswith("megaman ")
+
+
+def test_a_cache_within_the_output_folder_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    for cache in (tmp_path / "out", tmp_path / "out" / "cache"):
+        with pytest.raises(UserError, match="must not lie in --output_dir") as error:
+            megaman_lora.read_config(["--output_dir", str(tmp_path / "out"), "--cache_dir", str(cache)])
+        assert error.value.exit_code == 2
+
+
 def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +262,7 @@ def test_an_empty_lock_makes_no_gallery_of_a_folder(adapter_folder: Path, tmp_pa
 def test_a_data_sets_line_among_ours_is_never_dropped(tmp_path: Path) -> None:
     ours = json.dumps(dict.fromkeys(("prompt", "seed", "file", "job", "adapter_hash"), "x"))
     text = f'{ours}\n{{"file_name": "a.png", "text": "mega man"}}\n'
-    lay(tmp_path, {".lock": "1", "metadata.jsonl": text})
+    lay(tmp_path, {".lock": "megaman 1", "metadata.jsonl": text})
     with pytest.raises(UserError, match=r"its metadata\.jsonl is not ours"):
         generate_megaman.generate(
             generate_megaman.read_config([f"--output_dir={tmp_path}", "--gallery_only"])

@@ -287,7 +287,7 @@ def test_bad_pictures_are_reported_and_the_good_ones_train(
     shown = capsys.readouterr().err
     assert "pictures: 6 in" in shown
     assert "4 captions from files, 2 from names" in shown
-    assert "skipped: broken.png: not a picture, which is not read" in shown
+    assert "skipped: broken.png: not a picture; save it as PNG" in shown
     assert {path: path.read_bytes() for path in folder_of_pictures.iterdir()} == before
 
 

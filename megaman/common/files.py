@@ -77,6 +77,17 @@ def make_folder(folder: Path) -> None:
     Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
 
 
+def is_within(place: str, folder: str) -> bool:
+    """Whether a path lies in a folder, or is it, however links lead there."""
+    real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
+    return Path(real(place)).is_relative_to(real(folder))
+
+
+def followed(path: Path) -> Path:
+    """Where a link leads, for writing; the path itself, if it is none."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all."""
     with replacing(path) as partial:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaman.common.console import Exit, UserError
-from megaman.common.files import courtesy, make_folder
-from megaman.common.html import check_page
+from megaman.common.files import courtesy, is_within, make_folder
+from megaman.common.html import check_page, is_page
 
-LOCK = ".lock"  # holds the number of the process that works in the folder
+LOCK = ".lock"  # holds our mark and the number of the process that works in the folder
+MARK = "megaman"
 SIGNATURE_LETTERS = 64  # read of a lock: a number is shorter
 RECORD = "training_config.json"  # the settings of the run in the folder
 RECORDED = frozenset({"pretrained_model_name", "data_dir", "lora_rank", "lora_alpha"})  # in every record
@@ -96,11 +97,16 @@ def holds_files(folder: Path) -> bool:
 
 
 def is_signed(folder: Path) -> bool:
-    """Whether a process of ours has worked in the folder: it left its number in the lock."""
+    """Whether a process of ours has worked in the folder: it left our mark in the lock."""
     try:
-        return (folder / LOCK).read_text(encoding="ascii").strip().isdigit()
+        return (folder / LOCK).read_text(encoding="ascii").startswith(MARK)
     except (OSError, ValueError):
         return False
+
+
+def holds_pages(folder: Path) -> bool:
+    """Whether a page of ours lies in the folder."""
+    return is_page(folder / PAGE) or is_page(folder / GALLERY_PAGE)
 
 
 def holds_run(folder: Path) -> bool:
@@ -143,8 +149,7 @@ def check_unused(folder: Path) -> None:
 
 def check_apart(flag: str, folder: str | None, data_dir: str | None) -> None:
     """Checks that the folder of a flag lies outside the user's pictures. UserError (exit 2) if not."""
-    real = os.path.realpath  # unlike Path.resolve it has an answer for a link that leads back to itself
-    if folder is not None and data_dir is not None and Path(real(folder)).is_relative_to(real(data_dir)):
+    if folder is not None and data_dir is not None and is_within(folder, data_dir):
         reason = f"--{flag} {folder}: lies in the folder that holds the pictures, which is never written to"
         raise UserError(f"{reason}. Name another.", Exit.USAGE)
 
@@ -230,19 +235,21 @@ class OutputLock:
         is_free = _locked(self.file.fileno())
         self.file.seek(0)
         signature = self.file.read(SIGNATURE_LETTERS).strip()
-        if is_free and re.fullmatch(r"[0-9]*", signature):
+        is_of_before = signature.isdigit() and (holds_run(folder) or holds_pages(folder))  # without our mark
+        if is_free and (is_of_before or re.fullmatch(rf"({MARK} [0-9]+)?", signature)):
             return
         self.file.close()
         if is_free:
             raise UserError(f"{self.path}: is no lock of ours. Name another --output_dir.", Exit.STATE)
+        number = signature.removeprefix(MARK).strip()
         raise UserError(
-            f"{folder}: in use by process {signature}. Wait for it, or name another --output_dir.", Exit.STATE
+            f"{folder}: in use by process {number}. Wait for it, or name another --output_dir.", Exit.STATE
         )
 
     def sign(self) -> "OutputLock":
-        """Leaves this process's number there, for those who are refused."""
+        """Leaves our mark there, and this process's number for those who are refused."""
         self.file.truncate(0)
-        self.file.write(str(os.getpid()))
+        self.file.write(f"{MARK} {os.getpid()}")
         self.file.flush()
         return self
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from megaman.common.files import is_within
 from megaman.config.parser import LARGEST_SEED, check_numbers, facts_of, flag, parse_flags, require
 
 DESCRIPTION = (
@@ -259,6 +260,9 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
     def __post_init__(self) -> None:
         check_numbers(self)
         require(bool(self.trigger.strip()), f"--trigger {self.trigger}: must be a word or more")
+        within = self.cache_dir is not None and is_within(self.cache_dir, self.output_dir)
+        aside = "must not lie in --output_dir, which a later run moves aside"
+        require(not within, f"--cache_dir {self.cache_dir}: {aside}")
         varies = self.shuffle_tags or self.keep_tags == 1
         require(varies, f"--keep_tags {self.keep_tags}: must be given with --shuffle_tags")
         preserves = self.preserve_weight > 0 or self.preserve_class == OptimisationFlags().preserve_class

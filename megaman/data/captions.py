@@ -179,8 +179,11 @@ def _listed_texts(pictures: Sequence[Path], folder: Path) -> tuple[dict[Path, st
     for place in sorted(places, key=lambda place: len(place.parts)):
         found = _read_list(place / LIST)
         problems += found.problems
-        meant = ((picture_at(place / name), text) for name, text in found.texts.items())
-        texts |= {picture: text for picture, text in meant if picture is not None}
+        meant = [(picture_at(place / name), name, text) for name, text in found.texts.items()]
+        meant.sort(
+            key=lambda each: each[0] is not None and each[0].name == Path(each[1]).name
+        )  # the last wins
+        texts |= {picture: text for picture, _, text in meant if picture is not None}
     return texts, problems
 
 
@@ -188,15 +191,17 @@ def _finder(pictures: Sequence[Path]) -> Callable[[Path], Path | None]:
     """Finds the picture that a list means by a path: of its very name, else the only one of another letter
     case, as in lists that come from Windows.
     """
-    exact = {os.path.normpath(picture): picture for picture in pictures}
+    exact = {os.path.abspath(picture): picture for picture in pictures}
     alike: dict[str, list[Path]] = {}
     for plain, picture in exact.items():
         alike.setdefault(_alike(plain), []).append(picture)
 
     def picture_at(path: Path) -> Path | None:
-        plain = os.path.normpath(path)
+        plain = os.path.abspath(path)
         near = alike.get(_alike(plain), [])
-        return exact.get(plain) or (near[0] if len(near) == 1 else None)
+        if plain in exact or len(near) == 1:
+            return exact.get(plain, near[0])
+        return picture_at(Path(str(path).replace("\\", "/"))) if "\\" in str(path) else None
 
     return picture_at
 
@@ -224,21 +229,26 @@ def _read_list(file: Path) -> CaptionList:
     except UserError as error:
         found.problems.append(one_line(str(error)))
         return found
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            _read_entry(line, f"{file}: line {number}", found)
+    strange = [
+        number
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not _read_entry(line, f"{file}: line {number}", found)
+    ]
+    if found.texts:  # a data set's list, so they are meant to be entries
+        found.unusable.extend(f"line {number} without a file_name" for number in strange)
     return found
 
 
-def _read_entry(line: str, where: str, found: CaptionList) -> None:
+def _read_entry(line: str, where: str, found: CaptionList) -> bool:
+    """Puts a line where it belongs; False if it is no entry of a data set's list."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = f"is no JSON ({str(error)[:60]}); mend it, or rename the file"
         found.problems.append(one_line(f"{where} {reason}"))
-        return
+        return True
     if not isinstance(entry, Mapping) or not isinstance(entry.get("file_name"), str):
-        return
+        return False
     name = entry["file_name"]
     text = entry.get("text")
     if not isinstance(text, str):
@@ -249,6 +259,7 @@ def _read_entry(line: str, where: str, found: CaptionList) -> None:
         found.unusable.append(f"{name!r} once more")
     else:
         found.texts[name] = text
+    return True
 
 
 def _text_of(sidecar: Path, most: int = MAX_CAPTION_BYTES) -> str:
@@ -312,7 +323,7 @@ def odd_repeats(pictures: Sequence[Path], folder: Path) -> list[str]:
 
 def _numbered(picture: Path, folder: Path) -> list[tuple[str, int]]:
     """The folders above the picture that are named like `10_name`, the nearest first."""
-    found = ((parent, re.match(r"([0-9]+)_.", parent.name)) for parent in picture.relative_to(folder).parents)
+    found = ((parent, re.match(r"([0-9]+)_", parent.name)) for parent in picture.relative_to(folder).parents)
     return [(parent.as_posix(), int(match[1])) for parent, match in found if match]
 
 

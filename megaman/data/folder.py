@@ -17,18 +17,29 @@ TEXT_SUFFIXES = {*CAPTION_SUFFIXES, ".text", ".json", ".jsonl", ".csv", ".tags"}
 NEVER_MEANT = {
     "@eadir": "a NAS's thumbnails",
     "#recycle": "a NAS's bin",
+    "@recycle": "a NAS's bin",
+    "#snapshot": "a NAS's snapshots",
+    "@recently-snapshot": "a NAS's snapshots",
+    "network trash folder": "a NAS's bin",
+    "recycler": "Windows' bin",
+    "found.000": "what Windows has found of damaged files",
     "$recycle.bin": "Windows' bin",
     "system volume information": "Windows' own",
     "lost+found": "a file system's own",
     "__macosx": "macOS's own",
 }  # by their names in lower case
-KOHYA_PICTURES = "img"
+KOHYA_PICTURES = {"img", "image", "images"}
+NOT_THE_CHARACTER = "regularisation pictures, which are not the character"
+REGULARISATION = re.compile(
+    r"regs?([_ ]?(img|images?|data))?|regulari[sz]ation([_ ]images?)?|class[_ ]images?"
+)
 BESIDE_KOHYA_PICTURES = {
-    "reg": "kohya's regularisation pictures, which are not the character",
     "model": "kohya's results",
     "log": "kohya's log",
+    "logs": "kohya's log",
     "sample": "kohya's sample pictures",
-}  # only where `img` lies beside them
+    "samples": "kohya's sample pictures",
+}  # only where its pictures lie beside them
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Listing:
         """Where the pictures lie, if the folder is kohya's project folder: one level too high."""
         ways = (path.relative_to(self.folder).parts for path in self.pictures)
         inside = (way[0] for way in ways if len(way) > 2 and re.match(r"\d+_", way[1]))
-        found = next((name for name in inside if name.lower() == KOHYA_PICTURES), None)
+        found = next((name for name in inside if name.lower() in KOHYA_PICTURES), None)
         return None if found is None else self.folder / found
 
 
@@ -109,8 +120,12 @@ def _why_not_meant(place: Path, siblings: Iterable[str]) -> str | None:
         return NEVER_MEANT[name]
     if name.startswith("."):
         return "hidden"
-    if name in BESIDE_KOHYA_PICTURES and KOHYA_PICTURES in map(str.lower, siblings):
+    beside = {each.lower() for each in siblings}
+    if name in BESIDE_KOHYA_PICTURES and beside & KOHYA_PICTURES:
         return BESIDE_KOHYA_PICTURES[name]
+    numbered = any(re.match(r"\d+_", each) for each in beside)
+    if REGULARISATION.fullmatch(name) and (numbered or beside & KOHYA_PICTURES):
+        return NOT_THE_CHARACTER
     if holds_run(place):
         return "a training run's output"
     return "drawn by generate_megaman.py" if is_signed(place) and is_page(place / GALLERY_PAGE) else None

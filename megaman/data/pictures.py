@@ -68,7 +68,8 @@ def _check_file(path: Path) -> None:
     if stat.S_ISDIR(info.st_mode):
         os.scandir(path).close()  # raises where it may not be looked into
         linked = path.is_symlink()
-        raise _Unfit("a link to a folder, which is not followed; copy its pictures" if linked else "a folder")
+        inner = "a folder with a picture's name; the pictures in it count by themselves"
+        raise _Unfit("a link to a folder, which is not followed; copy its pictures" if linked else inner)
     if not stat.S_ISREG(info.st_mode):
         raise _Unfit("a pipe, a socket or a device")
     if info.st_size == 0:
@@ -94,6 +95,7 @@ BEGINNINGS = {
     b"....ftyp(hei|hev|mif|msf)": "a HEIC",
     b"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL",
     b"8BPS": "a Photoshop file",
+    b"\0\0\1\0[\1-\x20]\0": "an icon",
 }  # of pictures, whatever their name
 OTHER_BEGINNINGS = {
     b"....ftyp": "a video",
@@ -136,7 +138,8 @@ def _unidentified(beginning: bytes) -> str:
     if kind in READ:
         return f"{kind} with a damaged beginning, or of a kind that is not supported"
     others = (name for start, name in OTHER_BEGINNINGS.items() if re.match(start, beginning, re.DOTALL))
-    return f"{kind or next(others, 'not a picture')}, which is not read; save it again as PNG"
+    known = kind or next(others, None)
+    return f"{known}, which is not read; save it again as PNG" if known else "not a picture; save it as PNG"
 
 
 OS_REASONS = {

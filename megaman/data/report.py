@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaman.common.console import NAMED, count, listed, one_line, shell_quoted
-from megaman.common.files import write_text
+from megaman.common.files import followed, write_text
 from megaman.common.html import check_page, render
 from megaman.common.output_folder import PAGE
 from megaman.config.train import DataFlags
@@ -207,7 +207,9 @@ class Report:
         """Writes dataset.html and returns it. UserError (exit 7) if another's page of that name is there."""
         page = output / PAGE
         check_page(page)
-        write_text(page, self.html().encode("utf-8", "backslashreplace").decode())  # names may be any bytes
+        write_text(
+            followed(page), self.html().encode("utf-8", "backslashreplace").decode()
+        )  # names may be any bytes
         return page
 
     def html(self) -> str:

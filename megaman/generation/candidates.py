@@ -17,7 +17,7 @@ from megaman.common.output_folder import (
 )
 from megaman.config.train import EMBEDDED
 from megaman.lora.adapter import Adapter
-from megaman.lora.load import KOHYA_FILE, read_adapter
+from megaman.lora.load import KOHYA_FILE, PEFT_FILE, read_adapter
 from megaman.lora.metadata import NAME
 from megaman.model.hub import hub_id_of, is_local
 
@@ -81,8 +81,9 @@ def file_for_web_uis(adapter: Path) -> Path | None:
     if adapter.is_file():
         return adapter
     files = sorted(adapter.glob("*.safetensors"))
-    kohya = adapter / KOHYA_FILE
-    return kohya if kohya in files else files[0] if len(files) == 1 else None
+    in_kohyas_layout = (adapter / name for name in (KOHYA_FILE, ADAPTER_FILE))
+    only = files[0] if len(files) == 1 and files[0].name != PEFT_FILE else None
+    return next((file for file in in_kohyas_layout if file in files), only)
 
 
 def checkpoints_beside(adapter: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megaman.common.console import Exit, UserError, say
-from megaman.common.files import path_from, write_text
+from megaman.common.files import followed, path_from, write_text
 from megaman.common.html import render, script_of
 from megaman.common.output_folder import CHECKPOINTS, GALLERY_PAGE, WEIGHTS, OutputLock
 from megaman.config.generate import GenerateConfig
@@ -218,4 +218,4 @@ def rebuild(output: Path) -> Path:
 def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
     """Writes metadata.jsonl and the gallery's page."""
     write_records(output, drawn)
-    write_text(output / GALLERY_PAGE, render_gallery(drawn, output))
+    write_text(followed(output / GALLERY_PAGE), render_gallery(drawn, output))

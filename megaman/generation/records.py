@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from os import SEEK_END
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from megaman.common.console import Exit, UserError, say
-from megaman.common.files import replacing, write_text
+from megaman.common.files import followed, replacing, write_text
 from megaman.common.html import check_page, is_page
 from megaman.common.output_folder import GALLERY_PAGE, holds_files, holds_run, is_signed
 
@@ -25,6 +26,7 @@ A1111_TEXT, OUR_TEXT = "parameters", "megaman"  # of a PNG
 OUR_TEXTS = {A1111_TEXT, OUR_TEXT}
 FOREIGN = "file_name"  # what data sets call a picture's file
 PATHS = frozenset({"adapter_path", "base_path"})  # never in a picture: it is shown to others
+BESIDE_PICTURES = PATHS | {"extra"}
 TOLD = frozenset({"prompt", "seed", "file", "job", "adapter_hash"})  # in every record
 LARGEST = 1e300  # of a record's numbers: no browser reads NaN or infinity
 FILE_NAME = re.compile(r"[a-z0-9-]+\.png")  # of every picture
@@ -82,6 +84,10 @@ class ImageRecord(Job):
     lora_hash: str = ""  # and their hash of it, AutoV3
     adapter_path: str = ""  # from the gallery's folder; "" on the hub, or where nobody noted it
     base_path: str = ""  # likewise
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what the user has added to its line
+
+
+FIELDS = frozenset(each.name for each in fields(ImageRecord)) - {"extra"}
 
 
 def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:
@@ -115,7 +121,7 @@ def infotext(record: ImageRecord) -> str:
     """The settings as A1111 writes them, so that its PNG Info, ComfyUI and Civitai read them: prompt,
     negative prompt, all else on the last line. Nothing that a prompt holds can pass for a setting.
     """
-    name = re.sub(r'[<>:",\\\x00-\x1f]', "_", record.lora_file or record.adapter)  # what would end the name
+    name = re.sub(r'[<>:",\\\x00-\x1f]', "_", record.lora_file)  # what would end the name
     settings = {
         "Steps": record.num_inference_steps,
         "Sampler": SAMPLER_NAMES[record.scheduler],
@@ -125,10 +131,11 @@ def infotext(record: ImageRecord) -> str:
         "Model": re.sub(r"[^\w ./-]", "_", record.base_model),
         "RNG": "CPU",
     }
-    if record.lora_hash:
+    prompt = _plain(record.prompt)
+    if name and record.lora_scale:
         settings["Lora hashes"] = f'"{name}: {record.lora_hash}"'
+        prompt += f" <lora:{name}:{record.lora_scale:g}>"
     line = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    prompt = f"{_plain(record.prompt)} <lora:{name}:{record.lora_scale:g}>"
     return f"{prompt}\nNegative prompt: {_plain(record.negative_prompt)}\n{line}"
 
 
@@ -137,10 +144,25 @@ def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: 
     info = PngInfo()
     if described:
         info.add_text(A1111_TEXT, infotext(record))
-        told = {name: value for name, value in asdict(record).items() if name not in PATHS}
+        told = {name: value for name, value in asdict(record).items() if name not in BESIDE_PICTURES}
         info.add_text(OUR_TEXT, json.dumps(told, ensure_ascii=False))
     with replacing(folder / record.file) as partial:
         image.save(partial, format="PNG", pnginfo=info)
+
+
+def check_place(path: Path) -> None:
+    """UserError (exit 7) if something else than a picture lies where one of ours is to be written."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file() or not _may_be_ours(path):
+        raise UserError(f"{path}: is no picture of ours. Move it, or name another --output_dir.", Exit.STATE)
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a file of the name that only our pictures have begins as they do, or holds nothing."""
+    with path.open("rb") as file:
+        beginning = file.read(len(PNG_BEGINS))
+    return PNG_BEGINS.startswith(beginning)
 
 
 def strip_metadata(path: Path) -> None:
@@ -166,7 +188,7 @@ def read_records(folder: Path) -> list[ImageRecord]:
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         try:
             found += [_record(json.loads(line))] if line else []
         except (ValueError, TypeError, RecursionError):
@@ -209,9 +231,12 @@ def _record(facts: Any) -> ImageRecord:
     """The record that a line tells. ValueError or TypeError unless it is one of ours: the gallery counts with
     its numbers, and its file is read and rewritten, so it must lie in the folder.
     """
-    record = ImageRecord(**facts)
+    if not isinstance(facts, dict):
+        raise TypeError("no names and values")
+    own = {name: value for name, value in facts.items() if name in FIELDS}
+    record = ImageRecord(**own, extra={name: facts[name] for name in facts.keys() - FIELDS})
     for name, kind in get_type_hints(ImageRecord).items():
-        kinds: Any = {float: (int, float), Mapping[str, str]: dict}.get(kind, kind)
+        kinds: Any = {float: (int, float), Mapping[str, str]: dict, Mapping[str, Any]: dict}.get(kind, kind)
         if not isinstance(getattr(record, name), kinds) or isinstance(getattr(record, name), bool):
             raise TypeError(name)
         if kind is float and not abs(getattr(record, name)) < LARGEST:  # NaN is not less either
@@ -237,9 +262,14 @@ def is_metadata(path: Path) -> bool:
     """Whether metadata.jsonl is ours: one of its lines is a picture's record, or it is empty. Data sets have
     files of that name too.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    keys = [_keys_of(line) for line in lines if line.strip()]
+    keys = _keys_in(path)
     return not keys or (any(each >= TOLD for each in keys) and not any(FOREIGN in each for each in keys))
+
+
+def _keys_in(path: Path) -> list[set[str]]:
+    """The names in each line of metadata.jsonl."""
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    return [_keys_of(line) for line in lines if line.strip()]
 
 
 def _keys_of(line: str) -> set[str]:
@@ -273,10 +303,15 @@ def holds_gallery(folder: Path) -> bool:
     if is_signed(folder) or is_page(folder / GALLERY_PAGE):
         return True
     metadata = folder / METADATA_FILE
-    return (metadata.is_file() and is_metadata(metadata)) or any(map(_told_by, folder.glob("*.png")))
+    listed = metadata.is_file() and is_metadata(metadata) and bool(_keys_in(metadata))
+    return listed or any(map(_told_by, folder.glob("*.png")))
 
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:
     """Writes metadata.jsonl, whole or not at all."""
-    lines = (json.dumps(asdict(record), ensure_ascii=False) for record in records)
-    write_text(folder / METADATA_FILE, "".join(f"{line}\n" for line in lines))
+    told = ({name: value for name, value in asdict(each).items() if name != "extra"} for each in records)
+    lines = (
+        json.dumps(facts | dict(record.extra), ensure_ascii=False)
+        for facts, record in zip(told, records, strict=True)
+    )
+    write_text(followed(folder / METADATA_FILE), "".join(f"{line}\n" for line in lines))
