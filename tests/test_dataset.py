@@ -194,6 +194,19 @@ def test_the_report_tells_what_of_the_folder_is_not_trained_on_and_why(tmp_path:
     assert "regularisation pictures, which" in told.html()
 
 
+def test_several_concepts_that_would_share_the_trigger_are_told(tmp_path: Path) -> None:
+    for name in ("10_hero man/a.png", "5_other girl/b.png", "5_other girl/c.png"):
+        noise(tmp_path / name)
+    told = "\n".join(report_of(dataset_of(tmp_path)).lines())
+    note = (
+        "2 concepts of kohya's folders (hero man, other girl): captions from names call them all 'mega man'"
+    )
+    assert note in told
+    for name in ("5_other girl/b.txt", "5_other girl/c.txt"):
+        (tmp_path / name).write_text("a girl")
+    assert "concepts of kohya's" not in "\n".join(report_of(dataset_of(tmp_path)).lines())
+
+
 def test_a_picture_of_which_much_is_cut_away_is_named_with_the_remedy(tmp_path: Path) -> None:
     noise(tmp_path / "pano.png", (900, 100))
     noise(tmp_path / "photo.png", (150, 100))

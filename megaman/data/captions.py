@@ -321,6 +321,13 @@ def odd_repeats(pictures: Sequence[Path], folder: Path) -> list[str]:
     return [name for name, number in numbered if not 1 <= number <= MAX_REPEATS]
 
 
+def concepts_of(pictures: Sequence[Path], folder: Path) -> list[str]:
+    """The names behind the numbers of kohya's folders: what their pictures show."""
+    nearest = [numbered[0][0] for picture in pictures if (numbered := _numbered(picture, folder))]
+    names = (Path(name).name.partition("_")[2].strip() for name in nearest)
+    return list(dict.fromkeys(name for name in names if name))
+
+
 def _numbered(picture: Path, folder: Path) -> list[tuple[str, int]]:
     """The folders above the picture that are named like `10_name`, the nearest first."""
     found = ((parent, re.match(r"([0-9]+)_", parent.name)) for parent in picture.relative_to(folder).parents)

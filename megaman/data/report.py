@@ -15,6 +15,7 @@ from megaman.data.buckets import Bucket, Fit, fit_of
 from megaman.data.captions import (
     Caption,
     captions_of_nobody,
+    concepts_of,
     has_trigger,
     odd_repeats,
     shared_captions,
@@ -186,6 +187,10 @@ class Report:
                 f"{count(len(self.without_trigger), 'caption')} without the trigger {self.settings.trigger!r}"
             )
             notes.append(f"{lacking}, which learns nothing from there ({_named(self.without_trigger)})")
+        concepts = concepts_of([p.scanned.path for p in self.captioned_from_name], self.folder)
+        if len(concepts) > 1:
+            shown = f"{count(len(concepts), 'concept')} of kohya's folders ({listed(concepts)})"
+            notes.append(f"{shown}: captions from names call them all {self.settings.trigger!r}")
         paths = [picture.scanned.path for picture in self.pictures]
         captions = [picture.caption for picture in self.pictures]
         for sidecar, users in shared_captions(paths, captions).items():
