@@ -86,7 +86,7 @@ def test_an_unknown_key_in_a_file_is_an_error_with_a_suggestion(tmp_path: Path) 
     [
         (["--lora_rnk", "3"], "did you mean --lora_rank"),
         (["--lora_ran", "3"], "unknown flag"),  # no abbreviations
-        (["--lora_rank", "many"], "invalid int value: 'many'"),
+        (["--lora_rank", "many"], "'many' must be a whole number"),
         (["--mixed_precision", "fp8"], "invalid choice"),
         (["--lora_rank", "0"], "must be at least 1"),
         (["--learning_rate", "nan"], "must be above 0"),
