@@ -431,7 +431,7 @@ def open_dataset(cfg: TrainConfig, facts: BaseFacts) -> MegaManDataset:
     if len(dataset) == 0:
         none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, WebP, …). Add some, or try --preset demo."
         why = (*map(str, dataset.skipped), *dataset.listing.left_out_lines)
-        raise UserError("\n  ".join([none, *why]), console.Exit.DATA)
+        raise UserError([none, *(f"  {each}" for each in why)], console.Exit.DATA)
     return dataset
 
 

@@ -183,6 +183,10 @@ def test_a_told_path_pastes_into_a_shell_as_it_stands(name: str) -> None:
     assert answer.decode() in (name, f"./{name}")
 
 
+def test_a_told_name_that_begins_with_a_tilde_is_not_read_as_a_users_home() -> None:
+    assert "./~/x" in shell_quoted(str(Path("./~/x")))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="asks a POSIX shell")
 def test_a_told_path_pastes_also_from_a_terminal_that_lacks_its_letters(
     monkeypatch: pytest.MonkeyPatch,
