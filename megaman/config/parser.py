@@ -98,7 +98,8 @@ def check_numbers(settings: Any) -> None:
         value = getattr(settings, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and not isinstance(each, bool):
-                require(facts.takes(each), f"--{name} {each}: must be {facts.wanted}")
+                wanted = facts.wanted if abs(each) < math.inf else "a finite number"  # NaN is no less
+                require(facts.takes(each), f"--{name} {each}: must be {wanted}")
 
 
 # ---------------------------------------------------------------- the command line
