@@ -61,6 +61,11 @@ class Facts:
         told = [word.format(_short(end)) for word, end in zip(words, ends, strict=True) if math.isfinite(end)]
         return " and ".join(told) or "a finite number"
 
+    def wanted_of(self, number: float) -> str:
+        """What to say of a number that it doesn't take: infinity is above 0 too."""
+        is_finite = isinstance(number, int) or math.isfinite(number)
+        return self.wanted if is_finite else ", ".join(dict.fromkeys(("a finite number", self.wanted)))
+
     def takes(self, number: float) -> bool:
         """Whether the number is in range; NaN and infinity never are."""
         is_inside = self.least <= number <= self.most and self.above < number < self.below
@@ -98,8 +103,7 @@ def check_numbers(settings: Any) -> None:
         value = getattr(settings, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and not isinstance(each, bool):
-                wanted = facts.wanted if abs(each) < math.inf else "a finite number"  # NaN is no less
-                require(facts.takes(each), f"--{name} {each}: must be {wanted}")
+                require(facts.takes(each), f"--{name} {each}: must be {facts.wanted_of(each)}")
 
 
 # ---------------------------------------------------------------- the command line
