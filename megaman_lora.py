@@ -322,7 +322,7 @@ def make_batch(
         noise=torch.stack([example.noise for example in drawn]).to(device),
         timesteps=torch.stack([example.timestep for example in drawn]).to(device),
         text=encoded.text[[example.text_row for example in drawn]],
-        class_text=encoded.text[[row for example in drawn if (row := example.class_row) is not None]],
+        class_text=encoded.text[[drawn[number].class_row for number in asking]],
         class_of=torch.tensor(asking, dtype=torch.long, device=device),
     )
 

@@ -163,6 +163,15 @@ def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(
     assert {getattr(drawing, name) for name in names} == {f"{tmp_path}/my {name}" for name in names}
 
 
+def test_a_name_that_begins_with_a_tilde_is_a_name_behind_a_dot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~" / "base").mkdir(parents=True)
+    cfg, _ = megaman_lora.read_config(["--pretrained_model_name", "./~/base"])
+    assert Path(cfg.pretrained_model_name).expanduser() == tmp_path / "~" / "base"
+
+
 def test_every_flag_that_names_a_path_is_marked_as_one() -> None:
     for config in (TrainConfig, generate_megaman.GenerateConfig):
         marked = {name for name, facts in facts_of(config).items() if facts.is_path}

@@ -2,12 +2,13 @@
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
 import commands
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, bound_by_modes, run_script
 
 from megaman.common import output_folder
 from megaman.common.console import UserError
@@ -223,7 +224,7 @@ def test_an_old_python_is_told_which_one_is_needed_before_anything_is_imported(s
     for line in ("import sys", "sys.version_info < (3, 11)", "Python 3.11 or newer"):
         assert line in head
     compile(source, script, "exec", dont_inherit=True)
-    ast.parse(source, feature_version=(3, 8))  # the whole file must parse, or the line is never reached
+    ast.parse(source, feature_version=(3, 6))  # the whole file must parse, or the line is never reached
 
 
 MISSING = "{} is not installed; run: pip install -r requirements_megaman_lora.txt\n"
@@ -272,3 +273,17 @@ def test_what_stands_in_code_means_what_it_means_in_a_file(tmp_path: Path) -> No
 @pytest.mark.parametrize("word", ["t", "True", "yes", "1", "on"])
 def test_a_switch_is_thrown_by_any_usual_word(word: str) -> None:
     assert train.read_config([f"--flip={word}"])[0].flip
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users and modes of POSIX")
+def test_a_file_of_settings_that_cannot_be_read_is_told_in_plain_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content, mode, told in (
+        (b"{}", 0, "can't be read (permission denied)"),
+        (b"\xff", 0o600, "not UTF-8"),
+    ):
+        path.write_bytes(content)
+        path.chmod(mode)
+        with bound_by_modes(), pytest.raises(UserError, match=re.escape(f"--config {path}: {told}")):
+            train.read_config(["--config", str(path)])
+        path.chmod(0o600)

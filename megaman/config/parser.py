@@ -179,7 +179,8 @@ def _expanded(path: str) -> str:
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:
         raise argparse.ArgumentTypeError(f"{path!r}: no such user's home; a name with ~ is written ./{path}")
-    return expanded
+    is_name = str(Path(expanded)).startswith("~")  # ./~x, whose ./ a Path drops
+    return os.path.abspath(expanded) if is_name else expanded
 
 
 def _yes_or_no(text: str) -> bool:
