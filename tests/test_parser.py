@@ -72,6 +72,9 @@ def test_a_flag_of_another_trainer_gets_its_true_name(
         ("--network_module", "leave it out: "),
         ("--clip_skip", "leave it out: it isn't trained with"),
         ("--text_encoder_lr", "leave it out: only the UNet is trained"),
+        ("--local_rank", "leave it out: accelerate"),
+        ("--max_train_samples", "leave it out: all pictures"),
+        ("--huber_schedule", "leave it out: "),
         ("--train_text_encoder", "leave it out: only the UNet is trained"),
     ],
 )
@@ -90,6 +93,7 @@ def test_a_flag_of_another_trainer_that_nothing_here_answers_to_gets_the_reason(
         ("--strength", "here it is --lora_scale"),
         ("--weight", "here it is --lora_scale"),
         ("--xformers", "leave it out: "),
+        ("--n_prompt", "here it is --negative_prompt"),
         ("-W", "here it is --width"),
     ],
 )

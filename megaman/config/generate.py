@@ -22,18 +22,18 @@ NEGATIVE = "blurry, low quality, distorted, deformed"
 LARGEST_SIDE = 8192  # pixels; the attention of a larger picture fits no machine
 _FITTED = "leave it out: memory is fitted by itself, or by --batch_size"
 ELSEWHERE = {
-    **dict.fromkeys(("steps", "ddim_steps", "sampling_steps"), "--num_inference_steps"),
+    **dict.fromkeys(("steps", "num_steps", "ddim_steps", "sampling_steps"), "--num_inference_steps"),
     **dict.fromkeys(("cfg_scale", "cfg", "scale", "guidance"), "--guidance_scale"),
-    **dict.fromkeys(("lora", "lora_weights", "network_weights", "adapter"), "--lora_path"),
+    **dict.fromkeys(("lora", "lora_weights", "network_weights", "adapter", "adapter_path"), "--lora_path"),
     "network_module": "leave it out: --lora_path is all that it takes",
     **dict.fromkeys(("network_mul", "strength", "weight", "lora_weight", "multiplier"), "--lora_scale"),
-    **dict.fromkeys(("ckpt", "model", "pretrained_model_name", "checkpoint"), "--base_model"),
+    **dict.fromkeys(("ckpt", "model", "sd_model", "pretrained_model_name", "checkpoint"), "--base_model"),
     "pretrained_model_name_or_path": "--base_model",
     **dict.fromkeys(("sampler", "sampler_name", "sampling_method"), "--scheduler"),
     **dict.fromkeys(("outdir", "out_dir", "output", "save_dir"), "--output_dir"),
     **dict.fromkeys(("from_file", "prompt_file"), "--prompts_file"),
     "prompt": "--prompts",
-    **dict.fromkeys(("negative", "uc", "neg_prompt"), "--negative_prompt"),
+    **dict.fromkeys(("negative", "uc", "n_prompt", "neg_prompt"), "--negative_prompt"),
     **dict.fromkeys(("images_per_prompt", "n_iter", "n_samples", "num_images"), "--num_images_per_prompt"),
     "batch_count": "--num_images_per_prompt",
     **dict.fromkeys(("W", "w"), "--width"),

@@ -33,6 +33,7 @@ _PRESERVED = "--preserve_weight, which keeps the class without pictures of it"
 _UNET_ALONE = "leave it out: only the UNet is trained"
 _FIXED = "leave it out: it can't be changed here"
 _BUCKETS = "--crop bucket, the default"
+_BASES = "leave it out: the base itself brings and says it"
 _LOCAL = "leave it out: nothing is uploaded"
 ELSEWHERE = {
     **dict.fromkeys(("lr", "unet_lr"), "--learning_rate"),
@@ -57,7 +58,9 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("train_data_dir", "instance_data_dir", "dataset_name", "dataset_config", "image_dir"), "--data_dir"
     ),
-    **dict.fromkeys(("in_json", "caption_column", "image_column", "caption_extension"), _CAPTIONS),
+    **dict.fromkeys(
+        ("in_json", "caption_column", "image_column", "caption_extension", "caption_extention"), _CAPTIONS
+    ),
     **dict.fromkeys(("repeats", "num_repeats", "dataset_repeats"), "a folder's name in --data_dir: 10_name"),
     **dict.fromkeys(("instance_prompt", "trigger_word", "token", "placeholder_token"), "--trigger"),
     **dict.fromkeys(("class_prompt", "class_tokens"), "--preserve_class, together with --preserve_weight"),
@@ -82,7 +85,11 @@ ELSEWHERE = {
     "adam_weight_decay": "--weight_decay",
     **dict.fromkeys(("optimizer_args", "adam_beta1", "adam_beta2", "adam_epsilon"), _FIXED),
     **dict.fromkeys(("lr_scheduler_num_cycles", "lr_num_cycles"), _FIXED),
-    **dict.fromkeys(("lr_scheduler_power", "lr_power", "loss_type", "huber_c"), _FIXED),
+    **dict.fromkeys(("lr_scheduler_power", "lr_power", "lr_scheduler_args", "loss_type"), _FIXED),
+    **dict.fromkeys(("huber_c", "huber_schedule", "min_timestep", "max_timestep"), _FIXED),
+    **dict.fromkeys(("prediction_type", "vae", "revision", "tokenizer_name", "no_half_vae"), _BASES),
+    "lr_scheduler_type": "--lr_scheduler",
+    **dict.fromkeys(("multires_noise_iterations", "adaptive_noise_scale"), "--noise_offset"),
     **dict.fromkeys(("warmup_steps", "lr_warmup", "warmup_ratio"), "--lr_warmup_steps"),
     "scale_lr": "leave it out: --learning_rate is taken as it is given",
     "min_snr_gamma": "--snr_gamma",
@@ -104,7 +111,7 @@ ELSEWHERE = {
     **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _CACHED),
     "weighted_captions": "leave it out: a caption's words all weigh the same",
     **dict.fromkeys(("clip_skip", "max_token_length"), "leave it out: it isn't trained with"),
-    **dict.fromkeys(("v2", "v_parameterization"), "leave it out: the base itself says what it is"),
+    **dict.fromkeys(("v2", "v_parameterization", "variant"), _BASES),
     **dict.fromkeys(("train_text_encoder", "network_train_unet_only"), _UNET_ALONE),
     **dict.fromkeys(("text_encoder_lr", "network_train_text_encoder_only"), _UNET_ALONE),
     **dict.fromkeys(
@@ -112,7 +119,11 @@ ELSEWHERE = {
         "leave it out: there is nothing to load while it trains",
     ),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_model_id", "huggingface_repo_id"), _LOCAL),
+    "max_train_samples": "leave it out: all pictures in --data_dir are trained on",
+    **dict.fromkeys(("local_rank", "num_processes"), "leave it out: accelerate launch gives it"),
+    **dict.fromkeys(("device", "gpu"), "leave it out: the best device there is is taken"),
     "log_with": "--report_to",
+    **dict.fromkeys(("log_config", "log_tracker_config"), "leave it out: the settings are always recorded"),
     "config_file": "--config",
     "torch_compile": "--compile",
     "debug_dataset": "--dry_run",
