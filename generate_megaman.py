@@ -331,7 +331,7 @@ def generate(cfg: GenerateConfig) -> Path:
     device = compute.pick_device(cfg.device)
     dtype = compute.pick_dtype(cfg.mixed_precision, device)
     name = base_of(adapter, lora_path, cfg.base_model)
-    base = stable_diffusion.load_base(name, device=device, dtype=dtype)
+    base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model")
     counts = check_adapters_fit(candidates, base)
     strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
     modules = f"{counts['unet']} UNet and {counts['text_encoder']} text-encoder modules"

@@ -322,7 +322,7 @@ def make_batch(
         noise=torch.stack([example.noise for example in drawn]).to(device),
         timesteps=torch.stack([example.timestep for example in drawn]).to(device),
         text=encoded.text[[example.text_row for example in drawn]],
-        class_text=encoded.text[[row for example in drawn if (row := example.class_row) is not None]],
+        class_text=encoded.text[[drawn[number].class_row for number in asking]],
         class_of=torch.tensor(asking, dtype=torch.long, device=device),
     )
 
@@ -431,7 +431,7 @@ def open_dataset(cfg: TrainConfig, facts: BaseFacts) -> MegaManDataset:
     if len(dataset) == 0:
         none = f"{cfg.data_dir}: no usable pictures (JPG, PNG, WebP, …). Add some, or try --preset demo."
         why = (*map(str, dataset.skipped), *dataset.listing.left_out_lines)
-        raise UserError("\n  ".join([none, *why]), console.Exit.DATA)
+        raise UserError([none, *(f"  {each}" for each in why)], console.Exit.DATA)
     return dataset
 
 

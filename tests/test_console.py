@@ -2,13 +2,15 @@
 
 import contextlib
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import commands
 import pytest
-from conftest import flags_of_a_run, run_script, save_pictures
+from conftest import ROOT, flags_of_a_run, run_script, save_pictures
 
 from megaman.common import console
 
@@ -92,3 +94,39 @@ def test_help_is_shown_on_any_terminal(script: str, encoding: str, monkeypatch: 
     result = run_script(script, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert "--output_dir OUTPUT_DIR" in result.stdout
+
+
+def test_a_name_with_a_newline_does_not_break_a_line_and_each_problem_has_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console.say("done: open a\nb/index.html in a browser")
+    for message in ("a\nb: no such folder", ["a\nb: damaged", "c: damaged"]):
+        with pytest.raises(SystemExit), console.reported():
+            raise console.UserError(message, console.Exit.DATA)
+    assert capsys.readouterr().err.splitlines() == [
+        r"done: open a\nb/index.html in a browser",
+        r"error: a\nb: no such folder",
+        r"error: a\nb: damaged",
+        "c: damaged",
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
+@pytest.mark.parametrize("flag", ["--output_dir", "--pretrained_model_name", "--data_dir", "--init_lora"])
+def test_a_link_that_leads_to_itself_is_one_line(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    result = run_script(ROOT / "megaman_lora.py", "--preset", "demo", flag, "loop", cwd=tmp_path)
+    assert result.returncode in (2, 3, 4, 6), result.stderr
+    assert "Traceback" not in result.stderr
+    assert "loop: " in result.stderr.splitlines()[-1].replace("'", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_a_run_whose_lines_nobody_reads_any_more_goes_on(train_flags: list[str], tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "megaman_lora.py"), *train_flags, "--max_train_steps", "1"]
+    done = subprocess.run(command, stdout=write, stderr=write)
+    os.close(write)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "lora_weights" / "megaman_lora.safetensors").is_file()

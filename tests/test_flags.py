@@ -86,10 +86,12 @@ def test_an_unknown_key_in_a_file_is_an_error_with_a_suggestion(tmp_path: Path) 
     [
         (["--lora_rnk", "3"], "did you mean --lora_rank"),
         (["--lora_ran", "3"], "unknown flag"),  # no abbreviations
-        (["--lora_rank", "many"], "invalid int value: 'many'"),
+        (["--lora_rank", "many"], "'many' must be a whole number"),
         (["--mixed_precision", "fp8"], "invalid choice"),
         (["--lora_rank", "0"], "must be at least 1"),
-        (["--learning_rate", "nan"], "must be above 0"),
+        (["--learning_rate", "nan"], "must be a finite number, above 0"),
+        (["--learning_rate", "inf"], "must be a finite number"),
+        (["--learning_rate", "0"], "must be above 0"),
         (["--caption_dropout", "1.5"], "between 0 and 1"),
         (["--config", "nowhere.json"], "can't be read"),
     ],

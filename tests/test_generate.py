@@ -379,6 +379,7 @@ def test_a_long_prompt_is_said_to_be_cut(
     [
         (["--lora_path", "nowhere"], 4, "--preset demo"),
         (["--lora_path", "WEIGHTS", "--base_model", "megaman/tiny_sd"], 4, "made for another base"),
+        (["--lora_path", "WEIGHTS", "--base_model", "./nowhere"], 4, "folder or file. Check --base_model.\n"),
         (
             ["--lora_path", "WEIGHTS", "--width", "33"],
             2,

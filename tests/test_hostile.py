@@ -130,6 +130,7 @@ def test_the_hub_s_refusals_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert "your token has expired or may not read this, or there is no such model" in said["base deleted"]
     for owner in ("missing", "deleted"):
         assert "Check --lora_path" in said[f"adapter {owner}"]
+    assert not [name for name, words in said.items() if name.startswith("adapter") and "--preset" in words]
     assert "the hub is too busy" in said["base busy"]
     assert "only there as pickle files" in said["base pickled"]
     assert "not as a diffusers model" in said["base other"]

@@ -180,6 +180,15 @@ def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(
     assert {getattr(drawing, name) for name in names} == {f"{tmp_path}/my {name}" for name in names}
 
 
+def test_a_name_that_begins_with_a_tilde_is_a_name_behind_a_dot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~" / "base").mkdir(parents=True)
+    cfg, _ = megaman_lora.read_config(["--pretrained_model_name", "./~/base"])
+    assert Path(cfg.pretrained_model_name).expanduser() == tmp_path / "~" / "base"
+
+
 def test_every_flag_that_names_a_path_is_marked_as_one() -> None:
     for config in (TrainConfig, generate_megaman.GenerateConfig):
         marked = {name for name, facts in facts_of(config).items() if facts.is_path}
@@ -198,6 +207,10 @@ def test_a_told_path_pastes_into_a_shell_as_it_stands(name: str) -> None:
     assert told.isprintable()
     answer = subprocess.run([shell, "-c", told], capture_output=True, check=True).stdout
     assert answer.decode() in (name, f"./{name}")
+
+
+def test_a_told_name_that_begins_with_a_tilde_is_not_read_as_a_users_home() -> None:
+    assert "./~/x" in shell_quoted(str(Path("./~/x")))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="asks a POSIX shell")

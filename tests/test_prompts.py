@@ -18,7 +18,11 @@ def read(tmp_path: Path, line: str) -> Prompt:
 
 
 @pytest.mark.parametrize(
-    "option", ["--w 128", "-w 128", "--w=128", "--w128", "-w128", "—w 128", "–w=128", "—w128"]
+    "option",
+    [
+        *("--w 128", "-w 128", "--w=128", "--w128", "-w128", "—w 128", "–w=128", "—w128"),
+        *("-W 128", "--W 128", "-- w 128", "−w 128", "―w 128", "‐w 128", "－w=128", "--w 128,", "--w 128;"),
+    ],
 )
 def test_an_option_is_understood_in_every_spelling_that_is_plainly_meant(tmp_path: Path, option: str) -> None:
     prompt = read(tmp_path, f"mega man, 8-bit {option} --n blurry -- or not")
@@ -28,6 +32,13 @@ def test_an_option_is_understood_in_every_spelling_that_is_plainly_meant(tmp_pat
     )
 
 
+@pytest.mark.parametrize("comma", [",", ";", "，", ", "])
+@pytest.mark.parametrize("option", ["--w 128", "-w 128", "—w128"])
+def test_an_option_may_stand_close_behind_a_comma(tmp_path: Path, comma: str, option: str) -> None:
+    prompt = read(tmp_path, f"mega man{comma}{option}{comma}--h 64")
+    assert (prompt.text, prompt.settings) == (f"mega man{comma.strip()}", {"width": 128, "height": 64})
+
+
 def test_a_negative_prompt_and_a_guidance_take_the_sign_too(tmp_path: Path) -> None:
     assert read(tmp_path, "a --n=blurry, bad --l=7.5").settings == {
         "negative_prompt": "blurry, bad",
@@ -35,23 +46,39 @@ def test_a_negative_prompt_and_a_guidance_take_the_sign_too(tmp_path: Path) -> N
     }
 
 
-@pytest.mark.parametrize("text", ["rock-n-roll", "a - s", "x -- y", "8-bit", "t-pose -", "co-op"])
+@pytest.mark.parametrize(
+    "text",
+    ["rock-n-roll", "a - s", "x -- y", "8-bit", "t-pose -", "co-op", "a − b", "red,-ish", "{red|blue} man"],
+)
 def test_a_dash_in_a_prompt_is_a_dash(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, text) == Prompt(text)
 
 
-@pytest.mark.parametrize("line", ["rock -n roll", "a --3d", "a —n blurry", "a -w wide", "a --512", "a -s"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("rock -n roll", "a --3d", "a —n blurry", "a -w wide", "a --512", "a -s"),
+        *("a -N b", "a -- n b", "a − w 128", "a — w 128", "a ‐n b", "rock,-n roll", "a -S 7", "a,--3d"),
+        *('{"prompt": "mega man", "width": 128}', '{"prompt": "mega man"},', "[{", "}"),
+    ],
+)
 def test_what_may_be_an_option_and_is_none_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match="line 2: ") as caught:
         read(tmp_path, line)
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("name", ["prompts.toml", "prompts.json"])
-def test_kohyas_other_prompt_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("[prompt]\nwidth = 512\n")
-    with pytest.raises(UserError, match="TOML and JSON prompt files are not read"):
-        read_prompts_file(tmp_path / name)
+@pytest.mark.parametrize("suffix", ["toml", "json", "jsonl", "yaml", "yml", "csv", "tsv", "JSON"])
+def test_kohyas_and_others_prompt_files_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.{suffix}").write_text("[prompt]\nwidth = 512\n")
+    with pytest.raises(UserError, match=rf"\.{suffix} prompt files are not read"):
+        read_prompts_file(tmp_path / f"a.{suffix}")
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf"])
+def test_a_guidance_that_is_no_number_is_said_to_be_none(tmp_path: Path, word: str) -> None:
+    with pytest.raises(UserError, match=f"line 2: --l {word} must be a finite number"):
+        read(tmp_path, f"a --l {word}")
 
 
 def test_the_web_uis_syntax_is_said_once_and_their_loras_are_left_out() -> None:

@@ -1,6 +1,7 @@
 """Other people's adapter files: read whole, by their keys, or refused in one line."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from conftest import bound_by_modes
 from safetensors.torch import load_file, save_file
 from test_interop import trained
 
 import generate_megaman
-from megaman.common.console import UserError
+from megaman.common.console import UserError, reported
 from megaman.lora.formats import diffusers_metadata, diffusers_tensors, kohya_tensors, peft_tensors
 from megaman.lora.injection import adapter_of
 from megaman.lora.load import read_adapter
@@ -152,6 +154,21 @@ def test_a_folder_with_several_unknown_files_asks_which(kohya: Tensors, tmp_path
     save_file(kohya, tmp_path / "villain.safetensors")
     with pytest.raises(UserError, match=r"holds 2 adapters \(hero.safetensors, villain.safetensors\)"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users and modes of POSIX")
+@pytest.mark.parametrize("closed", ["hero", "hero/a.safetensors"])
+def test_an_adapter_that_may_not_be_read_is_told_so_and_not_as_missing(
+    closed: str, kohya: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hero").mkdir()
+    save_file(kohya, tmp_path / "hero" / "a.safetensors")
+    (tmp_path / closed).chmod(0)
+    with bound_by_modes(), pytest.raises(SystemExit) as left, reported():
+        read_adapter(tmp_path / "hero")
+    (tmp_path / closed).chmod(0o755)
+    assert left.value.code == 6
+    assert f"{tmp_path / closed}: Permission denied" in capsys.readouterr().err
 
 
 DOWN, UP = torch.ones(4, 320), torch.ones(320, 4)

@@ -238,7 +238,7 @@ def test_the_guide_in_the_repository_is_the_one_that_is_written() -> None:
         (["--data_dir", "nowhere"], 3, "nowhere: no such folder"),
         (["--data_dir", "EMPTY"], 3, "no usable pictures"),
         (["--resolution", "33"], 2, "multiples of 4; 32 is the nearest"),
-        (["--pretrained_model_name", "./nowhere"], 4, "no such base model"),
+        (["--pretrained_model_name", "./nowhere"], 4, "Check --pretrained_model_name, or try --preset demo."),
         (["--pretrained_model_name", "EMPTY"], 4, "no model_index.json"),
         (["--pretrained_model_name", "no-such/model"], 4, "--preset demo"),
         (["--pretrained_model_name", "model.ckpt"], 4, "no such base model"),

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import islice
@@ -44,7 +44,9 @@ _PATHS = {
     errno.EEXIST,
     errno.ENAMETOOLONG,
     errno.EBUSY,
+    errno.ELOOP,
 }
+_LOOP = "Symlink loop from "  # what pathlib raises a RuntimeError with, before Python 3.13
 _STEERING = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )  # controls, writing directions
@@ -79,11 +81,12 @@ _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL and half characters: no file,
 class UserError(Exception):
     """Something the user can fix.
 
-    The message says what, where and what to do, in one line (or a line a problem).
+    The message says what, where and what to do, in one line; of several problems each has a line.
     """
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str | Sequence[str], exit_code: int) -> None:
+        self.problems = (message,) if isinstance(message, str) else tuple(message)
+        super().__init__("\n".join(self.problems))
         self.exit_code = exit_code
 
 
@@ -201,7 +204,7 @@ def reported() -> Iterator[None]:
         with at_once():
             yield
     except UserError as error:
-        leave(str(error), error.exit_code)
+        leave(error.problems, error.exit_code)
     except Stopped as stop:
         say(str(stop))
         sys.exit(stop.exit_code)
@@ -211,6 +214,9 @@ def reported() -> Iterator[None]:
         remedy = "free some space" if error.errno in _DISK else "name a file or folder that can be used"
         leave(f"{error.filename or 'disk'}: {error.strerror}; {remedy}", Exit.RESOURCES)
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith(_LOOP):
+            path = str(error).removeprefix(_LOOP)
+            leave(f"{path}: a link that leads to itself; name a file or folder", Exit.RESOURCES)
         if not is_out_of_memory(error):
             raise
         leave(
@@ -220,30 +226,40 @@ def reported() -> Iterator[None]:
         )
 
 
-def leave(message: str, exit_code: int) -> NoReturn:
-    """Ends the program with one line on stderr and an exit code.
+def _tell(line: str) -> None:
+    """Prints a line on stderr. Where nobody reads it any more (a pipe into head), the work goes on."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def leave(message: str | Sequence[str], exit_code: int) -> NoReturn:
+    """Ends the program with one line on stderr, or one of each problem, and an exit code.
 
     Of several processes only the first speaks, unless it may be the only one that is well: a full memory or
     disk and a NaN are one process's own.
     """
+    first, *others = [message] if isinstance(message, str) else message
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        say(f"error: {message}")
+        for line in (f"error: {first}", *others):
+            say(line)
     elif exit_code in (Exit.RESOURCES, Exit.NUMBERS):
-        print(_printable(f"error: process {rank}: {message}"), file=sys.stderr, flush=True)
+        _tell(_printable(f"error: process {rank}: {first}"))
     sys.exit(exit_code)
 
 
 def say(message: str) -> None:
     """Prints one line for the user on stderr; of several processes, only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(_printable(message), file=sys.stderr, flush=True)
+        _tell(_printable(message))
 
 
 def shell_quoted(word: str) -> str:
     """A word quoted for this machine's shell, so that a told command can be pasted as it stands."""
-    if word.startswith("-"):
-        word = os.path.join(".", word)  # a path, and no flag
+    if word.startswith(("-", "~")):
+        word = os.path.join(".", word)  # a path, and no flag; a name, and no user's home
     if os.name == "nt":  # cmd and PowerShell; no name of a file holds their quote
         return word if re.fullmatch(r"[\w.:\\/-]+", word, re.ASCII) else f'"{word}"'
     if _STEERING.search(word) or "\n" in word or "\t" in word or not _is_in_terminals_encoding(word):
@@ -267,5 +283,7 @@ def listed(names: Iterable[str], most: int = NAMED) -> str:
 
 
 def _printable(message: str) -> str:
-    """The message with its control characters spelled out: a file's name must not steer the terminal."""
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
+    """The message in one line, with its control characters spelled out: a file's name must neither end the
+    line nor steer the terminal.
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), one_line(message))

@@ -6,32 +6,49 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megaman.common.console import Exit, check_text
-from megaman.config.parser import LARGEST_SEED, check_numbers, flag, parse_flags, require
+from megaman.config.parser import LARGEST_SEED, PRECISIONS, check_numbers, flag, parse_flags, require
 
 DESCRIPTION = "Draws with a trained LoRA and writes an HTML gallery."
 
 Sampler = Literal["dpm++", "euler", "euler_a", "ddim", "unipc"]
+SAMPLERS = {
+    **dict.fromkeys(("dpmpp_2m", "dpm++_2m", "k_dpmpp_2m", "dpmsolver++", "dpm_solver++"), "dpm++"),
+    "k_euler": "euler",
+    **dict.fromkeys(("euler_ancestral", "k_euler_a", "k_euler_ancestral"), "euler_a"),
+    **dict.fromkeys(("uni_pc", "unipc_multistep"), "unipc"),
+}  # as web UIs, kohya and ComfyUI spell them
 TRIGGER = "mega man"  # of the built-in prompts; an adapter's own trigger takes its place
 NEGATIVE = "blurry, low quality, distorted, deformed"
 LARGEST_SIDE = 8192  # pixels; the attention of a larger picture fits no machine
+_FITTED = "leave it out: memory is fitted by itself, or by --batch_size"
 ELSEWHERE = {
-    "steps": "--num_inference_steps",
-    "cfg_scale": "--guidance_scale",
-    "scale": "--guidance_scale",
-    "lora": "--lora_path",
-    "network_weights": "--lora_path",
-    "network_mul": "--lora_scale",
-    "ckpt": "--base_model",
-    "sampler": "--scheduler",
-    "outdir": "--output_dir",
-    "from_file": "--prompts_file",
+    **dict.fromkeys(("steps", "num_steps", "ddim_steps", "sampling_steps"), "--num_inference_steps"),
+    **dict.fromkeys(("cfg_scale", "cfg", "scale", "guidance"), "--guidance_scale"),
+    **dict.fromkeys(("lora", "lora_weights", "network_weights", "adapter", "adapter_path"), "--lora_path"),
+    "network_module": "leave it out: --lora_path is all that it takes",
+    **dict.fromkeys(("network_mul", "strength", "weight", "lora_weight", "multiplier"), "--lora_scale"),
+    **dict.fromkeys(("ckpt", "model", "sd_model", "pretrained_model_name", "checkpoint"), "--base_model"),
+    "pretrained_model_name_or_path": "--base_model",
+    **dict.fromkeys(("sampler", "sampler_name", "sampling_method"), "--scheduler"),
+    **dict.fromkeys(("outdir", "out_dir", "output", "save_dir"), "--output_dir"),
+    **dict.fromkeys(("from_file", "prompt_file"), "--prompts_file"),
     "prompt": "--prompts",
-    "images_per_prompt": "--num_images_per_prompt",
-    "W": "--width",
-    "H": "--height",
+    **dict.fromkeys(("negative", "uc", "n_prompt", "neg_prompt"), "--negative_prompt"),
+    **dict.fromkeys(("images_per_prompt", "n_iter", "n_samples", "num_images"), "--num_images_per_prompt"),
+    "batch_count": "--num_images_per_prompt",
+    **dict.fromkeys(("W", "w"), "--width"),
+    **dict.fromkeys(("H", "h"), "--height"),
+    **dict.fromkeys(("resolution", "size", "image_size"), "--width and --height"),
     "fp16": "--mixed_precision fp16",
     "bf16": "--mixed_precision bf16",
-}  # what kohya and others call it
+    **dict.fromkeys(("precision", "dtype"), "--mixed_precision"),
+    **dict.fromkeys(
+        ("xformers", "sdpa", "enable_xformers_memory_efficient_attention"),
+        "leave it out: pictures are drawn with torch's own attention",
+    ),
+    **dict.fromkeys(("lowram", "lowvram", "medvram", "opt_channelslast", "vae_batch_size"), _FITTED),
+    "clip_skip": "leave it out: the text encoder is read to its end",
+}  # what kohya, diffusers, web UIs and others call it
 BUILT_IN_PROMPTS = (
     "mega man, standing, facing right, sky background",
     "mega man, running, facing left, sand background",
@@ -103,11 +120,13 @@ class DrawingFlags:
         None, "pixels; the training resolution if not given", least=1, most=LARGEST_SIDE
     )
     width: int | None = flag(None, "pixels; the training resolution if not given", least=1, most=LARGEST_SIDE)
-    scheduler: Sampler = flag("dpm++", "sampler")
+    scheduler: Sampler = flag("dpm++", "sampler", spellings=SAMPLERS)
     batch_size: int | None = flag(None, "pictures at a time; fitted to device and size if not given", least=1)
     device: str = flag("auto", "cuda, mps, cpu or auto")
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = flag(
-        "auto", "precision of the model; auto is fp16 on an NVIDIA card, else float32"
+        "auto",
+        "precision of the model; auto is fp16 on an NVIDIA card, else float32",
+        spellings=PRECISIONS,
     )
 
 

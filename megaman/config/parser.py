@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -20,6 +21,10 @@ FACTS = "facts"  # of a field's metadata
 LARGEST_SEED = 2**63  # torch takes no more
 TRUE = ("true", "t", "yes", "y", "1", "on")
 FALSE = ("false", "f", "no", "n", "0", "off")
+PRECISIONS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16"} | dict.fromkeys(
+    ("fp32", "float32", "full", "none"), "no"
+)  # other spellings of --mixed_precision
+NEAR = 0.8  # how alike a misspelling is to a flag's name: below, a hint misleads
 
 
 Publish = Literal["whole", "name", "never"]
@@ -34,6 +39,9 @@ class Facts:
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
+    spellings: Mapping[str, str] = field(default_factory=dict)  # others of a choice that mean the same
+    remark: str = ""  # on a value that is no number
+    is_square: bool = False  # 512,512 is 512
     is_path: bool = False  # ~ is the user's home
     published: Publish | None = None  # in the adapter's files; a path never, unless it says otherwise
     is_free: bool = False  # a resumed run may change it
@@ -52,6 +60,11 @@ class Facts:
         words = ("0 or more" if self.least == 0 else "at least {}", "at most {}", "above {}", "below {}")
         told = [word.format(_short(end)) for word, end in zip(words, ends, strict=True) if math.isfinite(end)]
         return " and ".join(told) or "a finite number"
+
+    def wanted_of(self, number: float) -> str:
+        """What to say of a number that it doesn't take: infinity is above 0 too."""
+        is_finite = isinstance(number, int) or math.isfinite(number)
+        return self.wanted if is_finite else ", ".join(dict.fromkeys(("a finite number", self.wanted)))
 
     def takes(self, number: float) -> bool:
         """Whether the number is in range; NaN and infinity never are."""
@@ -90,7 +103,7 @@ def check_numbers(settings: Any) -> None:
         value = getattr(settings, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and not isinstance(each, bool):
-                require(facts.takes(each), f"--{name} {each}: must be {facts.wanted}")
+                require(facts.takes(each), f"--{name} {each}: must be {facts.wanted_of(each)}")
 
 
 # ---------------------------------------------------------------- the command line
@@ -131,14 +144,43 @@ class Flag:
         """The value that a word of a command line or a file means. ArgumentTypeError if it means none."""
         if self.kind is bool:
             return _yes_or_no(text)
+        if self.kind in (int, float):
+            return self._number(_side_of(text) if self.facts.is_square else text)
+        if self.choices:
+            spelling = re.sub(r"[ -]+", "_", text.strip().lower())
+            meant = self.facts.spellings.get(spelling, spelling)
+            return meant if meant in self.choices else text
+        return _expanded(text) if self.facts.is_path else text
+
+    def _number(self, text: str) -> Any:
         try:
-            value = self.kind(text)
+            return self.kind(text)
         except ValueError as error:
-            reason = f"invalid {self.kind.__name__} value: {text!r}"
-            raise argparse.ArgumentTypeError(reason) from error
-        return (
-            os.path.expanduser(value) if self.facts.is_path else value
-        )  # shells leave a ~ behind = and in quotes
+            wanted = "a whole number" if self.kind is int else "a number"
+            remark = self.facts.remark and f": {self.facts.remark}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}{remark}") from error
+
+
+def _side_of(text: str) -> str:
+    """512 of 512,512 and 512x512, as other trainers write a square. ArgumentTypeError of another shape."""
+    sides = re.split(r"[,x]", text.replace(" ", ""))
+    if len(sides) > 1 and len(set(sides)) > 1:
+        reason = "give one side, of a square of that many pixels; pictures keep their shape (--crop bucket)"
+        raise argparse.ArgumentTypeError(f"{text!r}: {reason}")
+    return sides[0]
+
+
+def _expanded(path: str) -> str:
+    """The path with the user's home for its ~, which shells leave behind = and in quotes. ArgumentTypeError
+    if nothing is named: an unset variable of a shell would mean the current folder.
+    """
+    if not path.strip():
+        raise argparse.ArgumentTypeError("is empty; name a path, or leave the flag out")
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise argparse.ArgumentTypeError(f"{path!r}: no such user's home; a name with ~ is written ./{path}")
+    is_name = str(Path(expanded)).startswith("~")  # ./~x, whose ./ a Path drops
+    return os.path.abspath(expanded) if is_name else expanded
 
 
 def _yes_or_no(text: str) -> bool:
@@ -168,8 +210,7 @@ class _OneLineParser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             flag = unknown.split()[0].split("=")[0]
-            ours = self.elsewhere.get(flag.removeprefix("--").replace("-", "_"))
-            hint = f" (here it is {ours})" if ours else _suggestion(flag, self.spellings)
+            hint = _hint(flag, self.spellings, self.elsewhere)
             message = f"{flag}: unknown flag{hint}; --help lists all"
         leave(message.removeprefix("argument "), Exit.USAGE)
 
@@ -220,12 +261,13 @@ def parse_flags(
     """
     flags = {group.title: _flags_of(group) for group in groups}
     known = {flag.name: flag for group in flags.values() for flag in group}
-    given = vars(_OneLineParser(flags, description, elsewhere or {}).parse_args(argv))
+    names = elsewhere or {}
+    given = vars(_OneLineParser(flags, description, names).parse_args(argv))
     preset = {
         name: known[name].of_code(value)
         for name, value in (presets or {}).get(given.get("preset", ""), {}).items()
     }
-    file = _read_config(given["config"], known) if "config" in given else {}
+    file = _read_config(given["config"], known, names) if "config" in given else {}
     values = {flag.name: flag.of_code(flag.default) for flag in known.values()}
     for source in (preset, file, given):
         rivals = either_or & source.keys()
@@ -262,15 +304,19 @@ _LOADERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _read_config(path: str, known: Mapping[str, Flag]) -> dict[str, Any]:
+def _read_config(path: str, known: Mapping[str, Flag], elsewhere: Mapping[str, str]) -> dict[str, Any]:
     """The settings that a file gives. UserError (exit 2) that names the file and the key."""
     suffix = Path(path).suffix
     if suffix not in _LOADERS:
         raise UserError(f"--config {path}: the name must end in .json, .toml or .yaml", Exit.USAGE)
     try:
         values = _LOADERS[suffix](Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: can't be read ({error})", Exit.USAGE) from error
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 at byte {error.start}; save it as UTF-8"
+        raise UserError(f"--config {path}: {reason}", Exit.USAGE) from error
+    except OSError as error:
+        reason = str(error.strerror).lower()
+        raise UserError(f"--config {path}: can't be read ({reason})", Exit.USAGE) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}", Exit.USAGE) from error
     if not isinstance(values, dict):
@@ -282,7 +328,8 @@ def _read_config(path: str, known: Mapping[str, Flag]) -> dict[str, Any]:
                 f"--config {path}: a file holds settings; give --{key} on the command line", Exit.USAGE
             )
         if key not in known:
-            raise UserError(f"--config {path}: unknown key {key!r}{_suggestion(key, known)}", Exit.USAGE)
+            hint = _hint(key, known, elsewhere).replace("--", "")
+            raise UserError(f"--config {path}: unknown key {key!r}{hint}", Exit.USAGE)
         if value == [] or (value is None and known[key].default is not None):
             raise UserError(f"{path}: {key} has no value; give one, or leave the line out", Exit.USAGE)
         if value is not None:
@@ -292,7 +339,7 @@ def _read_config(path: str, known: Mapping[str, Flag]) -> dict[str, Any]:
 
 def _typed(value: Any, flag: Flag, path: str) -> Any:
     """A file's value, read as if it stood on the command line: PyYAML takes 1e-4 for a text."""
-    if flag.name == "resolution" and isinstance(value, list) and len(set(value)) == 1:
+    if flag.facts.is_square and isinstance(value, list) and all(each == value[0] for each in value):
         value = value[0]  # [512, 512], as other trainers write a square
     if flag.kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -312,6 +359,9 @@ def _typed(value: Any, flag: Flag, path: str) -> Any:
     return read if flag.takes_several else read[0]
 
 
-def _suggestion(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
+def _hint(word: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:
+    """What an unknown flag or key may be meant as: what other programs call so, else a near spelling."""
+    if ours := elsewhere.get(word.lstrip("-").replace("-", "_")):
+        return f" (here it is {ours})" if ours.startswith("--") else f" ({ours})"
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=NEAR)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from megaman.common.files import is_within
-from megaman.config.parser import LARGEST_SEED, check_numbers, facts_of, flag, parse_flags, require
+from megaman.config.parser import (
+    LARGEST_SEED,
+    PRECISIONS,
+    check_numbers,
+    facts_of,
+    flag,
+    parse_flags,
+    require,
+)
 
 DESCRIPTION = (
     "Teaches Stable Diffusion a character from 15-100 pictures: trains a LoRA and writes it for every tool."
@@ -20,37 +28,106 @@ OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
 Attention = Literal["auto", "sdpa", "xformers"]
 PROJECT = Path(__file__).parents[2]
 RECORD = "training_config.json"  # where a run keeps its settings
+_CACHED = "leave it out: latents and text embeddings are always cached"
+_CAPTIONS = "captions are .txt files beside the pictures, or a metadata.jsonl, in --data_dir"
+_PRESERVED = "--preserve_weight, which keeps the class without pictures of it"
+_UNET_ALONE = "leave it out: only the UNet is trained"
+_FIXED = "leave it out: it can't be changed here"
+_BUCKETS = "--crop bucket, the default"
+_BASES = "leave it out: the base itself brings and says it"
+_LOCAL = "leave it out: nothing is uploaded"
 ELSEWHERE = {
-    "lr": "--learning_rate",
-    "unet_lr": "--learning_rate",
-    "network_dim": "--lora_rank",
-    "rank": "--lora_rank",
-    "network_alpha": "--lora_alpha",
-    "network_dropout": "--lora_dropout",
-    "network_weights": "--init_lora",
-    "checkpointing_steps": "--save_steps",
-    "save_every_n_steps": "--save_steps",
-    "max_train_epochs": "--num_train_epochs",
-    "train_data_dir": "--data_dir",
-    "instance_data_dir": "--data_dir",
-    "instance_prompt": "--trigger",
+    **dict.fromkeys(("lr", "unet_lr"), "--learning_rate"),
+    **dict.fromkeys(("network_dim", "rank", "dim", "r", "lora_r", "lora_dim"), "--lora_rank"),
+    **dict.fromkeys(("network_alpha", "alpha"), "--lora_alpha"),
+    **dict.fromkeys(("network_dropout", "rank_dropout", "module_dropout", "dropout"), "--lora_dropout"),
+    "network_args": "--lora_targets, --use_dora or --use_rslora",
+    "network_module": "leave it out: a LoRA is trained, --lora_targets says of what",
+    **dict.fromkeys(("network_weights", "lora_weights", "lora_path"), "--init_lora"),
+    "dim_from_weights": "leave it out: --init_lora brings its rank along",
+    **dict.fromkeys(
+        ("model", "base_model", "ckpt", "pretrained_model_name_or_path"), "--pretrained_model_name"
+    ),
+    **dict.fromkeys(("save_every_n_steps", "save_every_n_epochs", "checkpointing_steps"), "--save_steps"),
+    **dict.fromkeys(("save_last_n_steps", "save_last_n_epochs"), "--checkpoints_total_limit"),
+    "save_state": "leave it out: every checkpoint keeps it, as --checkpoints_total_limit says",
+    **dict.fromkeys(("save_model_as", "save_precision"), "leave it out: every tool reads what is written"),
+    "resume": "--resume_from_checkpoint",
+    **dict.fromkeys(("steps", "max_steps", "num_steps", "train_steps"), "--max_train_steps"),
+    **dict.fromkeys(("epochs", "epoch", "num_epochs", "max_train_epochs"), "--num_train_epochs"),
+    "batch_size": "--train_batch_size",
+    **dict.fromkeys(
+        ("train_data_dir", "instance_data_dir", "dataset_name", "dataset_config", "image_dir"), "--data_dir"
+    ),
+    **dict.fromkeys(
+        ("in_json", "caption_column", "image_column", "caption_extension", "caption_extention"), _CAPTIONS
+    ),
+    **dict.fromkeys(("repeats", "num_repeats", "dataset_repeats"), "a folder's name in --data_dir: 10_name"),
+    **dict.fromkeys(("instance_prompt", "trigger_word", "token", "placeholder_token"), "--trigger"),
+    **dict.fromkeys(("class_prompt", "class_tokens"), "--preserve_class, together with --preserve_weight"),
+    **dict.fromkeys(("reg_data_dir", "class_data_dir", "num_class_images"), _PRESERVED),
+    **dict.fromkeys(("with_prior_preservation", "prior_loss_weight"), _PRESERVED),
     "output_name": "--output_dir: the file is always megaman_lora.safetensors",
-    "xformers": "--attention xformers",
-    "enable_xformers_memory_efficient_attention": "--attention xformers",
-    "sdpa": "--attention sdpa",
+    **dict.fromkeys(("xformers", "enable_xformers_memory_efficient_attention"), "--attention xformers"),
+    **dict.fromkeys(("sdpa", "mem_eff_attn"), "--attention sdpa"),
     "fp16": "--mixed_precision fp16",
     "bf16": "--mixed_precision bf16",
+    **dict.fromkeys(
+        ("full_fp16", "full_bf16", "precision", "dtype"),
+        "--mixed_precision: the LoRA itself is always float32",
+    ),
+    **dict.fromkeys(
+        ("lowram", "lowvram", "medvram", "highvram"),
+        "leave it out; --gradient_checkpointing saves memory",
+    ),
     "optimizer_type": "--optimizer",
+    "use_8bit_adam": "--optimizer adamw8bit",
+    "use_lion_optimizer": "--optimizer: there is no Lion",
+    "adam_weight_decay": "--weight_decay",
+    **dict.fromkeys(("optimizer_args", "adam_beta1", "adam_beta2", "adam_epsilon"), _FIXED),
+    **dict.fromkeys(("lr_scheduler_num_cycles", "lr_num_cycles"), _FIXED),
+    **dict.fromkeys(("lr_scheduler_power", "lr_power", "lr_scheduler_args", "loss_type"), _FIXED),
+    **dict.fromkeys(("huber_c", "huber_schedule", "min_timestep", "max_timestep"), _FIXED),
+    **dict.fromkeys(("prediction_type", "vae", "revision", "tokenizer_name", "no_half_vae"), _BASES),
+    "lr_scheduler_type": "--lr_scheduler",
+    **dict.fromkeys(("multires_noise_iterations", "adaptive_noise_scale"), "--noise_offset"),
+    **dict.fromkeys(("warmup_steps", "lr_warmup", "warmup_ratio"), "--lr_warmup_steps"),
+    "scale_lr": "leave it out: --learning_rate is taken as it is given",
     "min_snr_gamma": "--snr_gamma",
-    "sample_prompts": "--validation_prompt",
-    "sample_every_n_steps": "--validation_steps",
+    "use_ema": "--ema_decay",
+    **dict.fromkeys(("sample_prompts", "validation_prompts"), "--validation_prompt"),
+    **dict.fromkeys(
+        ("sample_every_n_steps", "sample_every_n_epochs", "validation_epochs"), "--validation_steps"
+    ),
     "keep_tokens": "--keep_tags",
     "shuffle_caption": "--shuffle_tags",
     "caption_dropout_rate": "--caption_dropout",
-    "flip_aug": "--flip",
-    "random_flip": "--flip",
+    **dict.fromkeys(("flip_aug", "random_flip"), "--flip"),
+    "color_aug": "leave it out: colours stay as they are",
     "center_crop": "--crop center",
     "random_crop": "--crop random",
+    **dict.fromkeys(("enable_bucket", "min_bucket_reso", "max_bucket_reso"), _BUCKETS),
+    **dict.fromkeys(("bucket_reso_steps", "bucket_no_upscale"), _BUCKETS),
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "vae_batch_size"), _CACHED),
+    **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _CACHED),
+    "weighted_captions": "leave it out: a caption's words all weigh the same",
+    **dict.fromkeys(("clip_skip", "max_token_length"), "leave it out: it isn't trained with"),
+    **dict.fromkeys(("v2", "v_parameterization", "variant"), _BASES),
+    **dict.fromkeys(("train_text_encoder", "network_train_unet_only"), _UNET_ALONE),
+    **dict.fromkeys(("text_encoder_lr", "network_train_text_encoder_only"), _UNET_ALONE),
+    **dict.fromkeys(
+        ("max_data_loader_n_workers", "persistent_data_loader_workers", "dataloader_num_workers"),
+        "leave it out: there is nothing to load while it trains",
+    ),
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_model_id", "huggingface_repo_id"), _LOCAL),
+    "max_train_samples": "leave it out: all pictures in --data_dir are trained on",
+    **dict.fromkeys(("local_rank", "num_processes"), "leave it out: accelerate launch gives it"),
+    **dict.fromkeys(("device", "gpu"), "leave it out: the best device there is is taken"),
+    "log_with": "--report_to",
+    **dict.fromkeys(("log_config", "log_tracker_config"), "leave it out: the settings are always recorded"),
+    "config_file": "--config",
+    "torch_compile": "--compile",
+    "debug_dataset": "--dry_run",
 }  # what kohya, diffusers and others call it: a table, for letters alone would mislead
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -100,7 +177,7 @@ class DataFlags:
         "./megaman_images", "folder of pictures and .txt captions", is_path=True, is_free=True
     )
     output_dir: str = flag("./megaman_lora_output", "where everything goes", is_path=True, is_free=True)
-    resolution: int = flag(512, "side of the training square in pixels", least=1)
+    resolution: int = flag(512, "side of the training square in pixels", least=1, is_square=True)
     crop: CropMode = flag(
         "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
     )
@@ -156,16 +233,27 @@ class OptimisationFlags:
     title: ClassVar[str] = "optimisation"
     learning_rate: float = flag(1e-4, "peak learning rate", above=0)
     lr_scheduler: Literal["cosine", "constant", "linear", "polynomial", "cosine_with_restarts"] = flag(
-        "cosine", "course of the rate after the warm-up"
+        "cosine",
+        "course of the rate after the warm-up",
+        spellings={"constant_with_warmup": "constant", "cosine_annealing": "cosine"},
     )
-    lr_warmup_steps: int | None = flag(None, "steps of linear warm-up; 5 %% of the run if not given", least=0)
+    lr_warmup_steps: int | None = flag(
+        None,
+        "steps of linear warm-up; 5 %% of the run if not given",
+        least=0,
+        remark="steps, no share of them; left out, it is 5 % of the run",
+    )
     train_batch_size: int = flag(1, "pictures at a time, on each device", least=1)
     gradient_accumulation_steps: int = flag(4, "batches a step", least=1)
     max_train_steps: int = flag(1500, "optimizer steps in all", least=1, is_free=True)
     num_train_epochs: int | None = flag(
         None, "passes over the pictures, instead of --max_train_steps", least=1, is_free=True
     )
-    optimizer: OptimizerName = flag("adamw", "adamw8bit and prodigy need a package of their own")
+    optimizer: OptimizerName = flag(
+        "adamw",
+        "adamw8bit and prodigy need a package of their own",
+        spellings={"adamw_8bit": "adamw8bit", "8bit_adam": "adamw8bit"},
+    )
     weight_decay: float = flag(0.01, "how fast the adapter shrinks where nothing holds it", least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
     snr_gamma: float = flag(5.0, "min-SNR loss weighting; 0 = off", least=0)
@@ -188,7 +276,7 @@ class PrecisionFlags:
 
     title: ClassVar[str] = "precision and memory"
     mixed_precision: Literal["fp16", "bf16", "no"] = flag(
-        "fp16", "precision of the frozen base; the LoRA is always float32"
+        "fp16", "precision of the frozen base; the LoRA is always float32", spellings=PRECISIONS
     )
     gradient_checkpointing: bool = flag(
         False, "recompute activations: less memory, about a third slower", is_free=True

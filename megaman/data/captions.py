@@ -72,7 +72,7 @@ def read_captions(
     remedy = " (--strict: fix it or remove it)" if settings.strict else ""
     if problems or (settings.strict and skipped):
         named = [*(f"{file}{remedy}" for file in skipped), *problems]
-        raise UserError("\n".join(dict.fromkeys(named)), Exit.DATA)  # two pictures may share a file
+        raise UserError(list(dict.fromkeys(named)), Exit.DATA)  # two pictures may share a file
     return captions
 
 

@@ -1,5 +1,7 @@
 """Prompts as people write them in a file: a line each, with kohya's options."""
 
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +26,21 @@ RANGES = {"seed": (0, LARGEST_SEED - 1), "guidance_scale": (0, 1e6), "width": (1
 RANGES |= {"height": (1, LARGEST_SIDE), "num_inference_steps": (1, 10_000)}
 
 
-NUMBERED = "".join(letter for letter, (_, kind) in LINE_OPTIONS.items() if kind is not str)
-DASHES = "--|-|—|–"  # a word processor makes one of two
-MEANT = re.compile(rf"(?<!\S)(?:{DASHES})([{NUMBERED}])(?:=|\s*)(?=-?\.?\d)")  # -w 128, --w=128, —w128
-WITH_SIGN = re.compile(r"(?<!\S)(?:--|—|–)([A-Za-z_]+)=")  # --n=blurry
-OPTION = re.compile(r"(?<!\S)--([A-Za-z_]+)(?!\S)")
-DOUBTFUL = re.compile(rf"(?<!\S)(?:--\S+|(?:-|—|–)[{''.join(LINE_OPTIONS)}](?!\S))")  # rock -n roll, --3d
+NUMBERED = "".join(letter for letter, (_, kind) in LINE_OPTIONS.items() if kind is not str) + "WH"
+LETTERS = "".join(LINE_OPTIONS)
+LETTERS += LETTERS.upper()
+COMMAS = ",;，；、"
+BEGIN = rf"(?<![^\s{COMMAS}])"  # a comma's space is forgotten at times
+ONE_DASH = "[—–−―‐‑‒－]"  # what word processors make of two, and look-alikes of one
+MEANT = re.compile(
+    rf"{BEGIN}(?:--\s*|-|{ONE_DASH})([{NUMBERED}])(?:=|\s*)(?=-?\.?\d)"
+)  # -w 128, --w=128, —w128, -W 128, -- w 128
+WITH_SIGN = re.compile(rf"{BEGIN}(?:--|{ONE_DASH})([A-Za-z_]+)=")  # --n=blurry
+OPTION = re.compile(rf"{BEGIN}--([A-Za-z_]+)(?!\S)")
+DOUBTFUL = re.compile(
+    rf"{BEGIN}(?:--\S+|(?:-|--\s+|{ONE_DASH})[{LETTERS}](?!\S)|(?:-|{ONE_DASH})\s+[{NUMBERED}]\s*\d)"
+)  # rock -n roll, --3d, -- n blurry, - w 128
+OTHER_FORMATS = (".toml", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,8 @@ def read_prompts_file(path: Path) -> list[Prompt]:
 
     UserError (exit 3) with the line's number.
     """
-    if path.suffix.lower() in (".toml", ".json"):
-        reason = "kohya's TOML and JSON prompt files are not read; write a prompt a line into a .txt"
+    if path.suffix.lower() in OTHER_FORMATS:
+        reason = f"{path.suffix} prompt files are not read; write a prompt a line into a .txt"
         raise UserError(f"--prompts_file {path}: {reason}", Exit.DATA)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -65,9 +76,20 @@ def read_prompts_file(path: Path) -> list[Prompt]:
     return [_parse_line(line, where) for where, line in found]
 
 
+def _is_of_json(line: str) -> bool:
+    """Whether the line is an object of JSON, or nothing but its brackets; {red|blue} is a web UI's."""
+    try:
+        return not line.strip("{}[], ") or isinstance(json.loads(line.rstrip(",")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _parse_line(line: str, where: str) -> Prompt:
     check_text(line, where, Exit.DATA)
-    plain = WITH_SIGN.sub(r"--\1 ", MEANT.sub(r"--\1 ", line))
+    if _is_of_json(line):
+        reason = "JSON is not read; write the prompt alone, with options as in --w 512"
+        raise UserError(f"{where}: {reason}", Exit.DATA)
+    plain = WITH_SIGN.sub(r"--\1 ", MEANT.sub(lambda found: f"--{found[1].lower()} ", line))
     if doubtful := DOUBTFUL.search(OPTION.sub("", plain)):
         reason = f"is {doubtful[0][:SHOWN]!r} an option? Write --n, --w, --h, --d, --s or --l and a space"
         raise UserError(f"{where}: {reason}", Exit.DATA)
@@ -87,9 +109,11 @@ def _option(name: str, text: str, where: str) -> tuple[str, Any]:
         raise UserError(f"{where}: unknown option --{name[:SHOWN]}; known are {known}", Exit.DATA)
     key, kind = LINE_OPTIONS[name]
     try:
-        value = kind(text)
+        value = kind(text if kind is str else text.rstrip(COMMAS))
     except ValueError as error:
         raise UserError(f"{where}: --{name} {text[:SHOWN]!r} is not a number", Exit.DATA) from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: --{name} {text[:SHOWN]} must be a finite number", Exit.DATA)
     least, most = RANGES.get(key, (None, None))
     if least is not None and not least <= value <= most:
         wanted = f"at least {least}" if value < least else f"at most {most:g}"

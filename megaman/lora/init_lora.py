@@ -68,7 +68,7 @@ def init_of(cfg: TrainConfig) -> InitLora | None:
 
 def read_init_lora(path: str) -> InitLora:
     """The adapter of a file or folder of any tool. UserError (exit 4) if no training can go on from it."""
-    adapter = read_adapter(adapter_in(Path(path)))
+    adapter = read_adapter(adapter_in(Path(path)), "--init_lora")
     layers = {underscored(name): layer for (part, name), layer in adapter.layers.items() if part == "unet"}
     others = len(adapter.layers) - len(layers)
     if others:

@@ -23,17 +23,18 @@ ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
 KOHYA_FILE = "megaman_lora.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DRAWN_WITH = "--lora_path"  # the flag that names the adapter to draw with
 OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
 _DIFFUSERS_STRENGTH = "lora_adapter_metadata"  # diffusers' key there
 _OTHER_WIDTHS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, flag: str = DRAWN_WITH) -> Adapter:
     """The adapter in a folder (PEFT's pair first) or in a .safetensors file of any of the three layouts.
 
-    UserError (exit 4) with the reason if there is none.
+    UserError (exit 4) with the reason if there is none. flag: how the user names another.
     """
-    file = _file_of(path)
+    file = _file_of(path, flag)
     adapter = read_file(file, file.with_name(PEFT_CONFIG))
     beside = file.parent / "text_encoder" / PEFT_FILE  # where PEFT's users keep the other half
     if path.is_dir() and file.name == PEFT_FILE and beside.is_file():
@@ -124,15 +125,17 @@ def _known(header: Mapping[str, str], file: Path) -> dict[str, Any]:
     return known
 
 
-def _file_of(path: Path) -> Path:
+def _another(flag: str) -> str:
+    """What to do where there is no adapter."""
+    train_first = "Train first (python megaman_lora.py --preset demo), or name one"
+    return f"{train_first if flag == DRAWN_WITH else 'Name another'} with {flag}."
+
+
+def _file_of(path: Path, flag: str) -> Path:
     if path.is_dir():
-        return _file_in(path)
+        return _file_in(path, flag)
     if not path.exists():
-        raise UserError(
-            f"{path}: no such adapter. Train first (python megaman_lora.py --preset demo), or name one "
-            "with --lora_path.",
-            Exit.MODEL,
-        )
+        raise UserError(f"{path}: no such adapter. {_another(flag)}", Exit.MODEL)
     if path.suffix != ".safetensors":
         raise UserError(
             f"{path}: only .safetensors adapters are read; pickle files (.bin, .ckpt, .pt) can run code. "
@@ -142,9 +145,9 @@ def _file_of(path: Path) -> Path:
     return path
 
 
-def _file_in(folder: Path) -> Path:
+def _file_in(folder: Path, flag: str) -> Path:
     """The adapter of a folder: under one of the names that tools give it, else its only .safetensors file."""
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     names = (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE, ADAPTER_FILE)
     known = [folder / name for name in names if folder / name in found]
     if known or len(found) == 1:
@@ -154,17 +157,17 @@ def _file_in(folder: Path) -> Path:
         raise UserError(
             f"{folder}: holds {len(found)} adapters ({listed}); name the file you want.", Exit.MODEL
         )
-    raise UserError(
-        f"{folder}: no adapter in this folder ({PEFT_FILE} or {KOHYA_FILE}). Train first: python "
-        "megaman_lora.py --preset demo",
-        Exit.MODEL,
-    )
+    none = f"no adapter in this folder ({PEFT_FILE} or {KOHYA_FILE})"
+    raise UserError(f"{folder}: {none}. {_another(flag)}", Exit.MODEL)
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        file.open("rb").close()  # safetensors calls a file missing that may not be read
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except PermissionError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(

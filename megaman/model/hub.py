@@ -110,8 +110,15 @@ _BUSY = {429, 500, 502, 503, 504}
 BASE_FLAG = "--pretrained_model_name"
 
 
-def check_folder_or_file(source: Path) -> None:
-    """Refuses a path that can't be a base before diffusers takes it for a hub id."""
+def _demo_of(flag: str) -> str:
+    """The way on that only training has: drawing takes the base that its adapter was trained on."""
+    return ", or try --preset demo" if flag == BASE_FLAG else ""
+
+
+def check_folder_or_file(source: Path, flag: str = BASE_FLAG) -> None:
+    """Refuses a path that can't be a base before diffusers takes it for a hub id. flag: how the user names
+    another.
+    """
     if source.is_dir():
         index = source / "model_index.json"
         if not index.is_file():
@@ -127,8 +134,7 @@ def check_folder_or_file(source: Path) -> None:
         _refuse_code(source)
     elif not source.exists():
         raise UserError(
-            f"{source}: no such base model folder or file. Check --pretrained_model_name (or "
-            "--base_model), or try --preset demo.",
+            f"{source}: no such base model folder or file. Check {flag}{_demo_of(flag)}.",
             Exit.MODEL,
         )
     elif source.suffix != ".safetensors":
@@ -186,7 +192,7 @@ def why_not_loaded(
     path = Path(name)
     is_near = path.parent.is_dir() and path.parent != Path()  # perhaps no hub id was meant
     as_path = f"Taken as a path: {path.parent} holds no {path.name}. " if is_near else ""
-    another = f"{as_path}Check {flag}, or try --preset demo."
+    another = f"{as_path}Check {flag}{_demo_of(flag)}."
     refused = "the hub refuses: your token has expired or may not read this, or there is no such model."
     reasons = (
         (
@@ -208,8 +214,8 @@ def why_not_loaded(
         ),
         (
             is_offline,
-            f"the hub can't be reached and this {what} is not on this machine. {as_path}Connect, name a "
-            "local folder, or try --preset demo.",
+            f"the hub can't be reached and this {what} is not on this machine. {as_path}Connect, or name a "
+            f"local folder{_demo_of(flag)}.",
         ),
         (True, f"this {what} cannot be loaded ({text}). Try again, or name a local folder."),
     )

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from megaman.common.console import Exit, UserError, say
 from megaman.config.train import EMBEDDED
 from megaman.model.hub import (
+    BASE_FLAG,
     EMBEDDED_FOLDER,
     MOVED,
     NO_SAFETENSORS,
@@ -151,12 +152,14 @@ def _cell_px(folder: Path) -> int:
     return 2 ** sum(halvings)
 
 
-def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+def load_base(
+    name: str, *, device: torch.device, dtype: torch.dtype, flag: str = BASE_FLAG
+) -> StableDiffusion:
     """The frozen base from the embedded folder, a diffusers folder, a single .safetensors file or the hub.
 
-    UserError (exit 4) if it can't.
+    UserError (exit 4) if it can't. flag: how the user names another.
     """
-    pipeline = _load_pipeline(name, dtype)
+    pipeline = _load_pipeline(name, dtype, flag)
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     _check_kind(name, pipeline)
     for part, precision in ((unet, dtype), (vae, torch.float32), (text_encoder, dtype)):
@@ -212,7 +215,7 @@ def _variant_parts(folder: Path) -> dict[str, nn.Module]:
     }
 
 
-def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> StableDiffusionPipeline:
     diffusers_logging.disable_progress_bar()  # of loading only: the bars of a download stay
     transformers_logging.disable_progress_bar()
     if name in MOVED:
@@ -223,7 +226,7 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
         source = EMBEDDED_FOLDER
     kind = None
     if isinstance(source, Path):
-        check_folder_or_file(source)
+        check_folder_or_file(source, flag)
         kind = kind_in(source) if source.is_file() else None
     try:
         if isinstance(source, Path) and kind is not None:
@@ -238,4 +241,4 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
             **_variant_parts(folder),
         )
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
-        raise UserError(why_not_loaded(name, source, error), Exit.MODEL) from error
+        raise UserError(why_not_loaded(name, source, error, flag=flag), Exit.MODEL) from error

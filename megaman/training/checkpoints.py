@@ -278,16 +278,13 @@ def changed_entries(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return [key for key in {**then, **now} if then.get(key) != now.get(key)]
 
 
-def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], remedy: str = "") -> None:
-    """UserError (exit 7) that names every entry in which a resume differs from its checkpoint.
-
-    remedy: a further way on than to give the same, or to begin anew.
-    """
+def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """UserError (exit 7) that names every entry in which a resume differs from its checkpoint."""
     if changed := changed_entries(then, now):
         words = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(
             f"{path}: can't be resumed with other settings: {words}. Give the same, such as by --config "
-            f"with the run's {RECORD}, or leave --resume_from_checkpoint out.{remedy}",
+            f"with the run's {RECORD}, or leave --resume_from_checkpoint out.",
             Exit.STATE,
         )
 

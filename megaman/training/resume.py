@@ -60,6 +60,11 @@ def _how_to_go_on_with_others(checkpoint: Path, data_dir: str) -> str:
     return f" To go on with these pictures from what it has learned: python megaman_lora.py {words}"
 
 
+def _number_in(fingerprint: Any) -> str:
+    """How many pictures a data set's fingerprint counts: 6 of "6 with sum 1f…"."""
+    return str(fingerprint).split()[0]
+
+
 def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mapping[str, Any]) -> None:
     """Checks that a resume, if it is one, uses the settings and data the checkpoint was made with; only its
     total may change. UserError (exit 7) if not.
@@ -72,10 +77,15 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
     now = decisive(asdict(cfg)) | dict(origins)
     if then.get(PICTURES) != now.get(PICTURES):  # another order follows from other pictures
         then[ORDER] = now.get(ORDER)
-    remedy = ""
     if checkpoints.changed_entries(then, now) == [PICTURES]:
-        remedy = _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir)
-    checkpoints.check_same(checkpoint.path, then, now, remedy)
+        numbers = f"{_number_in(then[PICTURES])} pictures then, {_number_in(now[PICTURES])} now"
+        raise UserError(
+            f"{checkpoint.path}: can't be resumed: pictures, captions or repeats in {cfg.data_dir} were "
+            f"changed since ({numbers}). Undo that, or leave --resume_from_checkpoint out."
+            + _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir),
+            Exit.STATE,
+        )
+    checkpoints.check_same(checkpoint.path, then, now)
     if checkpoint.step > cfg.max_train_steps:
         total = f"--max_train_steps {cfg.max_train_steps} is the total, give more."
         raise UserError(f"{checkpoint.path}: at step {checkpoint.step}; {total}", Exit.STATE)
