@@ -14,7 +14,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words o
     sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or newer")
 
 from megaman.common import console, signals
-from megaman.common.console import UserError, quiet_libraries, say, shell_quoted
+from megaman.common.console import UserError, command_of, quiet_libraries, say, shell_quoted
 
 if __name__ == "__main__":
     sys.excepthook = console.name_missing_library  # the imports below need what may not be installed
@@ -792,7 +792,7 @@ def main(cfg: TrainConfig, chosen: Collection[str]) -> None:
     weights = train(cfg)
     say(f"done: {weights} (PEFT), {weights / 'megaman_lora.safetensors'} (A1111, Forge, ComfyUI, kohya)")
     flag = "" if cfg.output_dir == DataFlags.output_dir else f" --lora_path {shell_quoted(str(weights))}"
-    say(f"next: python generate_megaman.py{flag}")
+    say(f"next: {command_of('generate_megaman.py')}{flag}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from megaman.generation.gallery import command, rebuild, render_gallery
 from megaman.generation.records import PATHS, Job, file_name, read_records
 from megaman.lora.adapter import Adapter
 from megaman.lora.load import read_adapter
-from megaman.model.hub import canonical_name, hub_id_of
+from megaman.model.hub import canonical_name, hub_id_of, is_local
 
 
 @pytest.fixture
@@ -694,6 +694,12 @@ def test_the_checkpoints_of_a_checkpoint_s_own_run_are_drawn(run_folder: Path, p
 )
 def test_the_address_of_a_models_page_is_its_id(name: str, meant: str) -> None:
     assert hub_id_of(name) == canonical_name(name) == adapter_name(name) == meant
+
+
+def test_a_name_that_can_be_no_hub_id_is_a_path() -> None:
+    assert [is_local(name) for name in ("run B é/lora_weights", "a\\b", "owner/model", "gpt2")] == [
+        *(True, True, False, False),
+    ]
 
 
 @pytest.mark.parametrize(

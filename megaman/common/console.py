@@ -120,6 +120,7 @@ LOOK_ALIKES = (
     | dict.fromkeys("‘’", "'")
     | dict.fromkeys("·–—−", "-")
 )
+SCRIPTS = ("megaman_lora.py", "generate_megaman.py")
 SPELLED_OUT = "megaman_spelled_out"  # our error handler's name among Python's
 
 
@@ -266,6 +267,13 @@ def shell_quoted(word: str) -> str:
         spelled = _SPELLED_IN_SHELL.sub(lambda found: b"\\x%02x" % found[0][0], os.fsencode(word)).decode()
         return f"$'{spelled}'"
     return shlex.quote(word)
+
+
+def command_of(script: str) -> str:
+    """How a script of ours is run from where the user stands: beside the one that is running now."""
+    running = sys.argv[0]
+    place = os.path.dirname(running) if os.path.basename(running) in SCRIPTS else ""
+    return f"python {shell_quoted(os.path.join(place, script))}"
 
 
 NAMED = 5  # things that a line names; there may be hundreds

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from megaman.common.console import Exit, say
+from megaman.common.console import Exit, command_of, say
 from megaman.common.files import write_text
 from megaman.config.train import TrainConfig
 from megaman.data.folder import find_pictures
@@ -22,7 +22,8 @@ def welcome(folder: Path) -> None:
         f"{folder} is ready: put 15-100 pictures there, each with a caption in a .txt file of the same "
         f"name ({guide} tells more), and run this again."
     )
-    say("To see it work first, without a GPU or a network: python megaman_lora.py --preset demo")
+    demo = f"{command_of('megaman_lora.py')} --preset demo"
+    say(f"To see it work first, without a GPU or a network: {demo}")
 
 
 def answer_first_start(cfg: TrainConfig, chosen: Collection[str]) -> None:

@@ -78,7 +78,8 @@ def look_into(folder: Path) -> Listing:
     may not be looked into.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures. Check --data_dir.", Exit.DATA)
+        here = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"{folder}: no such folder of pictures{here}. Check --data_dir.", Exit.DATA)
     found = Listing(folder)
     walk = os.walk(folder, onerror=lambda error: found.pictures.append(Path(error.filename)))
     for name, folders, files in walk:

@@ -24,6 +24,7 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_sd"
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
 }  # deleted from the hub in September 2024
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 ADDRESS = re.compile(r"https?://.*")
 HUB_PAGE = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)"
@@ -65,7 +66,7 @@ def is_local(name: str) -> bool:
     path = Path(name).expanduser()
     if ADDRESS.fullmatch(name) or (HUB_PAGE.fullmatch(name) and not path.exists()):
         return False
-    written_as_path = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
+    written_as_path = path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name)
     return path.exists() or written_as_path or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
 
 
@@ -191,7 +192,8 @@ def why_not_loaded(
     lacking = ", ".join(_lacking_parts(name))
     path = Path(name)
     is_near = path.parent.is_dir() and path.parent != Path()  # perhaps no hub id was meant
-    as_path = f"Taken as a path: {path.parent} holds no {path.name}. " if is_near else ""
+    holds_none = f"{path.parent} holds no {path.name}" if is_near else f"there is no {path.parent} here"
+    as_path = f"Taken as a path: {holds_none}. " if is_near or what == "adapter" else ""
     another = f"{as_path}Check {flag}{_demo_of(flag)}."
     refused = "the hub refuses: your token has expired or may not read this, or there is no such model."
     reasons = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megaman.common.console import Exit, UserError, say, shell_quoted
+from megaman.common.console import Exit, UserError, command_of, say, shell_quoted
 from megaman.common.files import write_text
 from megaman.common.output_folder import (
     ADAPTER_FILE,
@@ -57,7 +57,8 @@ def _how_to_go_on_with_others(checkpoint: Path, data_dir: str) -> str:
         "output_dir": run.path.with_name(f"{run.path.name}_more"),
     }
     words = " ".join(f"--{name} {shell_quoted(str(value))}" for name, value in flags.items())
-    return f" To go on with these pictures from what it has learned: python megaman_lora.py {words}"
+    again = f"{command_of('megaman_lora.py')} {words}"
+    return f" To go on with these pictures from what it has learned: {again}"
 
 
 def _number_in(fingerprint: Any) -> str:
@@ -94,7 +95,7 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
 def resume_command(run: RunFolder) -> str:
     """The command that goes on with a stopped run."""
     record = shell_quoted(str(run.record))
-    return f"python megaman_lora.py --config {record} --resume_from_checkpoint latest"
+    return f"{command_of('megaman_lora.py')} --config {record} --resume_from_checkpoint latest"
 
 
 @contextmanager
