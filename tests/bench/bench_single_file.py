@@ -23,6 +23,17 @@ import socket
 def refuse(*_, **__): raise OSError("the network is shut")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
+WRITE = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+import torch
+from bench_true_size import save_random_model
+from single_files import write_single_file
+work = Path({work!r})
+base = save_random_model(work / "random_sd15", whole_vocabulary=True)
+write_single_file(base, work / "random_v1-5.safetensors", torch.float16)
+"""
 LOAD = """
 import sys, time, torch
 sys.path.insert(0, {root!r})
@@ -55,12 +66,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.mkdtemp(prefix="bench_single_file_")))
     work = parser.parse_args().work
     file = work / "random_v1-5.safetensors"
-    if not file.is_file():
-        import torch
-        from bench_true_size import save_random_model
-        from single_files import write_single_file
-
-        write_single_file(save_random_model(work / "random_sd15", whole_vocabulary=True), file, torch.float16)
+    if not file.is_file():  # by another process: a child's peak begins with its parent's memory
+        subprocess.run([sys.executable, "-c", WRITE.format(path=sys.path[:3], work=str(work))], check=True)
     found: dict[str, object] = {"file_gb": round(file.stat().st_size / 1e9, 2)}
     for dtype in ("bfloat16", "float32"):  # the smaller first: a peak is of all that came before
         printed, _, peak = run(LOAD.format(root=str(ROOT), file=str(file), dtype=dtype))
