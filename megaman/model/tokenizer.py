@@ -13,11 +13,16 @@ LENGTH = 77  # of what the text encoders read, beginning and end included
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
+def clip_merges() -> list[tuple[str, ...]]:
+    """CLIP's 48,894 pairs that make one token, the first ones first."""
+    lines = lzma.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
+    return [tuple(line.split(" ")) for line in lines]
+
+
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
     """The tokenizer of Stable Diffusion 1.x: its vocabulary of 49,408, its merges, its padding."""
-    lines = lzma.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines]
+    merges = clip_merges()
     letters = byte_letters()
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), BEGIN, END]
     return CLIPTokenizer(

@@ -2,7 +2,7 @@
 -> diffusers folder. The UNet learns in two stages: our own figures alone, then the mixture of all sources.
 
     pip install -r requirements_megaman_lora.txt
-    pip install --no-deps open_clip_torch==3.3.0 robohash==2.0 resvg_py==0.5.0   (the first for its BPE table)
+    pip install --no-deps robohash==2.0 resvg_py==0.5.0
     npm install --prefix build_tiny_sd @dicebear/core@9.4.3 @dicebear/pixel-art@9.4.3 \\
         @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9
     python -m megaman.tiny_sd.build --work build_tiny_sd

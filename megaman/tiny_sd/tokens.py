@@ -1,7 +1,5 @@
 """The embedded base's tokenizer: CLIP's own byte-pair table, cut to the words that matter."""
 
-import gzip
-import importlib.util
 import json
 import random
 from itertools import pairwise
@@ -10,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from megaman.model.tokenizer import byte_letters
+from megaman.model.tokenizer import byte_letters, clip_merges
 from megaman.tiny_sd.figures import FILLERS, HERO_WORDS
 
 
@@ -19,14 +17,7 @@ def write_tokenizer(folder: Path, words: list[str], whole_words: int = 6000) -> 
 
     (MIT, OpenAI CLIP.)
     """
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise SystemExit(
-            "error: the tokenizer is cut from CLIP's table: pip install open_clip_torch==3.3.0 --no-deps"
-        )
-    packed = (Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    table = gzip.decompress(packed).decode("utf-8")
-    merges = [tuple(line.split()) for line in table.split("\n")[1:48895]]
+    merges = clip_merges()
     whole = ["".join(pair).removesuffix("</w>") for pair in merges if pair[1].endswith("</w>")]
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     used: set[tuple[str, str]] = set()
