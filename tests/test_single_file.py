@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from single_files import write_single_file
 
 import generate_megaman
 from megaman.common.console import Exit, UserError
-from megaman.model import kinds
-from megaman.model.kinds import SD1, Kind
+from megaman.common.kinds import SD1
+from megaman.model import detection
 from megaman.model.single_file import kind_in
 from megaman.model.stable_diffusion import StableDiffusion, load_base, peek
 from megaman.model.tokenizer import clip_tokenizer
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_kind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kind of the tiny base's shape beside Stable Diffusion 1.x."""
-    monkeypatch.setitem(kinds.TEXT_WIDTHS, 24, Kind("Tiny", 24, folder))
+    monkeypatch.setitem(detection.TEXT_WIDTHS, 24, replace(SD1, text_width=24, folder=str(folder)))
 
 
 @pytest.fixture

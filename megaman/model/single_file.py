@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import SafetensorError, safe_open
 
 from megaman.common.console import Exit, UserError
-from megaman.model.kinds import Kind, kind_of_file
+from megaman.common.kinds import Kind
+from megaman.model.detection import kind_of_file
 from megaman.model.tokenizer import clip_tokenizer
 
 

@@ -21,7 +21,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megaman.common.console import Exit, UserError, say
+from megaman.common.kinds import SD1
 from megaman.config.train import EMBEDDED
+from megaman.model.detection import OTHER_INPUTS, OTHER_WIDTHS
 from megaman.model.hub import (
     BASE_FLAG,
     EMBEDDED_FOLDER,
@@ -36,7 +38,6 @@ from megaman.model.hub import (
     local_file,
     why_not_loaded,
 )
-from megaman.model.kinds import OTHER_INPUTS, OTHER_WIDTHS, SD1
 from megaman.model.single_file import kind_in, load_file
 from megaman.model.tokenizer import clip_tokenizer
 

@@ -1,24 +1,11 @@
-"""The kinds of Stable Diffusion that are trained and drawn with, and what tells them from other models."""
+"""What a single file holds: a kind of Stable Diffusion that is trained and drawn with, or something else."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
-FOLDER = Path(__file__).parents[1] / "kinds"
+from megaman.common.kinds import SD1, Kind
+
 Shapes = Mapping[str, tuple[int, ...]]  # of a file's tensors, by their keys
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What all bases of a kind have in common."""
-
-    name: str
-    text_width: int  # of the hidden states that the UNet reads
-    config: Path  # a diffusers folder of its parts' configurations, without weights
-
-
-SD1 = Kind("Stable Diffusion 1.x", 768, FOLDER / "sd1")
 
 UNET = "model.diffusion_model."
 FIRST, LAST = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"

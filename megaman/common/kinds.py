@@ -1,0 +1,97 @@
+"""The kinds of Stable Diffusion that are trained and drawn with. Everything in which they differ stands in
+this table; nothing else asks which kind a base is.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[1] / "kinds"
+UNET = "unet"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How a kind's UNet reads one of its text encoders, and what files call that."""
+
+    part: str  # in pipelines, in an adapter's keys, in PEFT's folders
+    prefix: str  # of its modules in kohya's files
+    layer: int  # whose states are read: -1 the last one's, normed; -2 those of the one before, as they are
+    has_pooled: bool  # whether the UNet also reads the whole text as one vector
+    pads_with: str | None  # the token behind a text's end; None: the end's own
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all bases of a kind have in common."""
+
+    name: str
+    text_width: int  # of the hidden states that the UNet reads
+    resolution: int  # in pixels, where nobody says another and the base does not either
+    encoders: tuple[Encoder, ...]
+    has_sizes: bool  # whether the UNet is also told the picture's size and where it was cut
+    has_ldm_names: bool  # of the UNet's modules in kohya's files: LDM's, or else diffusers'
+    folder: str  # of CONFIGS: a diffusers folder of its parts' configurations, without weights
+    version: str  # ss_base_model_version, as kohya writes it
+    architecture: str  # modelspec.architecture
+    badge: str  # "sd version" in A1111's sidecar
+
+    @property
+    def config(self) -> Path:
+        """A diffusers folder of its parts' configurations, without weights."""
+        return CONFIGS / self.folder
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those that an adapter can change."""
+        return (UNET, *(encoder.part for encoder in self.encoders))
+
+
+_CLIP_L = Encoder("text_encoder", "lora_te", -1, has_pooled=False, pads_with=None)
+_CLIP_H = Encoder("text_encoder", "lora_te", -1, has_pooled=False, pads_with="!")
+_XL_CLIP_L = Encoder("text_encoder", "lora_te1", -2, has_pooled=False, pads_with=None)
+_XL_CLIP_G = Encoder("text_encoder_2", "lora_te2", -2, has_pooled=True, pads_with="!")
+
+SD1 = Kind(
+    name="Stable Diffusion 1.x",
+    text_width=768,
+    resolution=512,
+    encoders=(_CLIP_L,),
+    has_sizes=False,
+    has_ldm_names=False,
+    folder="sd1",
+    version="sd_v1",
+    architecture="stable-diffusion-v1",
+    badge="SD1",
+)
+SD2 = Kind(
+    name="Stable Diffusion 2.x",
+    text_width=1024,
+    resolution=512,
+    encoders=(_CLIP_H,),
+    has_sizes=False,
+    has_ldm_names=False,
+    folder="sd2",
+    version="sd_v2",
+    architecture="stable-diffusion-v2-512",
+    badge="SD2",
+)
+XL = Kind(
+    name="Stable Diffusion XL",
+    text_width=2048,
+    resolution=1024,
+    encoders=(_XL_CLIP_L, _XL_CLIP_G),
+    has_sizes=True,
+    has_ldm_names=True,
+    folder="xl",
+    version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base",
+    badge="SDXL",
+)
+KINDS = (SD1, SD2, XL)
+
+
+def kind_of_width(text_width: int | None) -> Kind | None:
+    """The kind whose UNets read text of this width; None for a relative of another size, such as the embedded
+    base.
+    """
+    return next((kind for kind in KINDS if kind.text_width == text_width), None)
