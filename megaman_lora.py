@@ -31,40 +31,48 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
         first_start.answer_first_start(CONFIG, CHOSEN)
 
 import random
-from collections.abc import Collection, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import CLIPTokenizer
 
 from megaman.common.cache import Store, default_folder, key_of
+from megaman.common.kinds import SD1
 from megaman.common.output_folder import CAPTIONS, RunFolder, check_apart, check_output, holds_run
 from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
 from megaman.lora import init_lora, injection, save
-from megaman.lora.init_lora import InitLora
 from megaman.model import compute, memory, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.memory import MemoryPlan
 from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
-from megaman.training import checkpoints, encoding, optim, resume, validation
+from megaman.model.text import Text, notes_on_length
+from megaman.training import checkpoints, encoding, objective, optim, resume, validation
 from megaman.training.checkpoints import Checkpoint
-from megaman.training.encoding import EncodedDataset
+from megaman.training.encoding import CaptionReader, EncodedDataset
+from megaman.training.objective import TrainedParts
 from megaman.training.optim import EMA
 from megaman.training.sampler import Position, Sampler, generator_of, micro_batches, seed_dropout
-from megaman.training.schedule import describe_plan, lr_at, pictures_a_step, plan
+from megaman.training.schedule import (
+    describe_plan,
+    peak_rates,
+    pictures_a_step,
+    plan,
+    rates_at,
+    text_encoder_stop_at,
+)
 from megaman.training.tracker import SilentTracker, StepResult, Tracker
 from megaman.training.validation import BestCheckpoint
 
@@ -123,7 +131,8 @@ class MegaManDataset:
         self.folder = Path(data_dir)
         self.tokenizer = tokenizer
         self.seed = seed
-        self.settings = settings or DataFlags()
+        settings = settings or DataFlags()
+        self.settings = replace(settings, resolution=settings.resolution or SD1.resolution)
         self.listing = look_into(self.folder)
         self.scanned, self.skipped = scan.scan(self.listing, store or Store(None))
         self.paths = [picture.path for picture in self.scanned]
@@ -172,7 +181,7 @@ class MegaManDataset:
         if is_random:
             left, top = torch.rand(2, generator=generator_of(self.seed, picture.digest, variant)).tolist()
             at = (left, top)
-        return Crop(picture.path, picture.digest, self.buckets[index], at, is_mirrored)
+        return Crop(picture.path, picture.digest, self.buckets[index], at, is_mirrored, picture.size)
 
     def texts(self, index: int) -> list[str]:
         """The wordings of a picture's caption: those of its file; several of each where tags are shuffled."""
@@ -218,193 +227,6 @@ def report_of(dataset: MegaManDataset) -> Report:
     return Report(dataset.listing, dataset.settings, pictures, dataset.skipped)
 
 
-# ---------------------------------------------------------------- LoRA injection
-
-
-def inject_lora(
-    unet: UNet2DConditionModel, cfg: TrainConfig, init: InitLora | None = None
-) -> list[nn.Parameter]:
-    """Wraps the UNet's modules through PEFT and returns the trainable parameters, float32.
-
-    B = 0, so that training starts at the base itself; A ~ N(0, 1/rank), the same numbers on every device.
-    init: an earlier adapter, whose modules and weights are taken instead.
-    """
-    modules = None if init is None else init_lora.module_names(init, unet)
-    unet.add_adapter(injection.lora_config(cfg, unet, modules), adapter_name=injection.ADAPTER_NAME)
-    for number, module in enumerate(injection.lora_modules(unet).values()):
-        down = module.lora_A[injection.ADAPTER_NAME].weight
-        drawn = torch.randn(down.shape, generator=generator_of(cfg.seed, "lora", number)) / cfg.lora_rank
-        down.data = drawn.to(down.device)
-        up = module.lora_B[injection.ADAPTER_NAME].weight
-        up.data = torch.zeros_like(up, dtype=torch.float32)  # half precision would lose updates of 1e-4
-    injection.reset_dora(unet)
-    if init is not None:
-        init_lora.copy_weights(init, unet)
-    return list(checkpoints.trained(unet).values())
-
-
-# ---------------------------------------------------------------- objective
-
-PRESERVE_EVERY = 4  # one example in four is also asked for the class: enough to hold it, and half as slow
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The inputs of one micro-batch, on the training device.
-
-    latents, noise (B,C,h,w); timesteps (B,); text (B,L,D); class_text (K,L,D): the states of captions that
-    name the class instead of the character, for the examples class_of (K,); K may be 0.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    text: Tensor
-    class_text: Tensor
-    class_of: Tensor
-
-
-@dataclass(frozen=True)
-class ExampleDraw:
-    """What was drawn for one example, on the CPU: rows of the encoded dataset, and randomness of its latents'
-    shape (C,h,w).
-    """
-
-    crop_row: int
-    text_row: int
-    class_row: int | None
-    spread: Tensor
-    noise: Tensor
-    timestep: Tensor
-
-
-def noise_of(shape: Sequence[int], offset: float, generator: torch.Generator) -> Tensor:
-    """Noise for latents (C,h,w); an offset moves the mean of each channel too. Guttenberg 2023."""
-    noise = torch.randn(shape, generator=generator)
-    return noise + offset * torch.randn((shape[0], 1, 1), generator=generator) if offset else noise
-
-
-def draw_example(
-    position: Position, encoded: EncodedDataset, cfg: TrainConfig, scheduler: DDPMScheduler
-) -> ExampleDraw:
-    """A position's example, from its own generator: a crop, the spread of its latents, noise, a timestep, and
-    a wording of the caption or the empty caption (row 0).
-    """
-    number, index = position
-    generator = generator_of(cfg.seed, "example", number)  # the order of its draws is what a resume repeats
-
-    def one_of(rows: Sequence[int]) -> int:
-        return rows[int(torch.randint(0, len(rows), (), generator=generator).item())]
-
-    shape = encoded.shape_of(index)
-    spread = torch.randn(shape, generator=generator)
-    noise = noise_of(shape, cfg.noise_offset, generator)
-    timestep = torch.randint(0, scheduler.config.num_train_timesteps, (), generator=generator)
-    is_dropped = torch.rand((), generator=generator).item() < cfg.caption_dropout
-    crop_row = one_of(encoded.crop_rows[index])
-    text_row = one_of(encoded.text_rows[index])
-    asks_class = bool(cfg.preserve_weight) and number % PRESERVE_EVERY == 0
-    class_row = one_of(encoded.class_rows[index]) if asks_class else None
-    return ExampleDraw(crop_row, 0 if is_dropped else text_row, class_row, spread, noise, timestep)
-
-
-def make_batch(
-    positions: Sequence[Position], encoded: EncodedDataset, cfg: TrainConfig, scheduler: DDPMScheduler
-) -> Batch:
-    """The inputs for these positions, the latents sampled from the VAE's posterior."""
-    drawn = [draw_example(position, encoded, cfg, scheduler) for position in positions]
-    device = encoded.text.device
-    means = torch.stack([encoded.means[example.crop_row] for example in drawn])
-    stds = torch.stack([encoded.stds[example.crop_row] for example in drawn])
-    asking = [number for number, example in enumerate(drawn) if example.class_row is not None]
-    return Batch(
-        latents=means + stds * torch.stack([example.spread for example in drawn]).to(device),
-        noise=torch.stack([example.noise for example in drawn]).to(device),
-        timesteps=torch.stack([example.timestep for example in drawn]).to(device),
-        text=encoded.text[[example.text_row for example in drawn]],
-        class_text=encoded.text[[drawn[number].class_row for number in asking]],
-        class_of=torch.tensor(asking, dtype=torch.long, device=device),
-    )
-
-
-def validation_batch(encoded: EncodedDataset, index: int, timesteps: Sequence[int]) -> Batch:
-    """A picture at these timesteps, always under the same noise, with its first caption: to measure on."""
-    count = len(timesteps)
-    device = encoded.text.device
-    noise = torch.randn((count, *encoded.shape_of(index)), generator=generator_of(0, "held out", index))
-    text = encoded.text[encoded.text_rows[index][0]].expand(count, -1, -1)
-    return Batch(
-        latents=encoded.means[encoded.crop_rows[index][0]].expand(count, -1, -1, -1),
-        noise=noise.to(device),
-        timesteps=torch.tensor(timesteps, device=device),
-        text=text,
-        class_text=text[:0],
-        class_of=torch.tensor([], dtype=torch.long, device=device),
-    )
-
-
-def denoising_losses(unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
-    """The weighted squared error of each example, (B,) float32."""
-    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    predicted = _predicted(unet, noisy, batch.timesteps, batch.text)
-    squared = (predicted - _target(batch, scheduler)).square().mean(dim=(1, 2, 3))
-    return squared * min_snr_weights(batch.timesteps, scheduler, snr_gamma)
-
-
-def preserving_losses(
-    unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, snr_gamma: float
-) -> tuple[Tensor, Tensor]:
-    """The error of each example (B,), and how far the UNet strays from the base under class captions, (K,).
-
-    Both from one pass of B + K examples: the same noisy latents under both captions. What the class looks
-    like is asked of the base itself, with the adapter switched off, so no pictures of it are needed.
-    """
-    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    class_noisy = noisy[batch.class_of]
-    class_timesteps = batch.timesteps[batch.class_of]
-    plain = extract_model_from_parallel(unet)
-    plain.disable_adapters()
-    with torch.no_grad():
-        from_base = _predicted(plain, class_noisy, class_timesteps, batch.class_text)
-    plain.enable_adapters()
-    text = torch.cat([batch.text, batch.class_text])
-    timesteps = torch.cat([batch.timesteps, class_timesteps])
-    predicted = _predicted(unet, torch.cat([noisy, class_noisy]), timesteps, text)
-    squared = (predicted - torch.cat([_target(batch, scheduler), from_base])).square().mean(dim=(1, 2, 3))
-    losses = squared * min_snr_weights(timesteps, scheduler, snr_gamma)
-    return losses[: len(noisy)], losses[len(noisy) :]
-
-
-def training_losses(
-    unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, cfg: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """The losses to minimise: per example (B,), and per class caption (K,); K may be 0."""
-    if len(batch.class_of):
-        return preserving_losses(unet, batch, scheduler, cfg.snr_gamma)
-    losses = denoising_losses(unet, batch, scheduler, cfg.snr_gamma)
-    return losses, losses[:0]
-
-
-def _predicted(unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-    return unet(noisy.to(text.dtype), timesteps, text, return_dict=False)[0].float()
-
-
-def _target(batch: Batch, scheduler: DDPMScheduler) -> Tensor:
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    return batch.noise
-
-
-def min_snr_weights(timesteps: Tensor, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
-    """The weight of each example's error, (B,). Hang et al. 2023, equation 7; gamma 0 = all alike."""
-    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    if snr_gamma == 0:
-        return torch.ones_like(alpha_bar)
-    snr = alpha_bar / (1 - alpha_bar)
-    v_prediction = scheduler.config.prediction_type == "v_prediction"
-    return snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
-
-
 # ---------------------------------------------------------------- the run
 
 
@@ -445,9 +267,8 @@ class TrainingSet:
     sampler: Sampler
 
 
-def open_training_set(cfg: TrainConfig, processes: int) -> TrainingSet:
+def open_training_set(cfg: TrainConfig, facts: BaseFacts, processes: int) -> TrainingSet:
     """The pictures, looked at and put in order. UserError as `open_dataset` raises it."""
-    facts = stable_diffusion.peek(cfg.pretrained_model_name)
     dataset = open_dataset(cfg, facts)
     digests = [picture.digest for picture in dataset.scanned]
     names = [path.relative_to(dataset.folder).as_posix() for path in dataset.paths]
@@ -465,7 +286,8 @@ def describe_adapter(cfg: TrainConfig, base: StableDiffusion, report: Report) ->
         "guidance_scale": cfg.validation_guidance_scale,
         "steps": cfg.max_train_steps,
         "text_width": base.unet.config.cross_attention_dim,
-        "prediction_type": base.scheduler.config.prediction_type,
+        "prediction_type": base.prediction_type,
+        **({"zero_snr": True} if base.has_zero_snr else {}),
         "config": published(cfg) | {"pretrained_model_name": base.name},
         "dataset": dataset_facts(report),
         "hashes": model_hashes(Path(cfg.pretrained_model_name)),
@@ -481,9 +303,12 @@ class Run:
     base: StableDiffusion  # its UNet carries the adapter
     data: TrainingSet
     encoded: EncodedDataset
-    validation_text: Tensor  # (1+P,L,D): the empty caption's states, then the validation prompts'
+    captions: CaptionReader
+    validation_ids: Tensor  # (1+P,C,77): tokens of the empty caption, then of the validation prompts
+    validation_text: Text  # what the base reads in them
+    parts: dict[str, nn.Module]  # of the base, that carry an adapter: its UNet, and text encoders if trained
     unet: nn.Module  # base.unet as accelerate has prepared it
-    trainable: list[nn.Parameter]  # the adapter's, float32
+    trainable: dict[str, nn.Parameter]  # the adapter's, float32
     optimizer: Optimizer
     ema: EMA  # what previews draw and files hold
     origins: dict[str, Any]  # fingerprints of pictures, captions and base
@@ -510,12 +335,14 @@ class Run:
 def set_up(cfg: TrainConfig) -> Run:
     """Everything before the first step, what is quick and may fail before what is slow. Writes nothing."""
     memory.keep_freed_memory()
-    accelerator, dtype = compute.start(cfg.mixed_precision)
+    accelerator, dtype = compute.start(cfg.mixed_precision, rests=cfg.text_encoder_stop < 1)
     compute.try_out(cfg.attention, cfg.compile, accelerator.device)
     checkpoint = resume.checkpoint_of(cfg.resume_from_checkpoint, RunFolder(Path(cfg.output_dir)))
     init = init_lora.init_of(cfg)
+    facts = stable_diffusion.peek(cfg.pretrained_model_name)
+    cfg = replace(cfg, resolution=cfg.resolution or facts.resolution)
     with accelerator.main_process_first():  # the others then find what it has seen in the cache
-        data = open_training_set(cfg, accelerator.num_processes)
+        data = open_training_set(cfg, facts, accelerator.num_processes)
     cfg = plan(cfg, data.sampler, checkpoint)
     for line in [*data.report.lines(), *describe_plan(cfg, data.sampler)]:
         say(line)
@@ -523,35 +350,74 @@ def set_up(cfg: TrainConfig) -> Run:
     resume.check_resume(checkpoint, cfg, origins)
     check_output(Path(cfg.output_dir), Path(cfg.data_dir))
 
-    base = stable_diffusion.load_base(cfg.pretrained_model_name, device=accelerator.device, dtype=dtype)
+    base = load_base(cfg, accelerator.device, dtype)
+    cfg = replace(cfg, snr_gamma=usual_gamma(base) if cfg.snr_gamma is None else cfg.snr_gamma)
     buckets.check_sizes(data.dataset.buckets, cfg.resolution, base.cell_px, base.name)
     origins["the base model's weights"] = base.digest
     resume.check_resume(checkpoint, cfg, origins)
     with accelerator.main_process_first():
         encoded = encode_dataset(data.dataset, base, cfg)
-    validation_text = base.embed(["", *map(without_lora_tags, cfg.validation_prompt)])
-    base.free_encoders()
+    validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
+    base.place(*base.encoders)
+    validation_text = base.embed_ids(validation_ids)
+    if not cfg.text_encoder_lr:
+        base.drop_encoders()
+    base.place(*base.parts)
 
-    trainable = inject_lora(base.unet, cfg, init)
-    optimizer = optim.optimizer_of(cfg.optimizer, trainable, cfg.learning_rate, cfg.weight_decay)
+    injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
     compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
-    unet, optimizer = accelerator.prepare(base.unet.train(), optimizer)
+    trainable = checkpoints.trained(base.parts)
+    unet, optimizer = accelerator.prepare(trained_parts(base), optimizer_of(trainable, cfg))
     return Run(
         cfg=cfg,
         accelerator=accelerator,
         base=base,
         data=data,
         encoded=encoded,
+        captions=CaptionReader(encoded, base, text_encoder_stop_at(cfg) if cfg.text_encoder_lr else 0),
+        validation_ids=validation_ids,
         validation_text=validation_text,
+        parts=base.parts,
         unet=unet,
         trainable=trainable,
         optimizer=optimizer,
-        ema=EMA(checkpoints.trained(base.unet), cfg.ema_decay),
+        ema=EMA(trainable, cfg.ema_decay),
         origins=origins,
         checkpoint=checkpoint,
         memory=MemoryPlan(cfg.train_batch_size, cfg.gradient_checkpointing),
         best=BestCheckpoint(),
     )
+
+
+def load_base(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+    """The base that the settings name. UserError (exit 4) if it can't be loaded."""
+    name, wanted = cfg.pretrained_model_name, cfg.prediction_type
+    base = stable_diffusion.load_base(name, device=device, dtype=dtype, wanted=wanted)
+    base.max_chunks = cfg.max_tokens // CHUNK
+    return base
+
+
+def usual_gamma(base: StableDiffusion) -> float:
+    """--snr_gamma where nobody says another: min-SNR blinds v prediction to high noise, where blacks and
+    composition are learned.
+    """
+    return 0.0 if base.prediction_type == "v_prediction" else SNR_GAMMA
+
+
+def trained_parts(base: StableDiffusion) -> nn.Module:
+    """What accelerate is to prepare: the UNet, and text encoders in training with it."""
+    for part in base.parts.values():
+        part.train()
+    return TrainedParts(base.unet, [*base.encoders.values()]) if base.encoders else base.unet
+
+
+def optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig) -> Optimizer:
+    """The optimizer: a group of the UNet's parameters, one of the text encoders' if they are trained."""
+    is_of_text = checkpoints.is_of_text
+    unets = [parameter for name, parameter in trainable.items() if not is_of_text(name)]
+    others = [parameter for name, parameter in trainable.items() if is_of_text(name)]
+    groups = [unets, others] if others else [unets]
+    return optim.optimizer_of(cfg.optimizer, groups, peak_rates(cfg), cfg.weight_decay)
 
 
 def encode_dataset(dataset: MegaManDataset, base: StableDiffusion, cfg: TrainConfig) -> EncodedDataset:
@@ -569,12 +435,13 @@ def encode_dataset(dataset: MegaManDataset, base: StableDiffusion, cfg: TrainCon
 def begin(run: Run) -> None:
     """Says what is trained where, and puts the checkpoint's state in place, if the run goes on from one."""
     precision = str(run.base.unet.dtype).removeprefix("torch.")
-    count = sum(parameter.numel() for parameter in run.trainable)
+    count = sum(parameter.numel() for parameter in run.trainable.values())
     processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
     prompts = run.cfg.validation_prompt
-    for line in (*notes_on_syntax(prompts), *run.base.notes_on_length(map(without_lora_tags, prompts))):
+    base, plain = run.base, [without_lora_tags(prompt) for prompt in prompts]
+    for line in (*notes_on_syntax(prompts), *notes_on_length(base.tokenizer, plain, base.max_chunks)):
         say(line)
     if run.checkpoint is not None:
         restore_checkpoint(run, run.checkpoint)
@@ -587,12 +454,22 @@ def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     out.
     """
     tensors = run.ema.take_from(checkpoint.tensors)
-    checkpoints.restore(run.base.unet, run.optimizer, tensors)
+    checkpoints.restore(run.trainable, run.optimizer, tensors)
     run.memory = MemoryPlan.of(checkpoint.run)
     run.best = BestCheckpoint(**checkpoint.run["best"])
     scaler = run.accelerator.scaler
     if scaler is not None and checkpoint.run["scaler"]:
         scaler.load_state_dict(checkpoint.run["scaler"])
+
+
+@contextmanager
+def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the block nothing is dropped out."""
+    for part in parts.values():
+        part.eval()
+    yield
+    for part in parts.values():
+        part.train()
 
 
 def apply_memory_plan(run: Run) -> None:
@@ -624,11 +501,11 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
             "best": asdict(run.best),
             **run.memory.facts(),
         }
-        tensors = checkpoints.tensors_of(run.base.unet, run.optimizer) | run.ema.tensors()
+        tensors = checkpoints.tensors_of(run.trainable, run.optimizer) | run.ema.tensors()
         threads = torch.get_num_threads()
         checkpoint = Checkpoint(step, asdict(run.cfg), run.origins, facts, threads, tensors)
         with run.ema.swapped_in():
-            adapter = injection.adapter_of(run.base.unet, run.description | {"steps": step})
+            adapter = injection.adapter_of(run.parts, run.base.kind, run.description | {"steps": step})
         keep = run.cfg.checkpoints_total_limit
         checkpoints.save_checkpoint(
             run.folder.checkpoints, checkpoint, adapter, keep=keep, best=run.best.step
@@ -638,12 +515,13 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
 def validate(run: Run, tracker: SilentTracker, step: int) -> None:
     """Measures the plain loss on the pictures that are held out, with the moving average, if there is one."""
     if run.data.held_out and run.accelerator.is_main_process:
-        unet = run.base.unet.eval()
-        with torch.no_grad(), run.ema.swapped_in():
+        unet, encoded, read = run.base.unet, run.encoded, run.captions.now
+        with torch.no_grad(), run.ema.swapped_in(), at_rest(run.parts):
             moments = product(sorted(run.data.held_out), validation.TIMESTEPS)  # one at a time: memory
-            batches = (validation_batch(run.encoded, index, [timestep]) for index, timestep in moments)
-            losses = [denoising_losses(unet, batch, run.base.scheduler, snr_gamma=0) for batch in batches]
-        unet.train()
+            batches = (objective.validation_batch(encoded, index, [at], read) for index, at in moments)
+            losses = [
+                objective.denoising_losses(unet, batch, run.base.scheduler, snr_gamma=0) for batch in batches
+            ]
         loss = torch.cat(losses).mean().item()
         run.best.note_measured(step, loss)
         tracker.record_validation(step, loss)
@@ -654,8 +532,9 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
     if run.accelerator.is_main_process:
         cfg = run.cfg
         look = validation.Look(cfg.resolution, cfg.validation_guidance_scale, cfg.seed)
-        with run.ema.swapped_in():
-            images = validation.draw_previews(run.base, run.validation_text, look, step, stop)
+        with run.ema.swapped_in(), at_rest(run.parts):
+            text = run.base.embed_ids(run.validation_ids) if run.base.encoders else run.validation_text
+            images = validation.draw_previews(run.base, text, look, step, stop)
         if images:
             tracker.show_samples(step, cfg.validation_prompt, images)
 
@@ -664,10 +543,9 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
     """Writes lora_weights/ and closes tracker and accelerator."""
     weights = run.folder.weights
     if run.accelerator.is_main_process:
-        unet = run.base.unet
         with run.ema.swapped_in():
-            adapter = injection.adapter_of(unet, run.description)
-            save.write_adapter(adapter, weights, live=unet, preview=tracker.latest_sample())
+            adapter = injection.adapter_of(run.parts, run.base.kind, run.description)
+            save.write_adapter(adapter, weights, live=run.parts, preview=tracker.latest_sample())
         better = run.best.report_line(run.folder, run.cfg.max_train_steps)
         if better is not None:
             say(better)
@@ -702,26 +580,27 @@ def forward_backward(run: Run, positions: Sequence[Position], step: int) -> Step
         apply_memory_plan(run)
 
     if run.accelerator.num_processes > 1:
-        parts = accumulate(run, positions)
+        parts = accumulate(run, positions, step)
     else:
-        parts = memory.retry_with_less_memory(lambda: accumulate(run, positions), shrink)
+        parts = memory.retry_with_less_memory(lambda: accumulate(run, positions, step), shrink)
     total = torch.stack([losses.sum() for _, losses in parts]).sum()
     return StepLosses(parts, run.accelerator.reduce(total, "sum") / len(positions))
 
 
-def accumulate(run: Run, positions: Sequence[Position]) -> list[tuple[Sequence[Position], Tensor]]:
+def accumulate(run: Run, positions: Sequence[Position], step: int) -> list[tuple[Sequence[Position], Tensor]]:
     """One pass over this process's parts of a step; the last one lets the processes share their gradients."""
     cfg, accelerator, scheduler = run.cfg, run.accelerator, run.base.scheduler
+    text_of = partial(run.captions.for_step, step)
     processes = accelerator.num_processes
     shares = micro_batches(positions, accelerator.process_index, processes, run.memory.batch)
     parts = []
     for number, share in enumerate(shares, 1):
         with nullcontext() if number == len(shares) else accelerator.no_sync(run.unet):
             used = share or positions[:1]  # a process without a share computes one for nothing: all must meet
-            batch = make_batch(used, run.encoded, cfg, scheduler)
             if cfg.lora_dropout:
                 seed_dropout(cfg.seed, used[0].number)
-            losses, strayed = training_losses(run.unet, batch, scheduler, cfg)
+            batch = objective.make_batch(used, run.encoded, cfg, scheduler, text_of)
+            losses, strayed = objective.training_losses(run.unet, batch, scheduler, cfg.snr_gamma or 0)
             weight = processes / len(positions) if share else 0.0  # times processes, because DDP averages
             accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
         parts.append((share, losses.detach()[: len(share)]))
@@ -743,15 +622,16 @@ def train(cfg: TrainConfig) -> Path:
         if every(run.start, cfg.validation_steps, total) and not tracker.has_samples(run.start):
             draw_samples(run, tracker, run.start, stop)  # of the base, or those that a stopped run still owes
         for step in range(run.start, total):
-            rate = optim.set_learning_rate(run.optimizer, lr_at(step, cfg))
+            rates = rates_at(step, cfg)
+            optim.set_learning_rates(run.optimizer, rates)
             positions = run.data.sampler.batch(step)  # a function of the step
             losses = forward_backward(run, positions, step)
-            grad_norm = accelerator.clip_grad_norm_(run.trainable, cfg.max_grad_norm)
+            grad_norm = accelerator.clip_grad_norm_(run.trainable.values(), cfg.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
             run.ema.update(step)
             skipped = accelerator.optimizer_step_was_skipped
-            tracker.record(StepResult(step, losses.mean, grad_norm, rate, skipped, losses.parts))
+            tracker.record(StepResult(step, losses.mean, grad_norm, rates, skipped, losses.parts))
 
             done = step + 1
             is_stopped = compute.is_agreed(bool(stop), accelerator)  # several processes wait for each other
@@ -772,7 +652,9 @@ def train(cfg: TrainConfig) -> Path:
 
 def show_dataset(cfg: TrainConfig) -> None:
     """--dry_run: the report, on the terminal and as a page."""
-    data = open_training_set(cfg, processes=1)
+    facts = stable_diffusion.peek(cfg.pretrained_model_name)
+    cfg = replace(cfg, resolution=cfg.resolution or facts.resolution)
+    data = open_training_set(cfg, facts, processes=1)
     output = Path(cfg.output_dir)
     for line in [*data.report.lines(), *describe_plan(plan(cfg, data.sampler), data.sampler)]:
         say(line)

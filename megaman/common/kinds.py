@@ -30,6 +30,7 @@ class Kind:
     encoders: tuple[Encoder, ...]
     has_sizes: bool  # whether the UNet is also told the picture's size and where it was cut
     has_ldm_names: bool  # of the UNet's modules in kohya's files: LDM's, or else diffusers'
+    pipeline: str  # diffusers' class
     folder: str  # of CONFIGS: a diffusers folder of its parts' configurations, without weights
     version: str  # ss_base_model_version, as kohya writes it
     architecture: str  # modelspec.architecture
@@ -58,6 +59,7 @@ SD1 = Kind(
     encoders=(_CLIP_L,),
     has_sizes=False,
     has_ldm_names=False,
+    pipeline="StableDiffusionPipeline",
     folder="sd1",
     version="sd_v1",
     architecture="stable-diffusion-v1",
@@ -70,6 +72,7 @@ SD2 = Kind(
     encoders=(_CLIP_H,),
     has_sizes=False,
     has_ldm_names=False,
+    pipeline="StableDiffusionPipeline",
     folder="sd2",
     version="sd_v2",
     architecture="stable-diffusion-v2-512",
@@ -82,6 +85,7 @@ XL = Kind(
     encoders=(_XL_CLIP_L, _XL_CLIP_G),
     has_sizes=True,
     has_ldm_names=True,
+    pipeline="StableDiffusionXLPipeline",
     folder="xl",
     version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base",

@@ -46,6 +46,7 @@ class Facts:
     published: Publish | None = None  # in the adapter's files; a path never, unless it says otherwise
     is_free: bool = False  # a resumed run may change it
     is_of_one_command: bool = False  # no setting of the run
+    before: Any = None  # what runs did that were made before it was a setting; untold where nothing changes
 
     def __post_init__(self) -> None:
         usual: Publish = "never" if self.is_path else "whole"

@@ -26,12 +26,13 @@ CropMode = Literal["bucket", "center", "random"]
 Targets = Literal["attention", "attention+ff", "linear", "conv"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
 Attention = Literal["auto", "sdpa", "xformers"]
+PredictionType = Literal["auto", "epsilon", "v_prediction"]
 PROJECT = Path(__file__).parents[2]
 RECORD = "training_config.json"  # where a run keeps its settings
 _CACHED = "leave it out: latents and text embeddings are always cached"
 _CAPTIONS = "captions are .txt files beside the pictures, or a metadata.jsonl, in --data_dir"
 _PRESERVED = "--preserve_weight, which keeps the class without pictures of it"
-_UNET_ALONE = "leave it out: only the UNet is trained"
+_TEXT_ENCODER = "--text_encoder_lr, above 0 to train the text encoders too"
 _FIXED = "leave it out: it can't be changed here"
 _BUCKETS = "--crop bucket, the default"
 _BASES = "leave it out: the base itself brings and says it"
@@ -88,7 +89,7 @@ ELSEWHERE = {
     **dict.fromkeys(("lr_scheduler_num_cycles", "lr_num_cycles"), _FIXED),
     **dict.fromkeys(("lr_scheduler_power", "lr_power", "lr_scheduler_args", "loss_type"), _FIXED),
     **dict.fromkeys(("huber_c", "huber_schedule", "min_timestep", "max_timestep"), _FIXED),
-    **dict.fromkeys(("prediction_type", "vae", "revision", "tokenizer_name", "no_half_vae"), _BASES),
+    **dict.fromkeys(("vae", "revision", "tokenizer_name", "no_half_vae"), _BASES),
     "lr_scheduler_type": "--lr_scheduler",
     **dict.fromkeys(("multires_noise_iterations", "adaptive_noise_scale"), "--noise_offset"),
     **dict.fromkeys(("warmup_steps", "lr_warmup", "warmup_ratio"), "--lr_warmup_steps"),
@@ -112,9 +113,13 @@ ELSEWHERE = {
     **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _CACHED),
     "weighted_captions": "leave it out: a caption's words all weigh the same",
     **dict.fromkeys(("clip_skip", "max_token_length"), "leave it out: it isn't trained with"),
-    **dict.fromkeys(("v2", "v_parameterization", "variant"), _BASES),
-    **dict.fromkeys(("train_text_encoder", "network_train_unet_only"), _UNET_ALONE),
-    **dict.fromkeys(("text_encoder_lr", "network_train_text_encoder_only"), _UNET_ALONE),
+    **dict.fromkeys(("v2", "sdxl", "variant", "zero_terminal_snr"), _BASES),
+    "v_parameterization": "--prediction_type v_prediction",
+    **dict.fromkeys(("train_text_encoder", "learning_rate_te", "text_encoder_lr1"), _TEXT_ENCODER),
+    **dict.fromkeys(("learning_rate_te1", "learning_rate_te2", "text_encoder_lr2"), _TEXT_ENCODER),
+    "network_train_unet_only": "leave it out: only the UNet is trained, unless --text_encoder_lr is given",
+    "network_train_text_encoder_only": "leave it out: the UNet is always trained",
+    **dict.fromkeys(("stop_text_encoder_training", "train_text_encoder_frac"), "--text_encoder_stop"),
     **dict.fromkeys(
         ("max_data_loader_n_workers", "persistent_data_loader_workers", "dataloader_num_workers"),
         "leave it out: there is nothing to load while it trains",
@@ -173,11 +178,19 @@ class DataFlags:
         published="name",
         is_free=True,
     )
+    prediction_type: PredictionType = flag(
+        "auto", "what the base predicts, where you know better than what is found out of it", before="auto"
+    )
     data_dir: str = flag(
         "./megaman_images", "folder of pictures and .txt captions", is_path=True, is_free=True
     )
     output_dir: str = flag("./megaman_lora_output", "where everything goes", is_path=True, is_free=True)
-    resolution: int = flag(512, "side of the training square in pixels", least=1, is_square=True)
+    resolution: int | None = flag(
+        None,
+        "side of the training square in pixels; the base's own (512, XL 1024) if not given",
+        least=1,
+        is_square=True,
+    )
     crop: CropMode = flag(
         "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
     )
@@ -187,6 +200,13 @@ class DataFlags:
     )
     caption_dropout: float = flag(
         0.05, "share of examples that train with the empty caption", least=0, most=1
+    )
+    max_tokens: int = flag(
+        225,
+        "longest caption in tokens: chunks of 75, as the web UIs make them; what is beyond is not read",
+        least=75,
+        is_free=True,
+        published="never",
     )
     shuffle_tags: bool = flag(False, "vary the order of a caption's comma-separated tags")
     keep_tags: int = flag(1, "tags at the front that --shuffle_tags leaves in place", least=0)
@@ -232,6 +252,16 @@ class OptimisationFlags:
 
     title: ClassVar[str] = "optimisation"
     learning_rate: float = flag(1e-4, "peak learning rate", above=0)
+    text_encoder_lr: float = flag(
+        0.0, "peak learning rate of the text encoders' LoRA; 0 = only the UNet is trained", least=0, before=0.0
+    )
+    text_encoder_stop: float = flag(
+        1.0,
+        "share of the run after which the text encoders stay as they are",
+        above=0,
+        most=1,
+        before=1.0,
+    )
     lr_scheduler: Literal["cosine", "constant", "linear", "polynomial", "cosine_with_restarts"] = flag(
         "cosine",
         "course of the rate after the warm-up",
@@ -256,7 +286,9 @@ class OptimisationFlags:
     )
     weight_decay: float = flag(0.01, "how fast the adapter shrinks where nothing holds it", least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
-    snr_gamma: float = flag(5.0, "min-SNR loss weighting; 0 = off", least=0)
+    snr_gamma: float | None = flag(
+        None, "min-SNR loss weighting; 5, and 0 (off) for bases of v prediction, if not given", least=0
+    )
     noise_offset: float = flag(
         0.0, "strength of noise alike over a whole picture: darker darks; 0 = off", least=0
     )
@@ -353,6 +385,11 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
         require(not within, f"--cache_dir {self.cache_dir}: {aside}")
         varies = self.shuffle_tags or self.keep_tags == 1
         require(varies, f"--keep_tags {self.keep_tags}: must be given with --shuffle_tags")
+        reads = self.text_encoder_lr > 0 or self.text_encoder_stop == 1
+        require(reads, f"--text_encoder_stop {self.text_encoder_stop}: must be given with --text_encoder_lr")
+        is_one = self.optimizer != "prodigy" or self.text_encoder_lr in (0, self.learning_rate)
+        alike = "--optimizer prodigy finds one rate for all; give the same as --learning_rate"
+        require(is_one, f"--text_encoder_lr {self.text_encoder_lr}: {alike}")
         preserves = self.preserve_weight > 0 or self.preserve_class == OptimisationFlags().preserve_class
         words = " ".join(self.preserve_class)
         together = "must be given together with --preserve_weight above 0"
@@ -397,14 +434,18 @@ def recorded(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that decide a run's result, under their flags' names: a resume must not change them."""
+    """Those settings that decide a run's result, under their flags' names: a resume must not change them. Of
+    a run that was made before a setting there was, what it did.
+    """
     free = {name for name, facts in FACTS.items() if facts.is_free or facts.is_of_one_command}
-    return {f"--{name}": value for name, value in settings.items() if name not in free}
+    whole = {name: facts.before for name, facts in FACTS.items() if facts.before is not None} | dict(settings)
+    return {f"--{name}": value for name, value in whole.items() if name not in free}
 
 
 def published(cfg: TrainConfig) -> dict[str, Any]:
     """The settings as a file that is shared may carry them: of a path, its last part at most."""
-    shown = {name: value for name, value in recorded(cfg).items() if FACTS[name].published != "never"}
+    told = {name: value for name, value in recorded(cfg).items() if value != FACTS[name].before or value is None}
+    shown = {name: value for name, value in told.items() if FACTS[name].published != "never"}
     for name, value in shown.items():
         if FACTS[name].published == "name" and value:
             shown[name] = Path(value).name

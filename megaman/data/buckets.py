@@ -97,11 +97,23 @@ class Crop:
     bucket: Bucket
     at: tuple[float, float] = CENTRE
     is_mirrored: bool = False
+    whole: tuple[int, int] | None = None  # the picture's own width and height; None: as large as the bucket
 
     @property
     def key(self) -> str:
         """Decides the pixels."""
         return key_of(self.digest, self.bucket, self.at, self.is_mirrored)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """What Stable Diffusion XL is told of a picture, heights before widths: its own size, how much is cut
+        off above and to the left of it as it is scaled (and mirrored), the size it is trained at.
+        """
+        width, height = self.whole or (self.bucket.width, self.bucket.height)
+        fit = fit_of((width, height), self.bucket, self.at)
+        left = width - fit.right if self.is_mirrored else fit.left
+        cut = (round(fit.top * fit.scale), round(left * fit.scale))
+        return (height, width, *cut, self.bucket.height, self.bucket.width)
 
     def pixels(self) -> Tensor:
         """(3,height,width) float32 in [-1, 1]. Raises BadPicture when the file can't be read any more."""

@@ -26,7 +26,6 @@ from megaman.data.folder import Listing
 from megaman.data.scan import ScannedPicture, Skipped, duplicates
 
 MUCH_IS_CUT = 0.35  # of a picture, outside the frame; a photo of 3:2 in a square loses a third
-MAX_TOKENS = 75  # Stable Diffusion reads 77, two of them mark the beginning and the end
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Report:
     @property
     def too_long(self) -> list[TrainedPicture]:
         """Captions whose end the text encoder does not see."""
-        return [picture for picture in self.pictures if picture.tokens > MAX_TOKENS]
+        return [picture for picture in self.pictures if picture.tokens > self.settings.max_tokens]
 
     @cached_property
     def without_trigger(self) -> list[TrainedPicture]:
@@ -179,7 +178,7 @@ class Report:
         notes = []
         if self.too_long:
             notes.append(
-                f"{count(len(self.too_long), 'caption')} longer than {MAX_TOKENS} tokens; what is "
+                f"{count(len(self.too_long), 'caption')} longer than {self.settings.max_tokens} tokens; what is "
                 f"over is not read ({_named(self.too_long)})"
             )
         if self.without_trigger:
@@ -219,7 +218,7 @@ class Report:
 
     def html(self) -> str:
         """The page: every picture with what of it is seen, its caption and remarks."""
-        return render("dataset.html.j2", report=self, max_tokens=MAX_TOKENS)
+        return render("dataset.html.j2", report=self, max_tokens=self.settings.max_tokens)
 
     def offer_captions(self, folder: Path) -> list[str]:
         """Writes every caption that was made from a name, to be edited and copied; what is there, stays. What

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, KwargsHandler
 from diffusers import UNet2DConditionModel
 
 from megaman.common.console import Exit, UserError, say
@@ -75,25 +75,30 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[wanted]
 
 
-def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
+def new_accelerator(device: torch.device, dtype: torch.dtype, *, rests: bool = False) -> Accelerator:
     """Makes accelerate's Accelerator for this process.
 
     Only fp16 asks anything of it: a gradient scaler. The base is in half precision already, so no
-    autocast.
+    autocast. rests: some parameters get no gradients for a part of the run, which processes must expect.
     """
+    handlers: list[KwargsHandler] = [AutocastKwargs(enabled=False)]
+    if rests:
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     AcceleratorState._reset_state()  # a program may train twice, in another precision
     return Accelerator(
         mixed_precision="fp16" if dtype == torch.float16 else "no",
         cpu=device.type == "cpu",
-        kwargs_handlers=[AutocastKwargs(enabled=False)],
+        kwargs_handlers=handlers,
     )
 
 
-def start(mixed_precision: str) -> tuple[Accelerator, torch.dtype]:
-    """Picks device and precision; returns the Accelerator and the precision of the frozen weights."""
+def start(mixed_precision: str, *, rests: bool = False) -> tuple[Accelerator, torch.dtype]:
+    """Picks device and precision; returns the Accelerator and the precision of the frozen weights. rests: see
+    `new_accelerator`.
+    """
     device = pick_device()
     dtype = pick_dtype(mixed_precision, device)
-    return new_accelerator(device, dtype), dtype
+    return new_accelerator(device, dtype, rests=rests), dtype
 
 
 def end(accelerator: Accelerator) -> None:

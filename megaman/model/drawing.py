@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 from torch import Generator, Tensor
 
 from megaman.common.console import Exit, UserError
-from megaman.model.stable_diffusion import StableDiffusion
+from megaman.model.stable_diffusion import StableDiffusion, of_kind
+from megaman.model.text import Text
 
 SAMPLERS = {
     "dpm++": DPMSolverMultistepScheduler,
@@ -27,21 +28,41 @@ SAMPLERS = {
 }
 
 
-def pipeline_of(base: StableDiffusion, scheduler: str = "dpm++") -> StableDiffusionPipeline:
-    """A pipeline of the base's own parts that draws with the sampler dpm++, euler, euler_a, ddim or unipc."""
-    sampler = SAMPLERS[scheduler].from_config(base.scheduler.config)
-    pipeline = StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=sampler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+GUIDANCE_RESCALE = 0.7  # for bases whose schedule ends in noise alone. Lin et al. 2023
+
+
+def pipeline_of(base: StableDiffusion, scheduler: str = "dpm++") -> DiffusionPipeline:
+    """A pipeline of the base's UNet and VAE that draws with the sampler dpm++, euler, euler_a, ddim or unipc;
+    texts it is given as `words` reads them.
+    """
+    parts = {
+        "vae": base.vae,
+        "unet": base.unet,
+        "scheduler": SAMPLERS[scheduler].from_config(base.scheduler.config),
+    }
+    beside = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = of_kind(base.kind, parts | beside)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def words(
+    base: StableDiffusion, prompts: Sequence[str], negatives: Sequence[str]
+) -> dict[str, Tensor | None]:
+    """Prompts and what to keep away from, as a pipeline takes them: equally long."""
+    longest = max(base.ids_of(texts).shape[1] for texts in (prompts, negatives))
+    return as_settings(*(base.embed(texts, longest) for texts in (prompts, negatives)))
+
+
+def as_settings(text: Text, negative: Text) -> dict[str, Tensor | None]:
+    """Texts and what to keep away from, (B,L,D) each, as a pipeline takes them."""
+    settings = {"prompt_embeds": text.states, "negative_prompt_embeds": negative.states}
+    if text.pooled is None:
+        return settings
+    return settings | {
+        "pooled_prompt_embeds": text.pooled,
+        "negative_pooled_prompt_embeds": negative.pooled,
+    }
 
 
 OVERFLOW = (
@@ -50,7 +71,7 @@ OVERFLOW = (
 )
 
 
-def draw(base: StableDiffusion, pipeline: StableDiffusionPipeline, **settings: Any) -> list[Image.Image]:
+def draw(base: StableDiffusion, pipeline: DiffusionPipeline, **settings: Any) -> list[Image.Image]:
     """The pictures of one batch, as `draw_or_none` makes them. UserError (exit 5) on non-finite numbers."""
     pictures = draw_or_none(base, pipeline, **settings)
     whole = [picture for picture in pictures if picture is not None]
@@ -71,7 +92,7 @@ def noise_of(base: StableDiffusion, width: int, height: int, generators: Sequenc
 
 def draw_or_none(
     base: StableDiffusion,
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     *,
     width: int,
     height: int,
@@ -85,6 +106,8 @@ def draw_or_none(
     the pipeline's own.
     """
     noise = noise_of(base, width, height, generators)
+    if base.has_zero_snr:
+        settings["guidance_rescale"] = GUIDANCE_RESCALE
     settings |= {"latents": noise, "generator": list(generators), "output_type": "latent"}
     latents = pipeline(**settings).images
     pictures: list[Image.Image | None] = []

@@ -93,7 +93,7 @@ def is_variant_alone(part: Path) -> bool:
 
 
 # ---------------------------------------------------------------- why one can't be had
-_WEIGHTS = ("unet", "vae", "text_encoder")
+_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # whose classes a model may name
 _OFFLINE = {
     "LocalEntryNotFoundError",
@@ -127,10 +127,6 @@ def check_folder_or_file(source: Path, flag: str = BASE_FLAG) -> None:
                 f"{source}: not a diffusers model folder (no model_index.json). Name one, a .safetensors "
                 "checkpoint or a hub id.",
                 Exit.MODEL,
-            )
-        if '"StableDiffusionXL' in index.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(
-                f"{source}: a Stable Diffusion XL model; this tool trains Stable Diffusion 1.x.", Exit.MODEL
             )
         _refuse_code(source)
     elif not source.exists():
@@ -225,7 +221,7 @@ def why_not_loaded(
 
 
 def _why_not_read(source: Path, text: str, what: str) -> str:
-    complete = "Is it complete, and a Stable Diffusion 1.x in safetensors?"
+    complete = "Is it complete, and a Stable Diffusion 1.x, 2.x or XL in safetensors?"
     return f"{source}: this {what} can't be loaded ({text}). {complete}"
 
 
@@ -248,7 +244,8 @@ def _lacking_parts(name: str) -> list[str]:
         return []
     if not isinstance(index, str):
         return []
-    folders = [(part, Path(index).parent / part) for part in _WEIGHTS]
+    named = Path(index).read_text(encoding="utf-8", errors="replace")
+    folders = [(part, Path(index).parent / part) for part in _WEIGHTS if f'"{part}"' in named]
     return [part for part, folder in folders if not any(f.is_file() for f in folder.glob("*.safetensors"))]
 
 

@@ -2,27 +2,25 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megaman.common.console import Exit, UserError, say
-from megaman.common.kinds import SD1
-from megaman.config.train import EMBEDDED
+from megaman.common.kinds import SD1, SD2, UNET, XL, Kind, kind_of_width
+from megaman.config.train import EMBEDDED, PredictionType
+from megaman.model import prediction
 from megaman.model.detection import OTHER_INPUTS, OTHER_WIDTHS
 from megaman.model.hub import (
     BASE_FLAG,
@@ -38,7 +36,9 @@ from megaman.model.hub import (
     local_file,
     why_not_loaded,
 )
+from megaman.model.prediction import Prediction
 from megaman.model.single_file import kind_in, load_file
+from megaman.model.text import Text, ids_of, read
 from megaman.model.tokenizer import clip_tokenizer
 
 
@@ -47,11 +47,19 @@ class StableDiffusion:
     """A Stable Diffusion's parts. Sizes are asked from the parts' configs, never assumed."""
 
     name: str  # a hub id, or the name of a folder or file without its path
+    kind: Kind
     unet: UNet2DConditionModel
     vae: AutoencoderKL  # always float32: half precision overflows in some VAEs
-    text_encoder: CLIPTextModel | None
-    tokenizer: CLIPTokenizer
+    encoders: dict[str, nn.Module]  # of text, by the names of kind.encoders
+    tokenizer: CLIPTokenizer  # one for all encoders
     scheduler: DDPMScheduler
+    device: torch.device  # where it computes; parts that are not needed there lie on the CPU
+    max_chunks: int = 1  # of 75 tokens, that are read of a text
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Those that an adapter can change, by name."""
+        return {UNET: self.unet, **self.encoders}
 
     @property
     def stride(self) -> int:
@@ -82,49 +90,71 @@ class StableDiffusion:
         """The side in pixels that the UNet was trained for."""
         return self.unet.config.sample_size * self.stride
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """The text encoder's hidden states, (N,77,D), in the UNet's precision.
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: epsilon (the noise) or v_prediction."""
+        return self.scheduler.config.prediction_type
 
-        Longer texts are cut at the tokenizer's length.
+    @property
+    def has_zero_snr(self) -> bool:
+        """Whether its schedule ends in noise alone (zero terminal signal-to-noise ratio)."""
+        return bool(self.scheduler.config.get("rescale_betas_zero_snr"))
+
+    def ids_of(self, texts: Sequence[str], at_least: int = 1) -> Tensor:
+        """Tokens of texts, (N,C,77): each in as many chunks as the longest has, and at least so many."""
+        return ids_of(self.tokenizer, texts, self.max_chunks, at_least)
+
+    def read(self, ids: Tensor) -> Text:
+        """Texts as the UNet reads them, of their tokens (N,C,77), in the UNet's precision; with gradients
+        where the encoders are in training.
         """
-        if self.text_encoder is None:
-            raise RuntimeError("the text encoder was freed")
-        ids = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        with torch.no_grad():
-            return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.to(self.unet.dtype)
+        return read(ids, self.encoders, self.kind, self.tokenizer).to(self.device, self.unet.dtype)
 
-    def notes_on_length(self, texts: Iterable[str]) -> list[str]:
-        """A line for each distinct text whose end the text encoder does not read."""
-        most = self.tokenizer.model_max_length - 2
-        counts = {text: len(self.tokenizer(text, add_special_tokens=False).input_ids) for text in texts}
-        longer = {text: count for text, count in counts.items() if count > most}
-        return [
-            f"note: a prompt of {count} tokens is cut after {most}: {text[:60]!r}…"
-            for text, count in longer.items()
-        ]
+    @torch.no_grad()
+    def embed_ids(self, ids: Tensor) -> Text:
+        """As `read`, without gradients."""
+        return self.read(ids)
 
-    def free_encoders(self) -> None:
-        """Drops the text encoder and moves the VAE off the accelerator: neither takes part in a training
-        step.
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], at_least: int = 1) -> Text:
+        """Texts as the UNet reads them: states (N,C*77,D); without gradients."""
+        return self.read(self.ids_of(texts, at_least))
+
+    def place(self, *names: str) -> None:
+        """Moves these parts (vae, unet, text_encoder, …) to the device and all others off it: an accelerator
+        never holds what has no work to do.
         """
-        self.text_encoder = None
-        self.vae.to("cpu")
-        if self.unet.device.type == "cuda":
+        parts = {"vae": self.vae, **self.parts}
+        for name in sorted(parts, key=lambda name: name in names):  # room is made first
+            parts[name].to(self.device if name in names else "cpu")
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def drop_encoders(self) -> None:
+        """Forgets the text encoders, which take no part in a training step unless they are trained."""
+        self.encoders = {}
+
+
+def conditions(text: Text, sizes: Tensor) -> dict[str, Any]:
+    """What a UNet is called with beside noise, timesteps and states: nothing, or, where the base's kind has a
+    pooled text (B,P), that and six sizes (B,6) a picture.
+    """
+    if text.pooled is None:
+        return {}
+    return {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": sizes}}
+
+
+# ---------------------------------------------------------------- before it is loaded
 
 
 @dataclass(frozen=True)
 class BaseFacts:
     """What is known of a base before it is loaded."""
 
+    kind: Kind
     cell_px: int  # see StableDiffusion
     tokenizer: CLIPTokenizer
+    resolution: int  # to train at in pixels, where the user names none
 
 
 def peek(name: str) -> BaseFacts:
@@ -133,46 +163,112 @@ def peek(name: str) -> BaseFacts:
     """
     file = Path(name).expanduser()
     if is_local(name) and file.suffix == ".safetensors" and file.is_file():
-        return BaseFacts(_cell_px(kind_in(file).config), clip_tokenizer())
+        kind = kind_in(file)
+        resolution = prediction.resolution_of(kind, prediction.stated_in_file(file))
+        return BaseFacts(kind, _cell_px(kind.config), clip_tokenizer(), resolution)
     try:
-        cell_px = _cell_px(local_file(name, "unet/config.json").parents[1])
-    except (OSError, ValueError, KeyError):
-        cell_px = _cell_px(SD1.config)
+        folder = local_file(name, "unet/config.json").parents[1]
+        unet = _config(folder, "unet")
+        kind, cell_px = kind_of_config(unet), _cell_px(folder)
+        resolution = unet["sample_size"] * 2 ** (len(_config(folder, "vae")["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        kind, cell_px, resolution = SD1, _cell_px(SD1.config), SD1.resolution
     for part in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
         with contextlib.suppress(OSError, ValueError):
-            return BaseFacts(cell_px, CLIPTokenizer.from_pretrained(local_file(name, part).parent))
-    return BaseFacts(cell_px, clip_tokenizer())
+            tokenizer = _own_tokenizer(CLIPTokenizer.from_pretrained(local_file(name, part).parent), kind)
+            return BaseFacts(kind, cell_px, tokenizer, resolution)
+    return BaseFacts(kind, cell_px, clip_tokenizer(), resolution)
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    return json.loads((folder / part / "config.json").read_bytes())
 
 
 def _cell_px(folder: Path) -> int:
     """The cell of a base by the configurations in its folder."""
-    halvings = [
-        len(json.loads((folder / part / "config.json").read_bytes())["block_out_channels"]) - 1
-        for part in ("vae", "unet")
-    ]
+    halvings = [len(_config(folder, part)["block_out_channels"]) - 1 for part in ("vae", "unet")]
     return 2 ** sum(halvings)
 
 
-def load_base(
-    name: str, *, device: torch.device, dtype: torch.dtype, flag: str = BASE_FLAG
-) -> StableDiffusion:
-    """The frozen base from the embedded folder, a diffusers folder, a single .safetensors file or the hub.
+def kind_of_config(unet: Mapping[str, Any]) -> Kind:
+    """The kind of a UNet with this configuration; of other widths than the kinds' own, by how it is built."""
+    by_width = kind_of_width(unet["cross_attention_dim"])
+    if by_width is not None:
+        return by_width
+    if unet.get("addition_embed_type") == "text_time":
+        return XL
+    return SD2 if unet.get("use_linear_projection") else SD1
 
-    UserError (exit 4) if it can't. flag: how the user names another.
+
+def _own_tokenizer(tokenizer: CLIPTokenizer, kind: Kind) -> CLIPTokenizer:
+    """The tokenizer that a base's texts are read with. One that pads with "!" takes every "!" for padding; in
+    its place comes CLIP's, which has the same words.
     """
-    pipeline = _load_pipeline(name, dtype, flag)
-    unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    _check_kind(name, pipeline)
-    for part, precision in ((unet, dtype), (vae, torch.float32), (text_encoder, dtype)):
-        part.requires_grad_(False).eval().to(device, precision)
+    clip = clip_tokenizer()
+    pads_oddly = kind.encoders[0].pads_with is not None
+    return clip if pads_oddly and len(tokenizer) == len(clip) else tokenizer
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_base(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    flag: str = BASE_FLAG,
+    wanted: PredictionType = "auto",
+) -> StableDiffusion:
+    """The frozen base from the embedded folder, a diffusers folder, a single .safetensors file or the hub;
+    its parts on the CPU, in their final precision (`place` moves them).
+
+    UserError (exit 4) if it can't. flag: how the user names another. wanted: what its UNet predicts, if the
+    user knows better than what is found out.
+    """
+    pipeline, file = _load_pipeline(name, dtype, flag)
+    _check_parts(name, pipeline)
+    kind = kind_of_config(pipeline.unet.config)
+    encoders = {encoder.part: getattr(pipeline, encoder.part) for encoder in kind.encoders}
+    for part, precision in ((pipeline.vae, torch.float32), (pipeline.unet, dtype)):
+        part.requires_grad_(False).eval().to(precision)
+    for encoder in encoders.values():
+        encoder.requires_grad_(False).eval().to(dtype)
     if device.type == "cpu" and dtype == torch.bfloat16:
-        unet.to(memory_format=torch.channels_last)  # bfloat16 is several times slower without it
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    return StableDiffusion(canonical_name(name), unet, vae, text_encoder, pipeline.tokenizer, scheduler)
+        pipeline.unet.to(memory_format=torch.channels_last)  # bfloat16 is several times slower without it
+    base = StableDiffusion(
+        name=canonical_name(name),
+        kind=kind,
+        unet=pipeline.unet,
+        vae=pipeline.vae,
+        encoders=encoders,
+        tokenizer=_own_tokenizer(pipeline.tokenizer, kind),
+        scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+        device=device,
+    )
+    found = _prediction_of(base, file, wanted)
+    base.scheduler = prediction.corrected(base.scheduler.config, found)
+    return base
 
 
-def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
-    """UserError (exit 4) unless the parts fit each other as Stable Diffusion 1.x's do."""
+def _prediction_of(base: StableDiffusion, file: Path | None, wanted: PredictionType) -> Prediction:
+    """What the base predicts: by the user's word, by its files, or by asking it."""
+
+    def ask() -> str | None:
+        base.place(*base.parts)
+        with torch.no_grad():
+            text = base.embed([""])
+        side = base.native_resolution
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=base.device)
+        return prediction.asked(base.unet, text.states, base.scheduler, conditions(text, sizes))
+
+    config = base.scheduler.config
+    stated = prediction.stated_in_scheduler(config) if file is None else prediction.stated_in_file(file)
+    return prediction.decide(stated, wanted, ask)
+
+
+def _check_parts(name: str, pipeline: DiffusionPipeline) -> None:
+    """UserError (exit 4) unless the parts fit each other as a Stable Diffusion's do."""
     unet, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
     reason = None
     if unet.in_channels != latents:
@@ -180,35 +276,67 @@ def _check_kind(name: str, pipeline: StableDiffusionPipeline) -> None:
         reason = f"it is {what}: its UNet takes {unet.in_channels} channels, not {latents}"
     elif unet.cross_attention_dim in OTHER_WIDTHS:
         reason = f"it is {OTHER_WIDTHS[unet.cross_attention_dim]}, which this tool does not train"
-    elif unet.addition_embed_type is not None:
-        reason = "its UNet wants more than text (Stable Diffusion XL?)"
-    elif unet.cross_attention_dim != pipeline.text_encoder.config.hidden_size:
-        reason = f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another"
+    elif unet.addition_embed_type not in (None, "text_time"):
+        reason = f"its UNet wants more than text ({unet.addition_embed_type})"
+    else:
+        names = [encoder.part for encoder in kind_of_config(unet).encoders]
+        missing = [part for part in names if getattr(pipeline, part, None) is None]
+        if missing:
+            reason = f"its {missing[0]} is missing"
+        elif unet.cross_attention_dim != sum(getattr(pipeline, part).config.hidden_size for part in names):
+            reason = f"its UNet reads text {unet.cross_attention_dim} wide, its text encoder makes another"
     if reason is not None:
-        raise UserError(f"{name}: not a Stable Diffusion 1.x: {reason}.", Exit.MODEL)
+        raise UserError(f"{name}: not a Stable Diffusion 1.x, 2.x or XL: {reason}.", Exit.MODEL)
 
 
-SAFE: dict[str, Any] = {"safety_checker": None, "use_safetensors": True}  # no pickle is ever loaded
+LEFT_OUT: dict[str, Any] = {
+    "safety_checker": None,
+    "requires_safety_checker": False,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "add_watermarker": False,
+}  # of a pipeline, as far as its kind knows it
+
+
+def pipeline_class(kind: Kind) -> type[DiffusionPipeline]:
+    """diffusers' pipeline of a kind."""
+    return getattr(diffusers, kind.pipeline)
+
+
+def known_to(kind: Kind, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that a kind's pipeline knows, and what it is told to do without."""
+    known = inspect.signature(pipeline_class(kind).__init__).parameters
+    return {name: value for name, value in (LEFT_OUT | dict(settings)).items() if name in known}
+
+
+def of_kind(kind: Kind, parts: Mapping[str, Any]) -> DiffusionPipeline:
+    """A kind's pipeline of these parts; those that it doesn't have are passed over."""
+    return pipeline_class(kind)(**known_to(kind, parts))
 
 
 def _download(name: str) -> Path:
     """The folder in the hub's cache that holds the model, fetched where it isn't there: as the fp16 variant
     if a part has no other weights in safetensors.
     """
-    settings = SAFE | {"feature_extractor": None}
+    settings = {"use_safetensors": True, "safety_checker": None, "feature_extractor": None}
     try:
-        return Path(StableDiffusionPipeline.download(name, **settings))
+        return Path(DiffusionPipeline.download(name, **settings))
     except OSError as error:
         if NO_SAFETENSORS not in str(error):
             raise
-        return Path(StableDiffusionPipeline.download(name, variant=VARIANT, **settings))
+        return Path(DiffusionPipeline.download(name, variant=VARIANT, **settings))
 
 
 def _variant_parts(folder: Path) -> dict[str, nn.Module]:
     """The parts whose weights lie in the folder as the fp16 variant alone, by name. diffusers itself, asked
     for the variant, would prefer it to the full weights of other parts.
     """
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
     return {
         part: kind.from_pretrained(folder / part, variant=VARIANT, use_safetensors=True)
         for part, kind in kinds.items()
@@ -216,7 +344,8 @@ def _variant_parts(folder: Path) -> dict[str, nn.Module]:
     }
 
 
-def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> StableDiffusionPipeline:
+def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionPipeline, Path | None]:
+    """The parts of a base, and the single file that they come from, if they do."""
     diffusers_logging.disable_progress_bar()  # of loading only: the bars of a download stay
     transformers_logging.disable_progress_bar()
     if name in MOVED:
@@ -231,15 +360,16 @@ def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> StableDiffusionP
         kind = kind_in(source) if source.is_file() else None
     try:
         if isinstance(source, Path) and kind is not None:
-            return load_file(source, kind, dtype)
+            return load_file(source, kind, dtype), source
         folder = source if isinstance(source, Path) else _download(source)
-        return StableDiffusionPipeline.from_pretrained(
+        kind = kind_of_config(_config(folder, "unet"))
+        loaded = pipeline_class(kind).from_pretrained(
             str(folder),
             torch_dtype={"vae": torch.float32, "default": dtype},
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **SAFE,
+            use_safetensors=True,  # no pickle is ever loaded
+            **known_to(kind, {}),
             **_variant_parts(folder),
         )
+        return loaded, None
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
         raise UserError(why_not_loaded(name, source, error, flag=flag), Exit.MODEL) from error

@@ -32,6 +32,7 @@ from megaman.common.output_folder import (
     step_folders,
     step_name,
 )
+from megaman.common.kinds import UNET
 from megaman.lora.adapter import Adapter
 from megaman.lora.save import write_kohya
 
@@ -67,23 +68,44 @@ class Damaged(Exception):
 # ---------------------------------------------------------------- live objects and tensors
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+Parameters = Mapping[str, nn.Parameter]  # those that are trained
 
 
-def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """`parameter.<name>` and the optimizer's moments, such as `exp_avg.<name>`, on the CPU; what it has found
-    out for all of them, such as Prodigy's rate, is `group.<key>`.
+def trained(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of a base's parts that are trained, by name: the UNet's as it calls them, others' with
+    their part before.
     """
-    group = optimizer.param_groups[0]
-    usual = optimizer.defaults | {"lr": group["lr"]}  # the rate is a function of the step
-    found: dict[str, Any] = {
-        f"group.{key}": value
-        for key, value in group.items()
-        if isinstance(value, int | float) and value != usual.get(key)
+    return {
+        name if part == UNET else f"{part}.{name}": parameter
+        for part, model in parts.items()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
-    for name, parameter in trained(model).items():
+
+
+def is_of_text(name: str) -> bool:
+    """Whether a parameter of `trained` belongs to a text encoder."""
+    return name.startswith("text_encoder")
+
+
+def _group_key(number: int) -> str:
+    """What the tensors of an optimizer's group are called: the first one's had always been alone."""
+    return f"group{number or ''}."
+
+
+def tensors_of(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor]:
+    """`parameter.<name>` and the optimizer's moments, such as `exp_avg.<name>`, on the CPU; what it has found
+    out for all of a group, such as Prodigy's rate, is `group.<key>`, `group1.<key>`.
+    """
+    found: dict[str, Any] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        usual = optimizer.defaults | {"lr": group["lr"]}  # the rate is a function of the step
+        found |= {
+            f"{_group_key(number)}{key}": value
+            for key, value in group.items()
+            if isinstance(value, int | float) and value != usual.get(key)
+        }
+    for name, parameter in parameters.items():
         found[f"parameter.{name}"] = parameter
         found |= {f"{moment}.{name}": value for moment, value in optimizer.state[parameter].items()}
     return {key: _kept(value) for key, value in found.items()}
@@ -97,12 +119,14 @@ def _kept(value: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts a checkpoint's tensors back into model and optimizer. UserError (exit 7) unless each fits."""
+def restore(parameters: Parameters, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts a checkpoint's tensors back into parameters and optimizer. UserError (exit 7) unless each fits."""
     left = dict(tensors)
-    for key in [key for key in left if key.startswith("group.")]:
-        optimizer.param_groups[0][key.removeprefix("group.")] = left.pop(key).item()
-    for name, parameter in trained(model).items():
+    for number, group in enumerate(optimizer.param_groups):
+        start = _group_key(number)
+        for key in [key for key in left if key.startswith(start)]:
+            group[key.removeprefix(start)] = left.pop(key).item()
+    for name, parameter in parameters.items():
         value = left.pop(f"parameter.{name}", None)
         if value is None or value.shape != parameter.shape:
             reason = f"the checkpoint does not fit this adapter: {name} is missing or of another shape"

@@ -17,10 +17,14 @@ PRODIGY_SMALLEST_RATE = 0.1  # Prodigy finds the rate itself and takes ours as a
 
 
 def optimizer_of(
-    name: OptimizerName, parameters: Sequence[Tensor], rate: float, weight_decay: float
+    name: OptimizerName, groups: Sequence[Sequence[Tensor]], rates: Sequence[float], weight_decay: float
 ) -> Optimizer:
-    """The optimizer. UserError (exit 2) if its package is missing."""
+    """The optimizer of these groups of parameters, each with its own rate. UserError (exit 2) if its package
+    is missing.
+    """
+    rate = rates[0]
     own: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
+    parameters = [{"params": list(group), "lr": lr} for group, lr in zip(groups, rates, strict=True)]
     if name == "adamw":
         return torch.optim.AdamW(parameters, **own)
     if name == "adafactor":
@@ -44,11 +48,10 @@ def _imported(package: str, name: OptimizerName) -> Any:
         raise UserError(reason, Exit.USAGE) from error
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> float:
-    """Sets the rate of every group; returns it."""
-    for group in optimizer.param_groups:
+def set_learning_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
+    """Sets the rate of each group."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    return rate
 
 
 # ---------------------------------------------------------------- the moving average

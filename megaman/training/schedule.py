@@ -53,16 +53,33 @@ def describe_plan(cfg: TrainConfig, sampler: Sampler) -> list[str]:
     return lines
 
 
-def lr_at(step: int, cfg: TrainConfig) -> float:
-    """The learning rate of a step (counted from 0): linear warm-up, then the schedule down to zero.
+def lr_at(step: int, cfg: TrainConfig, peak: float | None = None) -> float:
+    """The learning rate of a step (counted from 0): linear warm-up to the peak (--learning_rate's), then the
+    schedule down to zero.
 
     Restarts: three cosines; polynomial: squared.
     """
+    peak = cfg.learning_rate if peak is None else peak
     warmup = cfg.lr_warmup_steps or 0
     if step < warmup:
-        return cfg.learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, cfg.max_train_steps - warmup)
-    return cfg.learning_rate * SCHEDULES[cfg.lr_scheduler](progress)
+    return peak * SCHEDULES[cfg.lr_scheduler](progress)
+
+
+def rates_at(step: int, cfg: TrainConfig) -> list[float]:
+    """The rates of a step: the UNet's and, where they are trained, the text encoders'."""
+    return [lr_at(step, cfg, peak) for peak in peak_rates(cfg)]
+
+
+def peak_rates(cfg: TrainConfig) -> list[float]:
+    """The highest rates of the UNet and, where they are trained, of the text encoders."""
+    return [cfg.learning_rate, *[cfg.text_encoder_lr] * bool(cfg.text_encoder_lr)]
+
+
+def text_encoder_stop_at(cfg: TrainConfig) -> int:
+    """The step (counted from 0) from which on the text encoders stay as they are."""
+    return round(cfg.text_encoder_stop * cfg.max_train_steps)
 
 
 def _half_cosine(progress: float) -> float:

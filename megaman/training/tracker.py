@@ -36,7 +36,7 @@ class StepResult:
     number: int  # counted from 0
     loss: Tensor  # the mean over all its examples, on all processes
     grad_norm: Tensor
-    learning_rate: float
+    learning_rates: Sequence[float]  # the UNet's and, if they are trained, the text encoders'
     was_skipped: bool  # by fp16's scaler, after an overflow
     examples: Sequence[tuple[Sequence[Position], Tensor]]  # this process's, with the loss of each
 
@@ -158,7 +158,8 @@ class Tracker(SilentTracker):
         line = {
             "step": done,
             "loss": mean_loss,
-            "lr": step.learning_rate,
+            "lr": step.learning_rates[0],
+            **{"lr_text_encoder": rate for rate in step.learning_rates[1:]},
             "grad_norm": norm if math.isfinite(norm) else None,  # fp16: the scaler skipped this step
             "images_per_s": self._rate(done),
             "seconds": round(time.monotonic() - self.started, 2),

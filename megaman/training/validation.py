@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from megaman.common.console import UserError, is_out_of_memory, listed, one_line, say
 from megaman.common.output_folder import RunFolder
 from megaman.common.signals import StopRequest
-from megaman.model.drawing import draw, pipeline_of
+from megaman.model.drawing import as_settings, draw, pipeline_of
 from megaman.model.stable_diffusion import StableDiffusion
+from megaman.model.text import Text
 
 FEWEST = 15  # pictures; of fewer every one is needed
 TIMESTEPS = (200, 400, 600, 800)  # of 1000, where the loss is measured: kohya's own
@@ -79,12 +79,12 @@ class Look:
 
 
 def draw_previews(
-    base: StableDiffusion, text: Tensor, look: Look, step: int, stop: StopRequest
+    base: StableDiffusion, text: Text, look: Look, step: int, stop: StopRequest
 ) -> list[Image]:
     """A picture each of text[1:], always from the same noise; none when somebody wants to stop, or (it is
     said) when memory runs out.
 
-    text (1+P,L,D): hidden states, row 0 of the empty caption. UserError (exit 5) with the step on numbers
+    text: 1+P texts, row 0 the empty caption. UserError (exit 5) with the step on numbers
     that aren't finite.
     """
     try:
@@ -99,7 +99,7 @@ def draw_previews(
     return [] if stop else images
 
 
-def _draw(base: StableDiffusion, text: Tensor, look: Look, stop: StopRequest) -> list[Image]:
+def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> list[Image]:
     unet = base.unet
     pipeline = pipeline_of(base)
     images: list[Image] = []
@@ -114,7 +114,7 @@ def _draw(base: StableDiffusion, text: Tensor, look: Look, stop: StopRequest) ->
     try:
         for i in range(1, len(text)):
             images += draw(
-                base, pipeline, prompt_embeds=text[i : i + 1], negative_prompt_embeds=text[:1],
+                base, pipeline, **as_settings(text[i : i + 1], text[:1]),
                 num_inference_steps=SAMPLE_STEPS, guidance_scale=look.guidance_scale, height=look.side_px,
                 width=look.side_px, generators=[torch.Generator().manual_seed(look.seed + i)],
                 callback_on_step_end=hurry,
