@@ -43,6 +43,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from megaman.common.files import path_from
+from megaman.common.kinds import CHUNK, UNET
 from megaman.common.output_folder import (
     GALLERY_PAGE,
     OutputLock,
@@ -64,9 +65,10 @@ from megaman.generation.records import Job, job_hash, record_of
 from megaman.lora.adapter import Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, memory, stable_diffusion
-from megaman.model.hub import download_adapter, is_local
+from megaman.model.hub import canonical_name, download_adapter, is_local
 from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import StableDiffusion
+from megaman.model.text import notes_on_length
 
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
 PIXELS_AT_ONCE = {"cuda": 2**20}  # four pictures of 512 px on a card
@@ -180,7 +182,7 @@ def check_adapters_fit(candidates: Sequence[Candidate], base: StableDiffusion) -
     """
     counts = {}
     for candidate in candidates:
-        merged = MergedAdapter(candidate.adapter, base.unet, base.text_encoder)
+        merged = MergedAdapter(candidate.adapter, base.parts, base.kind)
         if candidate.is_chosen:
             counts = merged.counts
     return counts
@@ -210,8 +212,7 @@ def render(batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter) -
     return drawing.draw_or_none(
         base,
         pipeline,
-        prompt=[job.prompt for job in batch],
-        negative_prompt=[job.negative_prompt for job in batch],
+        **drawing.words(base, [job.prompt for job in batch], [job.negative_prompt for job in batch]),
         num_inference_steps=job.num_inference_steps,
         guidance_scale=job.guidance_scale,
         width=job.width,
@@ -240,7 +241,7 @@ def draw_batches(
         by_adapter.setdefault(task.candidate.digest, {})[task.job] = task
     for wanted in by_adapter.values():
         adapter = next(iter(wanted.values())).candidate.adapter
-        merged = MergedAdapter(adapter, base.unet, base.text_encoder)
+        merged = MergedAdapter(adapter, base.parts, base.kind)
         for batch in group_into_batches(list(wanted), batch_size, base.unet.device.type):
             started = time.monotonic()
             images = draw_batch(batch, base, merged, limit)
@@ -331,10 +332,11 @@ def generate(cfg: GenerateConfig) -> Path:
     device = compute.pick_device(cfg.device)
     dtype = compute.pick_dtype(cfg.mixed_precision, device)
     name = base_of(adapter, lora_path, cfg.base_model)
-    base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model")
+    base = load_base(name, adapter, cfg, device, dtype)
     counts = check_adapters_fit(candidates, base)
     strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
-    modules = f"{counts['unet']} UNet and {counts['text_encoder']} text-encoder modules"
+    text_modules = sum(counts.values()) - counts[UNET]
+    modules = f"{counts[UNET]} UNet and {text_modules} text-encoder modules"
     say(f"adapter: loaded {modules}, scale {strengths} ({lora_path})")
     if cfg.compare_checkpoints:
         say(f"checkpoints: {', '.join(candidate.name for candidate in candidates)}")
@@ -350,11 +352,24 @@ def generate(cfg: GenerateConfig) -> Path:
     check_jobs(jobs, base)
     for line in notes:
         say(line)
-    for line in base.notes_on_length(text for job in jobs for text in (job.prompt, job.negative_prompt)):
+    texts = [text for job in jobs for text in (job.prompt, job.negative_prompt)]
+    for line in notes_on_length(base.tokenizer, texts, base.max_chunks):
         say(line)
     tasks = make_tasks(jobs, candidates, base.digest, about["precision"])
     with closing(OutputLock(output).sign()):
         return draw_missing(tasks, cfg, base, about)
+
+
+def load_base(
+    name: str, adapter: Adapter, cfg: GenerateConfig, device: torch.device, dtype: torch.dtype
+) -> StableDiffusion:
+    """The base to draw with, on its device. UserError (exit 4) if it can't be loaded."""
+    told = adapter.metadata.get("config", {}).get("prediction_type", "auto")  # by the user, in training
+    wanted = told if canonical_name(name) == adapter.metadata.get("base") else "auto"
+    base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model", wanted=wanted)
+    base.max_chunks = cfg.max_tokens // CHUNK
+    base.place("vae", *base.parts)
+    return base
 
 
 def check_output_folder(output: Path, lora_path: Path) -> None:

@@ -46,7 +46,7 @@ from torch.optim import Optimizer
 from transformers import CLIPTokenizer
 
 from megaman.common.cache import Store, default_folder, key_of
-from megaman.common.kinds import SD1
+from megaman.common.kinds import CHUNK, SD1
 from megaman.common.output_folder import CAPTIONS, RunFolder, check_apart, check_output, holds_run
 from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
@@ -105,6 +105,7 @@ class Example:
     ids: Tensor | None
 
 
+SNR_GAMMA = 5.0  # Hang et al. 2023
 VARIANTS = 4  # encoded per picture, of random crops and of shuffled captions; each step picks one
 
 

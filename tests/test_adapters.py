@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import inject_lora
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,6 @@ from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.lora.save import write_adapter
 from megaman.model.stable_diffusion import StableDiffusion, load_base
-from megaman_lora import inject_lora
 
 
 def unet_output(unet: torch.nn.Module, base: StableDiffusion) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_a_merged_adapter_is_the_live_model_and_at_strength_zero_the_base(
         save_file(tensors_of(trained, layout), path)
     base = load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
     plain = unet_output(base.unet, base)
-    merged = MergedAdapter(read_adapter(path), base.unet, base.text_encoder)
+    merged = MergedAdapter(read_adapter(path), base.unet, base.encoders["text_encoder"])
     merged.set_scale(1.0)
     torch.testing.assert_close(
         unet_output(base.unet, base), unet_output(live.unet, live), rtol=2e-3, atol=2e-3
@@ -187,11 +187,11 @@ def test_numbers_too_large_for_float16_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_encoder_adapter_changes_the_text_encoder(tiny_base: StableDiffusion) -> None:
-    module = tiny_base.text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj")
+    module = tiny_base.encoders["text_encoder"].get_submodule("encoder.layers.0.self_attn.q_proj")
     before, embedded = module.weight.clone(), tiny_base.embed(["mega man"])
     layer = LoraLayer(torch.ones(1, 24), torch.ones(24, 1), 1.0)
     key = ("text_encoder", "text_model_encoder_layers_0_self_attn_q_proj")
-    MergedAdapter(Adapter({key: layer}), tiny_base.unet, tiny_base.text_encoder).set_scale(0.5)
+    MergedAdapter(Adapter({key: layer}), tiny_base.unet, tiny_base.encoders["text_encoder"]).set_scale(0.5)
     torch.testing.assert_close(module.weight, before + 0.5)
     assert not torch.equal(tiny_base.embed(["mega man"]), embedded)
 

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections import Counter
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ from megaman.config.train import TrainConfig
 from megaman.data.buckets import bucket_for, buckets_of
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.training.encoding import EncodedDataset, encode
+from megaman.training.objective import make_batch
 from megaman.training.sampler import ORDER, Position, Sampler, _pass, _turns, generator_of, micro_batches
-from megaman_lora import make_batch, sampler_of
+from megaman_lora import sampler_of
 
 
 def shown(stream: Sampler, steps: int) -> list[int]:
@@ -182,7 +184,7 @@ def places_of(count: int, pictures: int = 4, first: int = 0) -> list[Position]:
 def test_equal_pictures_and_captions_are_encoded_once(encoded: EncodedDataset) -> None:
     assert [tuple(mean.shape) for mean in encoded.means] == [(4, 16, 16)] * 3
     assert encoded.crop_rows == [[0], [1], [2], [1]]
-    assert encoded.text.shape[:2] == (3, 77)
+    assert encoded.text.states.shape[:2] == (3, 77)
     assert encoded.text_rows == [[1], [2], [1], [2]]  # row 0 is the empty caption
 
 
@@ -201,8 +203,9 @@ def test_a_batch_is_its_examples_drawn_one_by_one(
     cfg, places = TrainConfig(caption_dropout=0.5), places_of(8, first=20)
     together = make_batch(places, encoded, cfg, tiny_base.scheduler)
     singly = [make_batch([place], encoded, cfg, tiny_base.scheduler) for place in places]
-    for name in ("latents", "noise", "timesteps", "text"):
-        assert torch.equal(getattr(together, name), torch.cat([getattr(draw, name) for draw in singly]))
+    for name in ("latents", "noise", "timesteps", "text.states", "sizes"):
+        parts = [attrgetter(name)(draw) for draw in singly]
+        assert torch.equal(attrgetter(name)(together), torch.cat(parts))
 
 
 def test_the_posterior_is_sampled_anew_each_time_a_picture_comes_round(
@@ -220,7 +223,7 @@ def test_caption_dropout_takes_its_share(
     encoded: EncodedDataset, tiny_base: StableDiffusion, share: float
 ) -> None:
     draw = make_batch(places_of(400), encoded, TrainConfig(caption_dropout=share), tiny_base.scheduler)
-    empty = (draw.text == encoded.text[0]).all(dim=(1, 2)).float().mean().item()
+    empty = (draw.text.states == encoded.text.states[0]).all(dim=(1, 2)).float().mean().item()
     assert abs(empty - share) < 0.07
     assert share not in (0.0, 1.0) or empty == share
 
@@ -228,7 +231,7 @@ def test_caption_dropout_takes_its_share(
 def test_variants_of_a_caption_are_drawn_per_position(tiny_base: StableDiffusion) -> None:
     encoded = encoded_of(tiny_base, [0.1], [["mega man, a, b", "mega man, b, a"]])
     draw = make_batch(places_of(60, 1), encoded, TrainConfig(caption_dropout=0), tiny_base.scheduler)
-    rows = [(encoded.text == text).all(dim=(1, 2)).nonzero()[0].item() for text in draw.text]
+    rows = [(encoded.text.states == text).all(dim=(1, 2)).nonzero()[0].item() for text in draw.text.states]
     assert 15 < rows.count(1) < 45
     assert set(rows) == {1, 2}
 
@@ -241,7 +244,9 @@ def test_class_captions_stand_beside_the_pictures_own(tiny_base: StableDiffusion
     drawn = make_batch(places_of(200, 2), encoded, cfg, tiny_base.scheduler)
     plain = make_batch(places_of(200, 2), encoded, TrainConfig(), tiny_base.scheduler)
     assert len(plain.class_of) == len(plain.class_text) == 0
-    assert torch.equal(plain.text, drawn.text)  # preserving changes nothing of what is learned
+    assert torch.equal(plain.text.states, drawn.text.states)  # preserving changes nothing of what is learned
     assert drawn.class_of.tolist() == list(range(0, 200, 4))  # one in four
-    rows = [(encoded.text == text).all(dim=(1, 2)).nonzero()[0].item() for text in drawn.class_text]
+    rows = [
+        (encoded.text.states == text).all(dim=(1, 2)).nonzero()[0].item() for text in drawn.class_text.states
+    ]
     assert set(rows) == {3, 4}  # of picture 0: both classes, and never the other picture's

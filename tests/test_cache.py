@@ -170,11 +170,11 @@ def test_a_second_encoding_asks_neither_vae_nor_text_encoder(
     crops = [[crop_of(tmp_path, 0.3)]]
     first = encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
     monkeypatch.setattr(tiny_base.vae, "encode", must_not_be_made)
-    monkeypatch.setattr(tiny_base.text_encoder, "forward", must_not_be_made)
+    monkeypatch.setattr(tiny_base.encoders["text_encoder"], "forward", must_not_be_made)
     store = Store(tmp_path)
     again = encode(crops, [["mega man"]], tiny_base, store)
     assert torch.equal(first.means[0], again.means[0])
-    assert torch.equal(first.text, again.text)
+    assert torch.equal(first.text.states, again.text.states)
     assert (store.hits, store.misses) == (3, 0)
 
 
@@ -184,7 +184,7 @@ def test_the_same_weights_in_another_architecture_find_nothing_of_these(
     crops = [[crop_of(tmp_path, 0.3)]]
     encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
     tiny_base.vae.register_to_config(norm_num_groups=2)
-    tiny_base.text_encoder.config.hidden_act = "gelu"
+    tiny_base.encoders["text_encoder"].config.hidden_act = "gelu"
     store = Store(tmp_path)
     encode(crops, [["mega man"]], tiny_base, store)
     assert (store.hits, store.misses) == (0, 3)

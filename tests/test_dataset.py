@@ -132,7 +132,8 @@ def test_shuffled_tags_keep_the_first_ones_in_place(mixed: Path) -> None:
 
 
 def test_the_report_names_what_a_user_would_want_to_know(mixed: Path, tiny_base: object) -> None:
-    dataset = MegaManDataset(mixed, tiny_base.tokenizer, DataFlags(resolution=64), cell_px=16)
+    settings = DataFlags(resolution=64, max_tokens=75)
+    dataset = MegaManDataset(mixed, tiny_base.tokenizer, settings, cell_px=16)
     text = "\n".join(report_of(dataset).lines())
     assert "pictures: 4 in" in text
     assert "3 captions from files, 1 from names" in text

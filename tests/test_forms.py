@@ -11,6 +11,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from adapted import inject_lora
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_adapters import tensors_of, unet_output
@@ -27,7 +28,7 @@ from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.lora.save import write_adapter
 from megaman.model.stable_diffusion import StableDiffusion, load_base
-from megaman_lora import inject_lora, read_config, with_init_lora
+from megaman_lora import read_config, with_init_lora
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

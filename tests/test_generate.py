@@ -11,6 +11,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -909,18 +910,18 @@ def test_a_prompt_that_overflows_is_named_and_does_not_stop_the_others(
 
 
 def test_an_overflow_spoils_no_neighbour(tiny_base: object) -> None:
-    from megaman.model.drawing import draw_or_none, pipeline_of
+    from megaman.model.drawing import as_settings, draw_or_none, pipeline_of
 
     noise = [generate_megaman.torch.Generator().manual_seed(i) for i in range(3)]
     base, text = tiny_base, tiny_base.embed(["a", "b", "c"])
-    spoilt = text.clone()
-    spoilt[1, 3] = float("inf")
+    spoilt = replace(text, states=text.states.clone())
+    spoilt.states[1, 3] = float("inf")
     pictures = [
         draw_or_none(
-            base, pipeline_of(base), prompt_embeds=states, negative_prompt_embeds=text, height=32, width=32,
+            base, pipeline_of(base), **as_settings(words, text), height=32, width=32,
             num_inference_steps=2, generators=[generator.clone_state() for generator in noise],
         )
-        for states in (text, spoilt)
+        for words in (text, spoilt)
     ]  # fmt: skip
     assert pictures[1][1] is None
     assert all(np.array_equal(np.asarray(pictures[0][i]), np.asarray(pictures[1][i])) for i in (0, 2))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import inject_lora
 from conftest import run_script
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
@@ -22,7 +23,6 @@ from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.lora.save import write_adapter, write_kohya
 from megaman.model.stable_diffusion import StableDiffusion
-from megaman_lora import inject_lora
 
 FORMS = [
     *itertools.product([(4, 32), (8, 8)], TARGETS, [{}, {"use_dora": True}, {"use_rslora": True}]),
@@ -70,7 +70,11 @@ def test_every_form_is_the_live_model_in_every_loader(
         <= 1e-5
     )
     pipeline = StableDiffusionPipeline(
-        **{"unet": copy.deepcopy(plain.unet), "vae": plain.vae, "text_encoder": plain.text_encoder},
+        **{
+            "unet": copy.deepcopy(plain.unet),
+            "vae": plain.vae,
+            "text_encoder": plain.encoders["text_encoder"],
+        },
         **{"tokenizer": plain.tokenizer, "scheduler": plain.scheduler, "safety_checker": None},
         **{"feature_extractor": None, "requires_safety_checker": False},
     )

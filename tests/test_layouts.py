@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import inject_lora
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from test_adapters import unet_output
@@ -20,7 +21,6 @@ from megaman.lora.injection import adapter_of, lora_modules
 from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model.stable_diffusion import StableDiffusion
-from megaman_lora import inject_lora
 
 Tensors = dict[str, torch.Tensor]
 AROUND = {
@@ -194,7 +194,7 @@ def test_a_file_with_ldms_names_holds_the_same_updates_and_draws_alike(
         assert error(found[key].delta(), layer.delta()) <= 1e-6, key
     outputs = []
     for one in (read, expected):
-        unet, text_encoder = copy.deepcopy(small_sd15), copy.deepcopy(plain.text_encoder)
+        unet, text_encoder = copy.deepcopy(small_sd15), copy.deepcopy(plain.encoders["text_encoder"])
         MergedAdapter(one, unet, text_encoder).set_scale(0.7)
         query = text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj").weight
         outputs.append((unet_output(unet, plain), query))

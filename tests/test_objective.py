@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import inject_lora
 from conftest import crop_of
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
@@ -16,10 +17,11 @@ from megaman.common.console import UserError
 from megaman.config.train import TrainConfig
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 from megaman.model.stable_diffusion import StableDiffusion
+from megaman.model.text import Text
 from megaman.training.encoding import encode
+from megaman.training.objective import Batch, denoising_losses, make_batch, noise_of, preserving_losses
 from megaman.training.sampler import Position, generator_of
 from megaman.training.schedule import lr_at
-from megaman_lora import Batch, denoising_losses, inject_lora, make_batch, noise_of, preserving_losses
 
 
 class Silent(torch.nn.Module):
@@ -33,10 +35,9 @@ class Silent(torch.nn.Module):
 def draw() -> Batch:
     torch.manual_seed(1)
     timesteps = torch.tensor([0, 50, 500, 999])
-    text, nothing = torch.zeros(4, 77, 24), torch.tensor([], dtype=torch.long)
-    return Batch(
-        torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), timesteps, text, torch.zeros(0, 77, 24), nothing
-    )
+    text, nothing = Text(torch.zeros(4, 77, 24)), torch.tensor([], dtype=torch.long)
+    latents, noise = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    return Batch(latents, noise, timesteps, text, torch.zeros(4, 6), text[:0], text[:0], nothing)
 
 
 def test_noise_offset_moves_whole_channels_and_nothing_else() -> None:
@@ -133,10 +134,10 @@ def test_what_strays_is_the_difference_from_the_base_under_the_class_caption(
     assert draw.class_of.tolist() == [0, 4]
     noisy = base.scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)[draw.class_of]
     timesteps = draw.timesteps[draw.class_of]
-    before = unet(noisy, timesteps, draw.class_text).sample
+    before = unet(noisy, timesteps, draw.class_text.states).sample
     for layer in lora_modules(unet).values():
         torch.nn.init.normal_(layer.lora_B[ADAPTER_NAME].weight, std=0.05)
-    after = unet(noisy, timesteps, draw.class_text).sample
+    after = unet(noisy, timesteps, draw.class_text.states).sample
     own, strayed = preserving_losses(unet, draw, base.scheduler, snr_gamma=0)
     assert strayed.min() > 1e-6
     torch.testing.assert_close(strayed, (after - before).square().mean(dim=(1, 2, 3)))

@@ -39,5 +39,5 @@ def test_a_missing_package_is_one_line(
 
 def test_prodigy_with_a_timid_rate_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("prodigyopt")
-    optimizer_of("prodigy", [torch.nn.Parameter(torch.ones(2))], 1e-4, 0.0)
+    optimizer_of("prodigy", [[torch.nn.Parameter(torch.ones(2))]], [1e-4], 0.0)
     assert "as a factor of its own; 1 is usual" in capsys.readouterr().err

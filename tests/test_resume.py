@@ -22,6 +22,7 @@ import megaman_lora
 from megaman.common.console import UserError
 from megaman.common.signals import Stopped
 from megaman.config.train import TrainConfig
+from megaman.training import objective
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.resume import PICTURES, check_resume
 from megaman.training.sampler import Sampler
@@ -314,7 +315,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_less_and_remembers_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plenty = train("--train_batch_size", "4", "--learning_rate", "1e-3")
-    honest = megaman_lora.denoising_losses
+    honest = objective.denoising_losses
 
     def starved(unet: torch.nn.Module, draw: object, *rest: object) -> torch.Tensor:
         if len(draw.latents) > 1 or not unet.is_gradient_checkpointing:
@@ -323,7 +324,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_less_and_remembers_it(
 
     flags = ("--train_batch_size", "4", "--learning_rate", "1e-3")
     with monkeypatch.context() as patch:
-        patch.setattr(megaman_lora, "denoising_losses", starved)
+        patch.setattr(objective, "denoising_losses", starved)
         stop_after(2)
         with pytest.raises(Stopped):
             train(*flags)
@@ -353,7 +354,7 @@ def test_memory_that_suffices_for_nothing_is_exit_6_with_three_flags(
     def starved(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(megaman_lora, "denoising_losses", starved)
+    monkeypatch.setattr(objective, "denoising_losses", starved)
     with pytest.raises(UserError, match=r"--resolution .*--mixed_precision .*--lora_rank") as error:
         train()
     assert error.value.exit_code == 6
@@ -374,13 +375,13 @@ def test_a_preview_without_memory_is_left_out_and_training_goes_on(
 def test_a_loss_that_is_no_number_names_its_step_and_picture_and_touches_no_file(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: int
 ) -> None:
-    honest, calls = megaman_lora.denoising_losses, iter(range(100))
+    honest, calls = objective.denoising_losses, iter(range(100))
 
     def poisoned(*args: object) -> torch.Tensor:
         spoiled = torch.tensor([float("nan"), 1.0]) if next(calls) == step - 1 else 1.0
         return honest(*args) * spoiled
 
-    monkeypatch.setattr(megaman_lora, "denoising_losses", poisoned)
+    monkeypatch.setattr(objective, "denoising_losses", poisoned)
     with pytest.raises(UserError) as error:
         train("--save_steps", "1")
     assert error.value.exit_code == 5

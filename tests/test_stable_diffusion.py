@@ -59,7 +59,7 @@ def loaded(folder: Path) -> StableDiffusion:
 
 def are_of_half_precision(base: StableDiffusion) -> dict[str, bool]:
     """Whether a part's weights are float16's numbers, though the tensors are float32."""
-    parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
+    parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.encoders["text_encoder"]}
     assert {parameter.dtype for part in parts.values() for parameter in part.parameters()} == {torch.float32}
     return {
         name: all(torch.equal(weight, weight.half().float()) for weight in part.parameters())

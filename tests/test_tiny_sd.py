@@ -36,7 +36,9 @@ def test_the_base_is_real_complete_and_under_25_mb() -> None:
     size = sum(path.stat().st_size for path in EMBEDDED_FOLDER.rglob("*") if path.is_file())
     assert size < 25_000_000
     base = load_base(EMBEDDED, device=torch.device("cpu"), dtype=torch.float32)
-    kinds = [type(part).__name__ for part in (base.unet, base.vae, base.text_encoder, base.tokenizer)]
+    kinds = [
+        type(part).__name__ for part in (base.unet, base.vae, base.encoders["text_encoder"], base.tokenizer)
+    ]
     assert kinds == ["UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTokenizer"]
     assert (base.stride, base.native_resolution) == (4, 64)
     assert base.vae.config.scaling_factor not in (1.0, 0.18215)

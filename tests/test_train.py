@@ -22,6 +22,7 @@ from megaman.data.first_start import GUIDE
 from megaman.model import stable_diffusion
 from megaman.model.compute import new_accelerator, pick_device, pick_dtype
 from megaman.model.stable_diffusion import load_base
+from megaman.training import objective
 from megaman.training.sampler import Position
 from megaman.training.tracker import StepResult, Tracker
 
@@ -179,13 +180,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(train_flags: list[str],
 def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = megaman_lora.denoising_losses
+    honest = objective.denoising_losses
     calls = iter(range(100))
 
     def poisoned(*args: object) -> torch.Tensor:
         return honest(*args) * (float("nan") if next(calls) >= 3 else 1.0)
 
-    monkeypatch.setattr(megaman_lora, "denoising_losses", poisoned)
+    monkeypatch.setattr(objective, "denoising_losses", poisoned)
     with pytest.raises(UserError, match="not finite at step") as error:
         train()
     assert error.value.exit_code == 5
@@ -199,7 +200,7 @@ def test_twenty_overflowed_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     def record(number: int, was_skipped: bool) -> None:
         norm = torch.tensor(float("inf") if was_skipped else 1.0)
         examples = [([Position(number, 0)], torch.tensor([0.5]))]
-        watcher.record(StepResult(number, torch.tensor(0.5), norm, 1e-4, was_skipped, examples))
+        watcher.record(StepResult(number, torch.tensor(0.5), norm, [1e-4], was_skipped, examples))
 
     for number, was_skipped in enumerate([True] * 19 + [False] + [True] * 19):
         record(number, was_skipped)
@@ -400,7 +401,7 @@ def test_one_process_may_train_in_one_precision_after_another(train: Callable[..
 
 def test_a_skipped_steps_gradient_is_no_number_in_the_metrics(tmp_path: Path) -> None:
     watcher = Tracker(RunFolder(tmp_path), range(1), ["a.png"], 1, logging_dir=tmp_path / "logs")
-    watcher.record(StepResult(0, torch.tensor(0.5), torch.tensor(float("inf")), 1e-4, True, []))
+    watcher.record(StepResult(0, torch.tensor(0.5), torch.tensor(float("inf")), [1e-4], True, []))
     watcher.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "kinds"
 UNET = "unet"
+CHUNK = 75  # tokens of a text that CLIP reads at a time
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,10 @@ class OptimisationFlags:
     title: ClassVar[str] = "optimisation"
     learning_rate: float = flag(1e-4, "peak learning rate", above=0)
     text_encoder_lr: float = flag(
-        0.0, "peak learning rate of the text encoders' LoRA; 0 = only the UNet is trained", least=0, before=0.0
+        0.0,
+        "peak learning rate of the text encoders' LoRA; 0 = only the UNet is trained",
+        least=0,
+        before=0.0,
     )
     text_encoder_stop: float = flag(
         1.0,
@@ -444,7 +447,9 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def published(cfg: TrainConfig) -> dict[str, Any]:
     """The settings as a file that is shared may carry them: of a path, its last part at most."""
-    told = {name: value for name, value in recorded(cfg).items() if value != FACTS[name].before or value is None}
+    told = {
+        name: value for name, value in recorded(cfg).items() if value != FACTS[name].before or value is None
+    }
     shown = {name: value for name, value in told.items() if FACTS[name].published != "never"}
     for name, value in shown.items():
         if FACTS[name].published == "name" and value:

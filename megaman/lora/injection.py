@@ -105,3 +105,41 @@ def _magnitude(module: Any, up: Tensor) -> Tensor | None:
 
 def _copy(parameter: Tensor) -> Tensor:
     return parameter.detach().float().cpu().clone()
+
+
+def inject(parts, cfg, kind, generator, init=None):
+    for part, model in parts.items():
+        if part == "unet":
+            modules = None
+            conf = lora_config(cfg, model, modules)
+        else:
+            conf = LoraConfig(
+                r=cfg.lora_rank,
+                lora_alpha=cfg.lora_alpha,
+                target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
+            )
+        model.add_adapter(conf, adapter_name=ADAPTER_NAME)
+        for number, module in enumerate(lora_modules(model).values()):
+            down = module.lora_A[ADAPTER_NAME].weight
+            drawn = (
+                torch.randn(
+                    down.shape, generator=generator("lora" if part == "unet" else f"lora {part}", number)
+                )
+                / cfg.lora_rank
+            )
+            down.data = drawn.to(down.device)
+            up = module.lora_B[ADAPTER_NAME].weight
+            up.data = torch.zeros_like(up, dtype=torch.float32)
+        reset_dora(model)
+
+
+_adapter_of = adapter_of
+
+
+def adapter_of(parts, kind, metadata=None):
+    layers = {}
+    for part, model in parts.items():
+        a = _adapter_of(model, metadata)
+        for (_, n), l in a.layers.items():
+            layers[part, n if part == "unet" else "text_model." + n.removeprefix("text_model.")] = l
+    return Adapter(layers, metadata or {})

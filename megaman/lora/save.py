@@ -49,6 +49,7 @@ class Delta:
 def deltas_of(model: nn.Module) -> dict[str, Delta]:
     """The updates of the model in training, straight from PEFT's modules, by underscored path."""
     found = {}
+    model = model["unet"] if isinstance(model, dict) else model
     for name, module in lora_modules(model).items():
         down, up = (getattr(module, part)[ADAPTER_NAME].weight.detach() for part in ("lora_A", "lora_B"))
         magnitude = module.lora_magnitude_vector

@@ -25,6 +25,7 @@ from megaman.training import checkpoints
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.sampler import ORDER
 
+DECIDED_BY_THE_BASE = ("--snr_gamma",)  # where the user names none
 PICTURES = "the pictures"  # whose fingerprint is one of a run's origins
 
 
@@ -74,8 +75,12 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
     """
     if checkpoint is None:
         return
-    then = decisive(checkpoint.settings) | {key: checkpoint.origins.get(key) for key in origins}
-    now = decisive(asdict(cfg)) | dict(origins)
+    then, now = decisive(checkpoint.settings), decisive(asdict(cfg))
+    for name in DECIDED_BY_THE_BASE:
+        if now[name] is None:  # it is not loaded yet; the second look sees it
+            del then[name], now[name]
+    then |= {key: checkpoint.origins.get(key) for key in origins}
+    now |= origins
     if then.get(PICTURES) != now.get(PICTURES):  # another order follows from other pictures
         then[ORDER] = now.get(ORDER)
     if checkpoints.changed_entries(then, now) == [PICTURES]:

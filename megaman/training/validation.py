@@ -78,9 +78,7 @@ class Look:
     seed: int
 
 
-def draw_previews(
-    base: StableDiffusion, text: Text, look: Look, step: int, stop: StopRequest
-) -> list[Image]:
+def draw_previews(base: StableDiffusion, text: Text, look: Look, step: int, stop: StopRequest) -> list[Image]:
     """A picture each of text[1:], always from the same noise; none when somebody wants to stop, or (it is
     said) when memory runs out.
 

@@ -27,11 +27,12 @@ quiet_libraries()
 import diffusers  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
+from adapted import inject_lora  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 from megaman.config.train import TrainConfig  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
-from megaman_lora import Batch, inject_lora, training_losses  # noqa: E402
+from megaman.training.objective import Batch, training_losses  # noqa: E402
 
 FORMS: dict[str, dict[str, object]] = {
     "attention": {},

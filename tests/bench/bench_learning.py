@@ -30,6 +30,7 @@ from megaman.model.stable_diffusion import load_base  # noqa: E402
 quiet_libraries()
 
 import torch  # noqa: E402
+from adapted import inject_lora  # noqa: E402
 from bench.classifier import Classifier, judged, pixels_of, trained_classifier  # noqa: E402
 from PIL.Image import Image  # noqa: E402
 from PIL.Image import open as open_picture  # noqa: E402
@@ -54,13 +55,8 @@ from megaman.tiny_sd.figures import (  # noqa: E402
 )
 from megaman.tiny_sd.figures import draw as draw_figure  # noqa: E402
 from megaman.training.encoding import EncodedDataset, encode  # noqa: E402
-from megaman_lora import (  # noqa: E402
-    MegaManDataset,
-    denoising_losses,
-    inject_lora,
-    train,
-    validation_batch,
-)
+from megaman.training.objective import denoising_losses, validation_batch  # noqa: E402
+from megaman_lora import MegaManDataset, train  # noqa: E402
 
 HELD_OUT = ROOT / "tests" / "data" / "held_out"
 STARTER = ROOT / "megaman" / "starter_images"
@@ -125,7 +121,7 @@ def change(
     """By how much the adapter changes the mean loss of each set, in percent of the base's own; plain: those
     losses.
     """
-    merged = MergedAdapter(read_adapter(adapter), base.unet, base.text_encoder)
+    merged = MergedAdapter(read_adapter(adapter), base.unet, base.encoders["text_encoder"])
     merged.set_scale(1.0)
     after = {name: statistics.mean(losses(base, encoded)) for name, encoded in sets.items()}
     merged.set_scale(0.0)
@@ -210,7 +206,7 @@ class Examiner:
 
     def verdict(self, name: str, adapter: Path) -> dict[str, float | tuple[float, float]]:
         """Hero rate, obedience, retention, copies and diversity of one adapter's pictures."""
-        merged = MergedAdapter(read_adapter(adapter), self.base.unet, self.base.text_encoder)
+        merged = MergedAdapter(read_adapter(adapter), self.base.unet, self.base.encoders["text_encoder"])
         merged.set_scale(1.0)
         heroes = drawn(self.base, hero_prompts(), 2000)
         wizards = drawn(self.base, foreign_prompts(), 3000)

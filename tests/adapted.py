@@ -1,0 +1,21 @@
+"""LoRAs in live models, for tests that need no run."""
+
+from functools import partial
+
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from megaman.common.kinds import SD1, UNET
+from megaman.config.train import TrainConfig
+from megaman.lora.init_lora import InitLora
+from megaman.lora.injection import inject
+from megaman.training.checkpoints import trained
+from megaman.training.sampler import generator_of
+
+
+def inject_lora(
+    unet: UNet2DConditionModel, cfg: TrainConfig, init: InitLora | None = None
+) -> list[nn.Parameter]:
+    """Wraps a Stable Diffusion 1.x's UNet as a run does; its trainable parameters."""
+    inject({UNET: unet}, cfg, SD1, partial(generator_of, cfg.seed), init)
+    return list(trained({UNET: unet}).values())
