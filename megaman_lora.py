@@ -55,6 +55,7 @@ from megaman.data.report import Report, TrainedPicture, dataset_facts
 from megaman.lora import init_lora, injection, save
 from megaman.model import compute, memory, stable_diffusion
 from megaman.model.hub import model_hashes
+from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
 from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
@@ -363,6 +364,8 @@ def set_up(cfg: TrainConfig) -> Run:
     validation_text = base.embed_ids(validation_ids)
     if not cfg.text_encoder_lr:
         base.drop_encoders()
+    if cfg.base_weights == "int8":
+        store_in_int8(base.unet)
     base.place(*base.parts)
 
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)

@@ -71,6 +71,7 @@ ELSEWHERE = {
     "output_name": "--output_dir: the file is always megaman_lora.safetensors",
     **dict.fromkeys(("xformers", "enable_xformers_memory_efficient_attention"), "--attention xformers"),
     **dict.fromkeys(("sdpa", "mem_eff_attn"), "--attention sdpa"),
+    **dict.fromkeys(("fp8_base", "fp8_base_unet", "load_in_8bit"), "--base_weights int8"),
     "fp16": "--mixed_precision fp16",
     "bf16": "--mixed_precision bf16",
     **dict.fromkeys(
@@ -313,6 +314,9 @@ class PrecisionFlags:
     mixed_precision: Literal["fp16", "bf16", "no"] = flag(
         "fp16", "precision of the frozen base; the LoRA is always float32", spellings=PRECISIONS
     )
+    base_weights: Literal["full", "int8"] = flag(
+        "full", "how the frozen UNet is kept: int8 takes half the memory of half precision", before="full"
+    )
     gradient_checkpointing: bool = flag(
         False, "recompute activations: less memory, about a third slower", is_free=True
     )
@@ -386,6 +390,8 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
         within = self.cache_dir is not None and is_within(self.cache_dir, self.output_dir)
         aside = "must not lie in --output_dir, which a later run moves aside"
         require(not within, f"--cache_dir {self.cache_dir}: {aside}")
+        whole = self.base_weights == "full" or not self.use_dora
+        require(whole, "--base_weights int8: a DoRA needs the base's own weights; leave --use_dora out")
         varies = self.shuffle_tags or self.keep_tags == 1
         require(varies, f"--keep_tags {self.keep_tags}: must be given with --shuffle_tags")
         reads = self.text_encoder_lr > 0 or self.text_encoder_stop == 1

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from megaman.common.console import Exit, UserError, listed, say
 from megaman.common.files import save_tensors, sha256_of, sync
+from megaman.common.kinds import UNET
 from megaman.common.output_folder import (
     ADAPTER_FILE,
     CHECKPOINTS,
@@ -32,7 +33,6 @@ from megaman.common.output_folder import (
     step_folders,
     step_name,
 )
-from megaman.common.kinds import UNET
 from megaman.lora.adapter import Adapter
 from megaman.lora.save import write_kohya
 
