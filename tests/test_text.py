@@ -23,6 +23,7 @@ from megaman.model.text import (
     read,
     weighted,
     weighted_ids_of,
+    widths_of,
 )
 from megaman.model.tokenizer import clip_tokenizer
 
@@ -413,7 +414,8 @@ def test_each_chunk_keeps_its_mean_and_the_words_their_proportions() -> None:
     assert factors.flatten(2).std(-1).max() < 1e-3 < abs(factors[0, 0, 0, 0] - 1)
 
 
-def test_each_encoders_states_keep_their_own_mean() -> None:
+def test_each_encoders_states_keep_their_own_mean(xl: StableDiffusionPipeline) -> None:
+    assert widths_of(encoders_of(xl, XL), XL) == [12, 20]
     text = Text(torch.cat([torch.randn(1, 77, 4) + 1, torch.randn(1, 77, 6) - 30], -1))
     weights = torch.rand(1, 1, 77) + 0.5
     found = weighted(text, weights, [4, 6]).states

@@ -147,11 +147,13 @@ def _filled(
     shape = (len(texts), max([at_least, *map(len, texts)]), tokenizer.model_max_length)
     ids = torch.full(shape, tokenizer.pad_token_id)
     weights = torch.ones(shape)
-    ids[..., 0], ids[..., 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+    end_id = tokenizer.eos_token_id
+    ids[..., 0] = tokenizer.bos_token_id
+    ids[..., 1] = end_id
     for row, chunks in enumerate(texts):
         for place, chunk in enumerate(chunks):
             end = len(chunk) + 1
-            ids[row, place, 1 : end + 1] = torch.tensor([*(token for token, _ in chunk), ids[row, place, 1]])
+            ids[row, place, 1 : end + 1] = torch.tensor([*(token for token, _ in chunk), end_id])
             weights[row, place, 1:end] = torch.tensor([weight for _, weight in chunk])
     return ids, weights
 
@@ -187,10 +189,15 @@ def read(ids: Tensor, encoders: Mapping[str, nn.Module], kind: Kind, tokenizer: 
     return Text(torch.cat(states, -1) if len(states) > 1 else states[0], pooled)
 
 
+def widths_of(encoders: Mapping[str, nn.Module], kind: Kind) -> list[int]:
+    """How wide the encoders' states are that `read` puts side by side."""
+    return [encoders[encoder.part].config.hidden_size for encoder in kind.encoders]
+
+
 def weighted(text: Text, weights: Tensor, widths: Sequence[int] | None = None) -> Text:
     """The text with each token's state times its weight, (N,C,77), and then the mean of each chunk brought
-    back to what it was; pooled as it is. widths: of the encoders' states side by side in D, whose means are
-    theirs; one encoder's, if not given.
+    back to what it was; pooled as it is. widths: widths_of the encoders, for each one's states have a mean of
+    their own; D, if not given.
 
     A1111 takes the mean over all prompts of a batch; of each text's chunk it does not depend on a picture's
     neighbours. A chunk whose weights are all 1 stays to the bit.
