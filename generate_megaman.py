@@ -324,7 +324,8 @@ def generate(cfg: GenerateConfig) -> Path:
     trigger = adapter.metadata.get("trigger", TRIGGER)
     asked = read_prompts(cfg, trigger)
     prompts = plain_prompts(asked)
-    notes = notes_on_syntax(texts_of(asked, cfg.negative_prompt))
+    texts = texts_of(asked, cfg.negative_prompt)
+    notes = notes_on_syntax(texts, weights_are_read=cfg.prompt_weights)
     cfg = replace(cfg, negative_prompt=cfg.negative_prompt and without_lora_tags(cfg.negative_prompt))
     check_output_folder(output, lora_path)
 
@@ -353,7 +354,7 @@ def generate(cfg: GenerateConfig) -> Path:
     for line in notes:
         say(line)
     texts = [text for job in jobs for text in (job.prompt, job.negative_prompt)]
-    for line in notes_on_length(base.tokenizer, texts, base.max_chunks):
+    for line in notes_on_length(base.tokenizer, texts, base.max_chunks, weights_are_read=cfg.prompt_weights):
         say(line)
     tasks = make_tasks(jobs, candidates, base.digest, about["precision"])
     with closing(OutputLock(output).sign()):
@@ -367,7 +368,7 @@ def load_base(
     told = adapter.metadata.get("config", {}).get("prediction_type", "auto")  # by the user, in training
     wanted = told if canonical_name(name) == adapter.metadata.get("base") else "auto"
     base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model", wanted=wanted)
-    base.max_chunks = cfg.max_tokens // CHUNK
+    base.max_chunks, base.reads_weights = cfg.max_tokens // CHUNK, cfg.prompt_weights
     base.place("vae", *base.parts)
     return base
 

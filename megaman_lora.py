@@ -134,13 +134,14 @@ class MegaManDataset:
         self.tokenizer = tokenizer
         self.seed = seed
         settings = settings or DataFlags()
-        self.settings = replace(settings, resolution=settings.resolution or SD1.resolution)
+        resolution = settings.resolution or SD1.resolution
+        self.settings = replace(settings, resolution=resolution)
         self.listing = look_into(self.folder)
         self.scanned, self.skipped = scan.scan(self.listing, store or Store(None))
         self.paths = [picture.path for picture in self.scanned]
         self.captions = captions.read_captions(self.paths, self.folder, self.settings, self.skipped)
         self.repeats = [captions.repeats_of(path, self.folder) for path in self.paths]
-        offered = buckets.buckets_of(self.settings.resolution, cell_px, self.settings.crop)
+        offered = buckets.buckets_of(resolution, cell_px, self.settings.crop)
         self.buckets = [buckets.bucket_for(picture.size, offered) for picture in self.scanned]
 
     def __len__(self) -> int:

@@ -7,7 +7,8 @@ import pytest
 from conftest import run_script
 
 from megaman.common.console import UserError
-from megaman.config.train import PRESETS, TrainConfig, read_config
+from megaman.config import generate
+from megaman.config.train import PRESETS, TrainConfig, decisive, published, read_config, recorded
 from megaman.training.sampler import Sampler
 from megaman.training.schedule import plan
 
@@ -79,6 +80,33 @@ def test_an_unknown_key_in_a_file_is_an_error_with_a_suggestion(tmp_path: Path) 
     path.write_text('{"lora_rnk": 6}', encoding="utf-8")
     with pytest.raises(UserError, match=r"unknown key 'lora_rnk' \(did you mean lora_rank\?\)"):
         read_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize("number", ["0", "-75", "74", "100"])
+def test_texts_are_as_long_as_whole_chunks(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(f'{{"max_tokens": {number}}}', encoding="utf-8")
+    complaint = f"--max_tokens {number}: must be a multiple of 75 and at least 75"
+    for arguments in (["--max_tokens", number], ["--config", str(path)]):
+        with pytest.raises(UserError, match=complaint):
+            read_config(arguments)
+    with pytest.raises(UserError, match=complaint):
+        generate.read_config(["--max_tokens", number])
+    assert read_config(["--max_tokens", "150"])[0].max_tokens == 150
+    assert generate.read_config(["--max-tokens", "75"]).max_tokens == 75
+
+
+def test_a_captions_length_may_change_in_a_resume_and_stands_in_no_file_that_is_shared() -> None:
+    cfg = TrainConfig(max_tokens=75)
+    assert recorded(cfg)["max_tokens"] == 75
+    assert "--max_tokens" not in decisive(recorded(cfg))
+    assert "max_tokens" not in published(cfg)
+
+
+@pytest.mark.parametrize("word", ["off", "no", "false", "0"])
+def test_prompt_weights_are_read_unless_they_are_switched_off(word: str) -> None:
+    assert generate.read_config([]).prompt_weights is True
+    assert generate.read_config(["--prompt_weights", word]).prompt_weights is False
 
 
 @pytest.mark.parametrize(

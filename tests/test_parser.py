@@ -49,6 +49,7 @@ def error_of(read: object, *argv: str, capsys: pytest.CaptureFixture[str]) -> st
         ("--steps", "--max_train_steps"),
         ("--network_args", "--lora_targets, --use_dora or --use_rslora"),
         ("--enable_bucket", "--crop bucket"),
+        ("--max_token_length", "--max_tokens"),
     ],
 )
 def test_a_flag_of_another_trainer_gets_its_true_name(
@@ -94,6 +95,9 @@ def test_a_flag_of_another_trainer_that_nothing_here_answers_to_gets_the_reason(
         ("--weight", "here it is --lora_scale"),
         ("--xformers", "leave it out: "),
         ("--n_prompt", "here it is --negative_prompt"),
+        ("--max_embeddings_multiples", "here it is --max_tokens"),
+        ("--max_token_length", "here it is --max_tokens"),
+        ("--no_prompt_weights", "here it is --prompt_weights off"),
         ("-W", "here it is --width"),
     ],
 )
@@ -103,7 +107,7 @@ def test_a_flag_of_another_drawing_program_gets_its_true_name(
     assert f"{theirs}: unknown flag ({told}" in error_of(generate.read_config, theirs, capsys=capsys)
 
 
-@pytest.mark.parametrize("word", ["--max_token_size", "--dataset", "--save_images", "--train"])
+@pytest.mark.parametrize("word", ["--max_text_size", "--dataset", "--save_images", "--train"])
 def test_letters_alone_make_no_hint(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{word}: unknown flag; --help" in error_of(train.read_config, word, capsys=capsys)
 

@@ -97,6 +97,14 @@ def test_the_web_uis_syntax_is_said_once_and_their_loras_are_left_out() -> None:
     assert notes_on_syntax(["Anders, a BREAKER (b) c"]) == []
 
 
+def test_nothing_is_said_of_weights_that_are_read() -> None:
+    texts = ["(red:1.3) [sky] BREAK x", "a <lora:me AND you:0.8> b", "Anders (b)"]
+    (note,) = notes_on_syntax(texts, weights_are_read=True)
+    assert "<lora:me AND you:0.8> is left out" in note
+    (note,) = notes_on_syntax(["(red:1.3) sky AND [mint]", "a AND b"], weights_are_read=True)
+    assert note == "note: 'AND' is a plain word here: prompts can't be joined by it"
+
+
 def test_negative_prompts_are_looked_at_too() -> None:
     prompts = [Prompt("mega man", {"negative_prompt": "bad <lora:bad:1>"}), Prompt("x")]
     assert plain_prompts(prompts)[0].settings["negative_prompt"] == "bad"

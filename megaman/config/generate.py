@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megaman.common.console import Exit, check_text
-from megaman.config.parser import LARGEST_SEED, PRECISIONS, check_numbers, flag, parse_flags, require
+from megaman.config.parser import CHUNK, LARGEST_SEED, PRECISIONS, check_numbers, flag, parse_flags, require
 
 DESCRIPTION = "Draws with a trained LoRA and writes an HTML gallery."
 
@@ -47,6 +47,8 @@ ELSEWHERE = {
         "leave it out: pictures are drawn with torch's own attention",
     ),
     **dict.fromkeys(("lowram", "lowvram", "medvram", "opt_channelslast", "vae_batch_size"), _FITTED),
+    **dict.fromkeys(("max_embeddings_multiples", "max_token_length"), "--max_tokens"),
+    "no_prompt_weights": "--prompt_weights off",
     "clip_skip": "leave it out: the text encoder is read to its end",
 }  # what kohya, diffusers, web UIs and others call it
 BUILT_IN_PROMPTS = (
@@ -101,6 +103,13 @@ class PromptFlags:
     negative_prompt: str | None = flag(
         None, f'what to keep away from; "{NEGATIVE}" if not given, nothing with the embedded base'
     )
+    max_tokens: int = flag(
+        225,
+        "longest prompt in tokens: chunks of 75, as the web UIs make them; what is beyond is not read",
+        least=CHUNK,
+        multiple_of=CHUNK,
+    )
+    prompt_weights: bool = flag(True, "read A1111's (word:1.3), [word] and BREAK; off: they are plain words")
     num_images_per_prompt: int = flag(1, "pictures a prompt; their seeds count up from --seed", least=1)
     seed: int = flag(42, "seed of each prompt's first picture; 0 is a seed", least=0, below=LARGEST_SEED)
 

@@ -19,6 +19,7 @@ from megaman.common.console import Exit, UserError, is_text, leave
 
 FACTS = "facts"  # of a field's metadata
 LARGEST_SEED = 2**63  # torch takes no more
+CHUNK = 75  # tokens that text encoders read at a time, between a text's beginning and its end
 TRUE = ("true", "t", "yes", "y", "1", "on")
 FALSE = ("false", "f", "no", "n", "0", "off")
 PRECISIONS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16"} | dict.fromkeys(
@@ -39,6 +40,7 @@ class Facts:
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
+    multiple_of: int = 1  # of a whole number
     spellings: Mapping[str, str] = field(default_factory=dict)  # others of a choice that mean the same
     remark: str = ""  # on a value that is no number
     is_square: bool = False  # 512,512 is 512
@@ -59,7 +61,10 @@ class Facts:
         if math.isfinite(self.least) and math.isfinite(self.most):
             return f"between {self.least:g} and {self.most:g}"
         words = ("0 or more" if self.least == 0 else "at least {}", "at most {}", "above {}", "below {}")
-        told = [word.format(_short(end)) for word, end in zip(words, ends, strict=True) if math.isfinite(end)]
+        told = [f"a multiple of {self.multiple_of}"] if self.multiple_of > 1 else []
+        told += [
+            word.format(_short(end)) for word, end in zip(words, ends, strict=True) if math.isfinite(end)
+        ]
         return " and ".join(told) or "a finite number"
 
     def wanted_of(self, number: float) -> str:
@@ -70,7 +75,9 @@ class Facts:
     def takes(self, number: float) -> bool:
         """Whether the number is in range; NaN and infinity never are."""
         is_inside = self.least <= number <= self.most and self.above < number < self.below
-        return is_inside and math.isfinite(number)
+        return (
+            is_inside and math.isfinite(number) and (self.multiple_of == 1 or number % self.multiple_of == 0)
+        )
 
 
 def _short(number: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from megaman.common.files import is_within
 from megaman.config.parser import (
+    CHUNK,
     LARGEST_SEED,
     PRECISIONS,
     check_numbers,
@@ -113,7 +114,8 @@ ELSEWHERE = {
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "vae_batch_size"), _CACHED),
     **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _CACHED),
     "weighted_captions": "leave it out: a caption's words all weigh the same",
-    **dict.fromkeys(("clip_skip", "max_token_length"), "leave it out: it isn't trained with"),
+    "clip_skip": "leave it out: it isn't trained with",
+    "max_token_length": "--max_tokens",
     **dict.fromkeys(("v2", "sdxl", "variant", "zero_terminal_snr"), _BASES),
     "v_parameterization": "--prediction_type v_prediction",
     **dict.fromkeys(("train_text_encoder", "learning_rate_te", "text_encoder_lr1"), _TEXT_ENCODER),
@@ -202,15 +204,16 @@ class DataFlags:
     caption_dropout: float = flag(
         0.05, "share of examples that train with the empty caption", least=0, most=1
     )
+    shuffle_tags: bool = flag(False, "vary the order of a caption's comma-separated tags")
+    keep_tags: int = flag(1, "tags at the front that --shuffle_tags leaves in place", least=0)
     max_tokens: int = flag(
         225,
         "longest caption in tokens: chunks of 75, as the web UIs make them; what is beyond is not read",
-        least=75,
-        is_free=True,
+        least=CHUNK,
+        multiple_of=CHUNK,
         published="never",
+        is_free=True,
     )
-    shuffle_tags: bool = flag(False, "vary the order of a caption's comma-separated tags")
-    keep_tags: int = flag(1, "tags at the front that --shuffle_tags leaves in place", least=0)
     cache_dir: str | None = flag(
         None,
         "where latents and text embeddings are kept between runs; the user's cache folder if not given",

@@ -38,7 +38,7 @@ from megaman.model.hub import (
 )
 from megaman.model.prediction import Prediction
 from megaman.model.single_file import kind_in, load_file
-from megaman.model.text import Text, ids_of, read
+from megaman.model.text import Text, ids_of, read, weighted, weighted_ids_of, widths_of
 from megaman.model.tokenizer import clip_tokenizer
 
 
@@ -55,6 +55,7 @@ class StableDiffusion:
     scheduler: DDPMScheduler
     device: torch.device  # where it computes; parts that are not needed there lie on the CPU
     max_chunks: int = 1  # of 75 tokens, that are read of a text
+    reads_weights: bool = False  # A1111's (word:1.3) and [word] in texts
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -102,7 +103,13 @@ class StableDiffusion:
 
     def ids_of(self, texts: Sequence[str], at_least: int = 1) -> Tensor:
         """Tokens of texts, (N,C,77): each in as many chunks as the longest has, and at least so many."""
-        return ids_of(self.tokenizer, texts, self.max_chunks, at_least)
+        return self._tokens_of(texts, at_least)[0]
+
+    def _tokens_of(self, texts: Sequence[str], at_least: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens of texts, and what each weighs if that is read; (N,C,77) both."""
+        if self.reads_weights:
+            return weighted_ids_of(self.tokenizer, texts, self.max_chunks, at_least)
+        return ids_of(self.tokenizer, texts, self.max_chunks, at_least), None
 
     def read(self, ids: Tensor) -> Text:
         """Texts as the UNet reads them, of their tokens (N,C,77), in the UNet's precision; with gradients
@@ -118,7 +125,9 @@ class StableDiffusion:
     @torch.no_grad()
     def embed(self, texts: Sequence[str], at_least: int = 1) -> Text:
         """Texts as the UNet reads them: states (N,C*77,D); without gradients."""
-        return self.read(self.ids_of(texts, at_least))
+        ids, weights = self._tokens_of(texts, at_least)
+        text = self.read(ids)
+        return text if weights is None else weighted(text, weights, widths_of(self.encoders, self.kind))
 
     def place(self, *names: str) -> None:
         """Moves these parts (vae, unet, text_encoder, …) to the device and all others off it: an accelerator

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from megaman.config.parser import CHUNK
+
 MERGES = Path(__file__).parents[1] / "kinds" / "clip" / "merges.txt.xz"  # OpenAI's CLIP, MIT
-LENGTH = 77  # of what the text encoders read, beginning and end included
+LENGTH = CHUNK + 2  # of what the text encoders read, beginning and end included
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
