@@ -61,12 +61,12 @@ from megaman.generation.candidates import (
     path_in_record,
 )
 from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
-from megaman.generation.records import Job, job_hash, record_of
+from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
 from megaman.lora.adapter import Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, memory, stable_diffusion
 from megaman.model.hub import canonical_name, download_adapter, is_local
-from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
+from megaman.model.prompt_syntax import has_weights, notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import notes_on_length
 
@@ -129,6 +129,14 @@ def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
         for seed in range(first, first + cfg.num_images_per_prompt):
             jobs += [Job(prompt=prompt.text, seed=seed, lora_scale=scale, **settings) for scale in scales]
     return list(dict.fromkeys(jobs))
+
+
+def as_read(job: Job, base: StableDiffusion) -> Job:
+    """The job with how the base reads its texts: in how many chunks, and whether brackets weigh words."""
+    texts = [job.prompt, job.negative_prompt]
+    is_weighted = base.reads_weights and any(map(has_weights, texts))
+    chunks = base.ids_of(texts).shape[1]
+    return replace(job, max_tokens=CHUNK * chunks, words=WEIGHTED if is_weighted else PLAIN)
 
 
 def group_into_batches(jobs: Sequence[Job], batch_size: int | None, device_type: str) -> Iterator[list[Job]]:
@@ -349,7 +357,7 @@ def generate(cfg: GenerateConfig) -> Path:
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     cfg = resolve(cfg, adapter, base)
-    jobs = make_jobs(cfg, prompts)
+    jobs = [as_read(job, base) for job in make_jobs(cfg, prompts)]
     check_jobs(jobs, base)
     for line in notes:
         say(line)

@@ -46,7 +46,7 @@ from torch.optim import Optimizer
 from transformers import CLIPTokenizer
 
 from megaman.common.cache import Store, default_folder, key_of
-from megaman.common.kinds import CHUNK, SD1
+from megaman.common.kinds import CHUNK
 from megaman.common.output_folder import CAPTIONS, RunFolder, check_apart, check_output, holds_run
 from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
@@ -133,15 +133,13 @@ class MegaManDataset:
         self.folder = Path(data_dir)
         self.tokenizer = tokenizer
         self.seed = seed
-        settings = settings or DataFlags()
-        resolution = settings.resolution or SD1.resolution
-        self.settings = replace(settings, resolution=resolution)
+        self.settings = settings or DataFlags()
         self.listing = look_into(self.folder)
         self.scanned, self.skipped = scan.scan(self.listing, store or Store(None))
         self.paths = [picture.path for picture in self.scanned]
         self.captions = captions.read_captions(self.paths, self.folder, self.settings, self.skipped)
         self.repeats = [captions.repeats_of(path, self.folder) for path in self.paths]
-        offered = buckets.buckets_of(resolution, cell_px, self.settings.crop)
+        offered = buckets.buckets_of(self.settings.side_px, cell_px, self.settings.crop)
         self.buckets = [buckets.bucket_for(picture.size, offered) for picture in self.scanned]
 
     def __len__(self) -> int:
@@ -355,7 +353,7 @@ def set_up(cfg: TrainConfig) -> Run:
 
     base = load_base(cfg, accelerator.device, dtype)
     cfg = replace(cfg, snr_gamma=usual_gamma(base) if cfg.snr_gamma is None else cfg.snr_gamma)
-    buckets.check_sizes(data.dataset.buckets, cfg.resolution, base.cell_px, base.name)
+    buckets.check_sizes(data.dataset.buckets, cfg.side_px, base.cell_px, base.name)
     origins["the base model's weights"] = base.digest
     resume.check_resume(checkpoint, cfg, origins)
     with accelerator.main_process_first():
@@ -536,7 +534,7 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
     """One picture a validation prompt, always from the same noise, drawn by the first process."""
     if run.accelerator.is_main_process:
         cfg = run.cfg
-        look = validation.Look(cfg.resolution, cfg.validation_guidance_scale, cfg.seed)
+        look = validation.Look(cfg.side_px, cfg.validation_guidance_scale, cfg.seed)
         with run.ema.swapped_in(), at_rest(run.parts):
             text = run.base.embed_ids(run.validation_ids) if run.base.encoders else run.validation_text
             images = validation.draw_previews(run.base, text, look, step, stop)

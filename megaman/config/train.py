@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from megaman.common.files import is_within
+from megaman.common.kinds import CHUNK, SD1
 from megaman.config.parser import (
-    CHUNK,
     LARGEST_SEED,
     PRECISIONS,
     check_numbers,
@@ -221,6 +221,11 @@ class DataFlags:
         is_free=True,
     )
     strict: bool = flag(False, "a file that must be skipped is an error", is_free=True)
+
+    @property
+    def side_px(self) -> int:
+        """The side of the training square; Stable Diffusion 1.x's where neither user nor base has said it."""
+        return self.resolution or SD1.resolution
 
 
 @dataclass(frozen=True)

@@ -177,10 +177,8 @@ class Report:
     def _about_captions(self) -> list[str]:
         notes = []
         if self.too_long:
-            notes.append(
-                f"{count(len(self.too_long), 'caption')} longer than {self.settings.max_tokens} tokens; what is "
-                f"over is not read ({_named(self.too_long)})"
-            )
+            longer = f"longer than {self.settings.max_tokens} tokens; what is over is not read"
+            notes.append(f"{count(len(self.too_long), 'caption')} {longer} ({_named(self.too_long)})")
         if self.without_trigger:
             lacking = (
                 f"{count(len(self.without_trigger), 'caption')} without the trigger {self.settings.trigger!r}"

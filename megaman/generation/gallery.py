@@ -15,16 +15,19 @@ from typing import Any
 from megaman.common.console import Exit, UserError, say
 from megaman.common.files import followed, path_from, write_text
 from megaman.common.html import render, script_of
+from megaman.common.kinds import CHUNK
 from megaman.common.output_folder import CHECKPOINTS, GALLERY_PAGE, WEIGHTS, OutputLock
 from megaman.config.generate import GenerateConfig
 from megaman.config.train import DataFlags
 from megaman.generation.records import (
+    PLAIN,
     ImageRecord,
     check_folder,
     find_records,
     holds_gallery,
     write_records,
 )
+from megaman.model.prompt_syntax import has_weights
 
 RUN = DataFlags.output_dir  # where an adapter usually lies
 CHECKPOINT = re.compile(r"step-0{0,5}(\d{1,12})")
@@ -151,6 +154,7 @@ def command(record: ImageRecord, folder: Path = Path()) -> str:
         "base_model": _seen_from_here(folder, record.base_path) or on_hub,
         "prompts": record.prompt,
         "negative_prompt": record.negative_prompt,
+        **_how_read(record),
         "seed": record.seed,
         "width": record.width,
         "height": record.height,
@@ -165,6 +169,17 @@ def command(record: ImageRecord, folder: Path = Path()) -> str:
         return ""
     quoted = [word if re.fullmatch(r"[\w=+-]+", word, re.ASCII) else f'"{word}"' for word in words]
     return " ".join(["python", "generate_megaman.py", *quoted])
+
+
+def _how_read(record: ImageRecord) -> dict[str, Any]:
+    """The flags by which its texts are read as they were, where they may be read otherwise without them."""
+    texts = (record.prompt, record.negative_prompt)
+    flags: dict[str, Any] = {}
+    if any(len(text.encode()) > CHUNK for text in texts):  # a token is a byte or more
+        flags["max_tokens"] = record.max_tokens
+    if record.words == PLAIN and any(map(has_weights, texts)):
+        flags["prompt_weights"] = "off"
+    return flags
 
 
 def _seen_from_here(folder: Path, place: str) -> str | None:

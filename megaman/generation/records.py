@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from megaman.common.console import Exit, UserError, say
 from megaman.common.files import followed, replacing, write_text
 from megaman.common.html import check_page, is_page
+from megaman.common.kinds import CHUNK
 from megaman.common.output_folder import GALLERY_PAGE, holds_files, holds_run, is_signed
 
 METADATA_FILE = "metadata.jsonl"
@@ -40,6 +41,10 @@ SAMPLER_NAMES = {
 }  # as A1111 spells them
 
 
+PLAIN, WEIGHTED = "plain", "weighted"
+USUAL = {"max_tokens": CHUNK, "words": PLAIN}
+
+
 @dataclass(frozen=True)
 class Job:
     """One picture to draw."""
@@ -53,6 +58,8 @@ class Job:
     guidance_scale: float
     scheduler: str
     lora_scale: float
+    max_tokens: int = field(default=CHUNK, kw_only=True)  # as many chunks as its texts were read in
+    words: str = field(default=PLAIN, kw_only=True)  # or WEIGHTED: the texts' brackets say what words weigh
 
     @property
     def pixels(self) -> int:
@@ -62,8 +69,8 @@ class Job:
     @property
     def batch_key(self) -> tuple[object, ...]:
         """What pictures drawn in one batch must share."""
-        size = (self.width, self.height)
-        return (self.lora_scale, size, self.num_inference_steps, self.guidance_scale, self.scheduler)
+        shape = (self.width, self.height, self.max_tokens)
+        return (self.lora_scale, shape, self.num_inference_steps, self.guidance_scale, self.scheduler)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,11 @@ FIELDS = frozenset(each.name for each in fields(ImageRecord)) - {"extra"}
 
 def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:
     """A hash of everything that decides a picture's pixels."""
-    facts = json.dumps([asdict(job), adapter_hash, base_hash, precision], sort_keys=True)
+    settings = asdict(job)
+    for name, usual in USUAL.items():  # what pictures had in common before they differed in it
+        if settings[name] == usual:
+            del settings[name]
+    facts = json.dumps([settings, adapter_hash, base_hash, precision], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """Pictures from a base: its pipeline, the samplers, the decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,13 +48,13 @@ def pipeline_of(base: StableDiffusion, scheduler: str = "dpm++") -> DiffusionPip
 
 def words(
     base: StableDiffusion, prompts: Sequence[str], negatives: Sequence[str]
-) -> dict[str, Tensor | None]:
+) -> Mapping[str, Tensor | None]:
     """Prompts and what to keep away from, as a pipeline takes them: equally long."""
     longest = max(base.ids_of(texts).shape[1] for texts in (prompts, negatives))
     return as_settings(*(base.embed(texts, longest) for texts in (prompts, negatives)))
 
 
-def as_settings(text: Text, negative: Text) -> dict[str, Tensor | None]:
+def as_settings(text: Text, negative: Text) -> Mapping[str, Tensor | None]:
     """Texts and what to keep away from, (B,L,D) each, as a pipeline takes them."""
     settings = {"prompt_embeds": text.states, "negative_prompt_embeds": negative.states}
     if text.pooled is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 LARGEST = 127
 SMALLEST_LAYER = 4096  # weights; below, nothing is saved
@@ -50,7 +51,7 @@ class _Linear(torch.autograd.Function):
         return functional.linear(x, whole(weight, factors, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, factors = ctx.saved_tensors
         return grad @ whole(weight, factors, grad.dtype), None, None, None
 
@@ -65,10 +66,10 @@ class _Conv2d(torch.autograd.Function):
         return functional.conv2d(x, whole(weight, factors, x.dtype), bias, *window)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, factors = ctx.saved_tensors
         made = whole(weight, factors, grad.dtype)
-        return nn.grad.conv2d_input(ctx.shape, made, grad, *ctx.window), None, None, None, None
+        return conv2d_input(ctx.shape, made, grad, *ctx.window), None, None, None, None
 
 
 @torch.no_grad()

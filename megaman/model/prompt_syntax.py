@@ -80,6 +80,11 @@ def weights_of(text: str) -> list[Piece]:
     return _joined(pieces)
 
 
+def has_weights(text: str) -> bool:
+    """Whether there is anything in a prompt that weights_of reads otherwise than as it stands."""
+    return weights_of(text) != [(text, 1.0)]
+
+
 def _multiply(pieces: list[Piece], start: int, factor: float) -> None:
     """Changes the weights of all pieces from this one on."""
     for i in range(start, len(pieces)):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +69,7 @@ def encode(
     views, crop_rows = _each_once(crops, lambda crop: crop.key)
     vae, scaling = _weights_digest(base.vae), base.vae.config.scaling_factor
     latents = [
-        store.tensors(key_of("latents", vae, crop.key), lambda crop=crop: _posterior(crop, base))
-        for crop in views
+        store.tensors(key_of("latents", vae, crop.key), partial(_posterior, crop, base)) for crop in views
     ]
     return EncodedDataset(
         [(entry["mean"] * scaling).to(base.device) for entry in latents],
@@ -90,7 +90,7 @@ def _encoded_texts(texts: Sequence[str], chunks: int, base: StableDiffusion, sto
     for text in texts:
         own = base.ids_of([text])
         key = key_of("text", *digests, own.tolist())
-        rows.append(store.tensors(key, lambda text=text: _read(text, base)))
+        rows.append(store.tensors(key, partial(_read, text, base)))
     empty = rows[0]["states"]  # of one chunk
     states = [
         torch.cat([row["states"], *[empty] * (chunks - len(row["states"]) // len(empty))]) for row in rows
@@ -118,7 +118,7 @@ class CaptionReader:
         self.trained_until = trained_until
         self.settled: Text | None = None if trained_until else encoded.text
 
-    def for_step(self, step: int, rows: Sequence[int]) -> Text:
+    def for_step(self, step: int, rows: list[int]) -> Text:
         """Captions for a step: with gradients as long as the encoders learn, from then on read once."""
         if self.settled is None and step >= self.trained_until:
             with torch.no_grad():
@@ -126,11 +126,11 @@ class CaptionReader:
             self.settled = Text.cat(every)
         return self.now(rows) if self.settled is None else self.settled[rows]
 
-    def now(self, rows: Sequence[int]) -> Text:
+    def now(self, rows: list[int]) -> Text:
         """Captions as the encoders read them at this moment."""
         if not self.trained_until:
             return self.encoded.text[rows]
-        return self.base.read(self.encoded.ids[list(rows)])
+        return self.base.read(self.encoded.ids[rows])
 
 
 def _posterior(crop: Crop, base: StableDiffusion) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -15,7 +16,7 @@ from megaman.training.encoding import EncodedDataset
 from megaman.training.sampler import Position, generator_of
 
 PRESERVE_EVERY = 4  # one example in four is also asked for the class: enough to hold it, and half as slow
-TextOf = Callable[[Sequence[int]], Text]  # of these rows of the encoded dataset
+TextOf = Callable[[list[int]], Text]  # of these rows of the encoded dataset
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class TrainedParts(nn.Module):
         return self.unet(*args, **kwargs)
 
 
-def unet_in(prepared: nn.Module) -> nn.Module:
+def unet_in(prepared: nn.Module) -> Any:
     """The UNet itself, in whatever accelerate and TrainedParts have put around it."""
     plain = extract_model_from_parallel(prepared)
     return plain.unet if isinstance(plain, TrainedParts) else plain

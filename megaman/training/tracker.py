@@ -159,7 +159,7 @@ class Tracker(SilentTracker):
             "step": done,
             "loss": mean_loss,
             "lr": step.learning_rates[0],
-            **{"lr_text_encoder": rate for rate in step.learning_rates[1:]},
+            **dict(zip(("lr_text_encoder",), step.learning_rates[1:], strict=False)),
             "grad_norm": norm if math.isfinite(norm) else None,  # fp16: the scaler skipped this step
             "images_per_s": self._rate(done),
             "seconds": round(time.monotonic() - self.started, 2),
