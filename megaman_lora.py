@@ -358,6 +358,8 @@ def set_up(cfg: TrainConfig) -> Run:
     resume.check_resume(checkpoint, cfg, origins)
     with accelerator.main_process_first():
         encoded = encode_dataset(data.dataset, base, cfg)
+    origins |= encoded.origins
+    resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
     base.place(*base.encoders)
     validation_text = base.embed_ids(validation_ids)

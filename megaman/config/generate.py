@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megaman.common.console import Exit, check_text
-from megaman.config.parser import CHUNK, LARGEST_SEED, PRECISIONS, check_numbers, flag, parse_flags, require
+from megaman.common.kinds import CHUNK
+from megaman.config.parser import LARGEST_SEED, PRECISIONS, check_numbers, flag, parse_flags, require
 
 DESCRIPTION = "Draws with a trained LoRA and writes an HTML gallery."
 

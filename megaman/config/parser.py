@@ -19,7 +19,6 @@ from megaman.common.console import Exit, UserError, is_text, leave
 
 FACTS = "facts"  # of a field's metadata
 LARGEST_SEED = 2**63  # torch takes no more
-CHUNK = 75  # tokens that text encoders read at a time, between a text's beginning and its end
 TRUE = ("true", "t", "yes", "y", "1", "on")
 FALSE = ("false", "f", "no", "n", "0", "off")
 PRECISIONS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16"} | dict.fromkeys(

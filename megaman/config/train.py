@@ -213,6 +213,7 @@ class DataFlags:
         multiple_of=CHUNK,
         published="never",
         is_free=True,
+        before=CHUNK,
     )
     cache_dir: str | None = flag(
         None,
@@ -440,7 +441,9 @@ def _goes_on_beside(values: Mapping[str, Any], in_file: set[str]) -> bool:
     lies, which may have been moved or renamed since.
     """
     always = {
-        name for name, facts in FACTS.items() if not facts.is_of_one_command and values[name] is not None
+        name
+        for name, facts in FACTS.items()
+        if not facts.is_of_one_command and values[name] is not None and facts.before is None
     }
     return values["config"] is not None and Path(values["config"]).name == RECORD and in_file >= always
 

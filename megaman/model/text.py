@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from megaman.common.kinds import Kind
 from megaman.model.prompt_syntax import BREAK, Piece, weights_of
@@ -190,7 +190,11 @@ def read(ids: Tensor, encoders: Mapping[str, nn.Module], kind: Kind, tokenizer: 
     return Text(torch.cat(states, -1) if len(states) > 1 else states[0], pooled)
 
 
+<<<<<<< HEAD
 def widths_of(encoders: Mapping[str, Any], kind: Kind) -> list[int]:
+=======
+def widths_of(encoders: Mapping[str, CLIPTextModel], kind: Kind) -> list[int]:
+>>>>>>> words
     """How wide the encoders' states are that `read` puts side by side."""
     return [encoders[encoder.part].config.hidden_size for encoder in kind.encoders]
 
@@ -198,7 +202,7 @@ def widths_of(encoders: Mapping[str, Any], kind: Kind) -> list[int]:
 def weighted(text: Text, weights: Tensor, widths: Sequence[int] | None = None) -> Text:
     """The text with each token's state times its weight, (N,C,77), and then the mean of each chunk brought
     back to what it was; pooled as it is. widths: widths_of the encoders, for each one's states have a mean of
-    their own; D, if not given.
+    their own; D alone, if not given.
 
     A1111 takes the mean over all prompts of a batch; of each text's chunk it does not depend on a picture's
     neighbours. A chunk whose weights are all 1 stays to the bit.

@@ -45,6 +45,12 @@ class EncodedDataset:
         """Where everything but the ids lies."""
         return self.sizes.device
 
+    @property
+    def origins(self) -> dict[str, Any]:
+        """What a resume must find unchanged beside the pictures: None where it is as it always was."""
+        chunks = self.ids.shape[1]
+        return {"chunks of 75 tokens that are read of captions": chunks if chunks > 1 else None}
+
     def shape_of(self, index: int) -> torch.Size:
         """The latents' shape (C,h,w) of one of the N: the same for all its crops."""
         return self.means[self.crop_rows[index][0]].shape
