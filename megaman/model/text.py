@@ -5,7 +5,6 @@ text encoders make of these.
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,11 +189,7 @@ def read(ids: Tensor, encoders: Mapping[str, nn.Module], kind: Kind, tokenizer: 
     return Text(torch.cat(states, -1) if len(states) > 1 else states[0], pooled)
 
 
-<<<<<<< HEAD
-def widths_of(encoders: Mapping[str, Any], kind: Kind) -> list[int]:
-=======
 def widths_of(encoders: Mapping[str, CLIPTextModel], kind: Kind) -> list[int]:
->>>>>>> words
     """How wide the encoders' states are that `read` puts side by side."""
     return [encoders[encoder.part].config.hidden_size for encoder in kind.encoders]
 
