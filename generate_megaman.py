@@ -373,8 +373,8 @@ def load_base(
     name: str, adapter: Adapter, cfg: GenerateConfig, device: torch.device, dtype: torch.dtype
 ) -> StableDiffusion:
     """The base to draw with, on its device. UserError (exit 4) if it can't be loaded."""
-    told = adapter.metadata.get("config", {}).get("prediction_type", "auto")  # by the user, in training
-    wanted = told if canonical_name(name) == adapter.metadata.get("base") else "auto"
+    is_own = canonical_name(name) == adapter.metadata.get("base")
+    wanted = trained_as(adapter) if is_own else "auto"
     base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model", wanted=wanted)
     base.max_chunks, base.reads_weights = cfg.max_tokens // CHUNK, cfg.prompt_weights
     base.place("vae", *base.parts)

@@ -2,7 +2,7 @@
 this table; nothing else asks which kind a base is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "kinds"
@@ -16,6 +16,7 @@ class Encoder:
 
     part: str  # in pipelines, in an adapter's keys, in PEFT's folders
     prefix: str  # of its modules in kohya's files
+    key: str  # with which its tensors' keys begin in single files; CLIP's own layout, or OpenCLIP's (model)
     layer: int  # whose states are read: -1 the last one's, normed; -2 those of the one before, as they are
     has_pooled: bool  # whether the UNet also reads the whole text as one vector
     pads_with: str | None  # the token behind a text's end; None: the end's own
@@ -28,6 +29,7 @@ class Kind:
     name: str
     text_width: int  # of the hidden states that the UNet reads
     resolution: int  # in pixels, where nobody says another and the base does not either
+    v_resolution: int  # the same, of bases that predict v
     encoders: tuple[Encoder, ...]
     has_sizes: bool  # whether the UNet is also told the picture's size and where it was cut
     has_ldm_names: bool  # of the UNet's modules in kohya's files: LDM's, or else diffusers'
@@ -48,15 +50,30 @@ class Kind:
         return (UNET, *(encoder.part for encoder in self.encoders))
 
 
-_CLIP_L = Encoder("text_encoder", "lora_te", -1, has_pooled=False, pads_with=None)
-_CLIP_H = Encoder("text_encoder", "lora_te", -1, has_pooled=False, pads_with="!")
-_XL_CLIP_L = Encoder("text_encoder", "lora_te1", -2, has_pooled=False, pads_with=None)
-_XL_CLIP_G = Encoder("text_encoder_2", "lora_te2", -2, has_pooled=True, pads_with="!")
+_CLIP_L = Encoder(
+    part="text_encoder",
+    prefix="lora_te",
+    key="cond_stage_model.transformer.",
+    layer=-1,
+    has_pooled=False,
+    pads_with=None,
+)
+_CLIP_H = replace(_CLIP_L, key="cond_stage_model.model.", pads_with="!")
+_XL_CLIP_L = replace(_CLIP_L, prefix="lora_te1", key="conditioner.embedders.0.transformer.", layer=-2)
+_XL_CLIP_G = Encoder(
+    part="text_encoder_2",
+    prefix="lora_te2",
+    key="conditioner.embedders.1.model.",
+    layer=-2,
+    has_pooled=True,
+    pads_with="!",
+)
 
 SD1 = Kind(
     name="Stable Diffusion 1.x",
     text_width=768,
     resolution=512,
+    v_resolution=512,
     encoders=(_CLIP_L,),
     has_sizes=False,
     has_ldm_names=False,
@@ -70,6 +87,7 @@ SD2 = Kind(
     name="Stable Diffusion 2.x",
     text_width=1024,
     resolution=512,
+    v_resolution=768,
     encoders=(_CLIP_H,),
     has_sizes=False,
     has_ldm_names=False,
@@ -83,6 +101,7 @@ XL = Kind(
     name="Stable Diffusion XL",
     text_width=2048,
     resolution=1024,
+    v_resolution=1024,
     encoders=(_XL_CLIP_L, _XL_CLIP_G),
     has_sizes=True,
     has_ldm_names=True,

@@ -2,25 +2,52 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from megaman.common.kinds import SD1, Kind
+from megaman.common.kinds import SD1, SD2, XL, Kind
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a file's tensors, by their keys
 
-UNET = "model.diffusion_model."
-FIRST, LAST = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"
+UNET_KEY, VAE_KEY = "model.diffusion_model.", "first_stage_model."
+FIRST = f"{UNET_KEY}input_blocks.0.0.weight"
+ADDED = f"{UNET_KEY}label_emb.0.0.weight"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a kind's files tells of its UNet."""
+
+    kind: Kind
+    tensors: int  # how many it has
+    depths: tuple[int, int]  # transformers in input blocks 4 and 7, where distilled ones have fewer
+    added: int  # width of what is added to the timestep: pooled text and sizes
+
+
+HEADERS = {
+    768: Header(SD1, tensors=686, depths=(1, 1), added=0),
+    1024: Header(SD2, tensors=686, depths=(1, 1), added=0),
+    2048: Header(XL, tensors=1680, depths=(2, 10), added=2816),
+}  # by the width of the text that the UNet reads
 OTHER_INPUTS = {
     9: "an inpainting model",
     8: "InstructPix2Pix",
     5: "a depth model",
     7: "an upscaler",
 }  # channels that a UNet reads, where those to draw from noise have 4
-TEXT_WIDTHS = {768: SD1}
-OTHER_WIDTHS = {
-    1024: "Stable Diffusion 2.x",
-    1280: "Stable Diffusion XL's refiner",
-    2048: "Stable Diffusion XL",
-}
+OTHER_FEATURES = {384: "Stable Diffusion XL's refiner", 256: "an upscaler"}  # of its first layer
+OTHER_WIDTHS = {1280: "Stable Diffusion XL's refiner"}
+OTHER_ADDED = dict.fromkeys((1536, 2048), "Stable Diffusion unCLIP")
+DISTILLED = {
+    (2, 4): "SSD-1B, a distilled Stable Diffusion XL",
+    (1, 2): "Vega, a distilled Stable Diffusion XL",
+}  # by their depths
+UNKNOWN = "no Stable Diffusion that is known here"
+RELATIVES = {
+    r"^edm_vpred\.sigma_max$": "CosXL",
+    r"^edm_mean$": "Playground 2.5",
+    r"^control_model\.": "a ControlNet",
+    r"^cond_stage_model\.roberta\.": "AltDiffusion",
+}  # by a pattern of keys; for files with a UNet that looks like ours
 STRANGERS = {
     r"joint_blocks\.": "Stable Diffusion 3",
     r"double_blocks\.|single_transformer_blocks\.": "Flux",
@@ -30,6 +57,7 @@ STRANGERS = {
     r"^(encoder|decoder)\.(down|up|mid|conv_in|down_blocks|up_blocks)\b": "a VAE alone",
     r"^text_model\.": "a text encoder alone",
     r"^(conv_in|down_blocks)\.": "a UNet alone, in diffusers' names",
+    r"^input_blocks\.": "a UNet alone, without text encoder and VAE",
 }  # by a pattern of keys; for files without a UNet of Stable Diffusion's
 
 
@@ -39,23 +67,69 @@ def kind_of_file(shapes: Shapes) -> Kind | str:
     """
     if FIRST not in shapes:
         return _stranger(shapes)
-    channels, features = shapes[FIRST][1], shapes.get(LAST, (0, 0))[1]
-    width = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
-    if channels in OTHER_INPUTS:
-        return OTHER_INPUTS[channels]
-    if features in (0, 256) or width not in TEXT_WIDTHS:
-        return OTHER_WIDTHS.get(width, "no Stable Diffusion that is known here")
-    if not any(key.startswith("cond_stage_model.") for key in shapes):
-        return "a UNet alone, without text encoder and VAE"
-    if not any(key.startswith("first_stage_model.") for key in shapes):
-        return "a model without its VAE"
-    return TEXT_WIDTHS[width]
+    width = next((_side(shapes, key, 1) for key in shapes if key.endswith("attn2.to_k.weight")), 0)
+    if name := _named(RELATIVES, shapes) or _relative(shapes, width):
+        return name
+    if width not in HEADERS or _side(shapes, FIRST, 1) != 4:
+        return UNKNOWN
+    found = HEADERS[width]
+    tensors = sum(key.startswith(UNET_KEY) for key in shapes)
+    if _depths(shapes) != found.depths:
+        return DISTILLED.get(_depths(shapes), f"a distilled or altered {found.kind.name}")
+    if lacking := _lacking_part(shapes, found.kind):
+        return lacking
+    if tensors != found.tensors or _side(shapes, ADDED, 1) != found.added:
+        return f"a damaged or altered {found.kind.name} (its UNet has {tensors} tensors, not {found.tensors})"
+    return found.kind
+
+
+def _side(shapes: Shapes, key: str, axis: int) -> int:
+    """The length of a tensor along an axis; 0 where there is none."""
+    return (*shapes.get(key, ()), 0, 0)[axis]
+
+
+def _named(patterns: Mapping[str, str], shapes: Shapes) -> str | None:
+    names = "\n".join(shapes)
+    return next((name for pattern, name in patterns.items() if re.search(pattern, names, re.MULTILINE)), None)
+
+
+def _relative(shapes: Shapes, width: int) -> str | None:
+    """What a file is whose UNet is built as ours are, but for other work; width: of the text it reads."""
+    return (
+        OTHER_INPUTS.get(_side(shapes, FIRST, 1))
+        or OTHER_FEATURES.get(_side(shapes, FIRST, 0))
+        or OTHER_WIDTHS.get(width)
+        or OTHER_ADDED.get(_side(shapes, ADDED, 1))
+    )
+
+
+def _depths(shapes: Shapes) -> tuple[int, int]:
+    """How many transformers stand one behind the other in input blocks 4 and 7."""
+    four, seven = (
+        {found[1] for found in map(re.compile(_TRANSFORMER.format(block)).match, shapes) if found}
+        for block in (4, 7)
+    )
+    return len(four), len(seven)
+
+
+_TRANSFORMER = re.escape(UNET_KEY) + r"input_blocks\.{}\.1\.transformer_blocks\.(\d+)\."
+
+
+def _lacking_part(shapes: Shapes, kind: Kind) -> str | None:
+    """What a file is that has a UNet of this kind, but lacks another part."""
+    has_vae = any(key.startswith(VAE_KEY) for key in shapes)
+    has_text = all(any(key.startswith(encoder.key) for key in shapes) for encoder in kind.encoders)
+    if has_vae and has_text:
+        return None
+    if has_vae:
+        return f"a {kind.name} without its text encoder"
+    if has_text:
+        return f"a {kind.name} without its VAE"
+    return "a UNet alone, without text encoder and VAE"
 
 
 def _stranger(shapes: Shapes) -> str:
-    names = "\n".join(shapes)
-    found = (name for pattern, name in STRANGERS.items() if re.search(pattern, names, re.MULTILINE))
-    if name := next(found, None):
+    if name := _named(STRANGERS, shapes):
         return name
-    only_vae = all(key.startswith("first_stage_model.") for key in shapes)
-    return "a VAE alone" if shapes and only_vae else "no Stable Diffusion that is known here"
+    only_vae = all(key.startswith(VAE_KEY) for key in shapes)
+    return "a VAE alone" if shapes and only_vae else UNKNOWN

@@ -2,16 +2,22 @@
 loaded without a network.
 """
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file as load_tensors
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from megaman.common.console import Exit, UserError
-from megaman.common.kinds import Kind
-from megaman.model.detection import kind_of_file
+from megaman.common.kinds import Encoder, Kind
+from megaman.model.detection import UNET_KEY, VAE_KEY, kind_of_file
+from megaman.model.open_clip import text_encoder_of
 from megaman.model.tokenizer import clip_tokenizer
 
 
@@ -29,29 +35,56 @@ def kind_in(file: Path) -> Kind:
         ) from error
     found = kind_of_file(shapes)
     if isinstance(found, str):
-        raise UserError(f"{file}: is {found}; this tool trains Stable Diffusion 1.x.", Exit.MODEL)
+        raise UserError(f"{file}: is {found}; this tool trains Stable Diffusion 1.x, 2.x and XL.", Exit.MODEL)
     return found
 
 
-def load_file(file: Path, kind: Kind, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The parts of a single file, the VAE in float32, the others in this precision. Raises what diffusers
-    raises, and ValueError where a tensor is missing.
+def load_file(file: Path, kind: Kind, dtype: torch.dtype) -> DiffusionPipeline:
+    """The parts of a single file: the VAE in float32, the others as they are stored, in pages of the file
+    that cost no memory until somebody casts or moves them. The tokenizers pad as their encoders expect.
+
+    dtype: of a part that the file holds in more than one precision. Raises what diffusers raises, and
+    ValueError where a tensor is missing.
     """
-    ours: dict[str, Any] = {"config": str(kind.config), "local_files_only": True}
-    unet = UNet2DConditionModel.from_single_file(str(file), subfolder="unet", torch_dtype=dtype, **ours)
-    vae = AutoencoderKL.from_single_file(str(file), subfolder="vae", torch_dtype=torch.float32, **ours)
-    pipeline = StableDiffusionPipeline.from_single_file(
-        str(file),
-        unet=unet,
-        vae=vae,
-        tokenizer=clip_tokenizer(),
-        safety_checker=None,
-        torch_dtype=dtype,
-        **ours,
-    )
-    for name in ("unet", "vae", "text_encoder"):
-        tensors = getattr(pipeline, name).state_dict()
-        missing = [key for key, tensor in tensors.items() if tensor.is_meta]
-        if missing:  # diffusers leaves them without numbers
-            raise ValueError(f"{len(missing)} tensors of its {name} are missing, such as {missing[0]}")
-    return pipeline
+    tensors = load_tensors(file)
+    unet, vae = _of(tensors, UNET_KEY), _of(tensors, VAE_KEY)
+    parts = {
+        "unet": _converted(UNet2DConditionModel, "unet", unet, kind, _precision(unet, dtype)),
+        "vae": _converted(AutoencoderKL, "vae", vae, kind, torch.float32),
+    }
+    for encoder in kind.encoders:
+        model = text_encoder_of(tensors, kind, encoder)
+        parts[encoder.part] = model.to(_precision(model.state_dict(), dtype))
+    tokenizers = {
+        encoder.part.replace("text_encoder", "tokenizer"): _tokenizer(encoder) for encoder in kind.encoders
+    }
+    return DiffusionPipeline.from_pretrained(str(kind.config), local_files_only=True, **parts, **tokenizers)
+
+
+def _of(tensors: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(key)}
+
+
+def _converted(
+    model: Any, name: str, tensors: dict[str, Tensor], kind: Kind, dtype: torch.dtype
+) -> nn.Module:
+    try:
+        return model.from_single_file(
+            tensors, config=str(kind.config), subfolder=name, torch_dtype=dtype, local_files_only=True
+        )
+    except NotImplementedError as error:  # torch can't move what diffusers has found no numbers for
+        raise ValueError(f"tensors of its {name} are missing") from error
+
+
+def _precision(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The one that all tensors have; else dtype."""
+    found = {tensor.dtype for tensor in tensors.values()}
+    return found.pop() if len(found) == 1 else dtype
+
+
+def _tokenizer(encoder: Encoder) -> CLIPTokenizer:
+    tokenizer = clip_tokenizer()
+    if encoder.pads_with is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = encoder.pads_with
+    return tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from megaman.config.parser import CHUNK
+from megaman.common.kinds import CHUNK
 
 MERGES = Path(__file__).parents[1] / "kinds" / "clip" / "merges.txt.xz"  # OpenAI's CLIP, MIT
 LENGTH = CHUNK + 2  # of what the text encoders read, beginning and end included

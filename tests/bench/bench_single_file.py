@@ -1,90 +1,134 @@
-"""A single file of Stable Diffusion 1.5's true shape, random weights: is it loaded and trained on offline?
+"""A single file of a kind's true shape, random weights: is it known, loaded and trained on offline, and how
+much memory does it take?
 
-    python tests/bench/bench_single_file.py [--work FOLDER]
+    python tests/bench/bench_single_file.py [--kind sd1|sd2|xl] [--file FILE] [--steps 3]
 
-Writes the file once (2 GB, half precision), tells its kind by the header, loads it in processes of their own
-with every way to the network shut, and trains three steps at 256 px. Prints what it found, then a JSON line.
+Writes the file where it isn't there (half precision: 2.1, 2.6 or 6.9 GB), tells its kind by the header, loads
+it in processes of their own with every way to the network shut, and trains some steps at 256 px (--steps 0:
+none). Prints what it found, then a JSON line. Memory is anonymous memory, beyond the libraries': pages of the
+file don't count, since the system takes them back when it needs them.
 """
 
 import argparse
 import json
-import resource
+import math
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from megaman.common.console import quiet_libraries  # noqa: E402
+
+quiet_libraries()
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+from single_files import write_true_shape  # noqa: E402
+
+from megaman.common.kinds import KINDS  # noqa: E402
+
+PIECE = 2**22  # values
+NOISE = torch.randn(PIECE, generator=torch.Generator().manual_seed(0))
 SHUT = """
 import socket
 def refuse(*_, **__): raise OSError("the network is shut")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
-WRITE = """
-import sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-import torch
-from bench_true_size import save_random_model
-from single_files import write_single_file
-work = Path({work!r})
-base = save_random_model(work / "random_sd15", whole_vocabulary=True)
-write_single_file(base, work / "random_v1-5.safetensors", torch.float16)
-"""
 LOAD = """
-import sys, time, torch
+import json, sys, threading, time, torch
 sys.path.insert(0, {root!r})
 from megaman.common.console import quiet_libraries
 quiet_libraries()
-from megaman.model.single_file import kind_in
-from megaman.model.stable_diffusion import load_base
+from diffusers.utils import logging
+logging.disable_progress_bar()
+from megaman.model.single_file import kind_in, load_file
 from pathlib import Path
+def anonymous_gib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
+peak, file, dtype = 0.0, Path({file!r}), torch.{dtype}
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous_gib())
+        time.sleep(0.005)
+before = anonymous_gib()
+threading.Thread(target=watch, daemon=True).start()
 started = time.monotonic()
-name = kind_in(Path({file!r})).name
+kind = kind_in(file)
 told = time.monotonic() - started
-base = load_base({file!r}, device=torch.device("cpu"), dtype=torch.{dtype})
-print(name, round(told, 4), round(time.monotonic() - started - told, 2), file=sys.stdout)
+pipeline = load_file(file, kind, dtype)
+loaded, stored = time.monotonic() - started - told, anonymous_gib()
+for part in (pipeline.unet, *(getattr(pipeline, encoder.part) for encoder in kind.encoders)):
+    part.to(dtype)
+found = {{"kind": kind.name, "header_s": round(told, 4), "load_s": round(loaded, 2)}}
+found |= {{"loaded_gib": round(stored - before, 2), "in_dtype_gib": round(anonymous_gib() - before, 2)}}
+print(json.dumps(found | {{"peak_gib": round(peak - before, 2)}}))
 """
 
 
-def run(code: str, *arguments: str) -> tuple[str, float, float]:
-    """What the code printed in a process of its own, its seconds, its peak memory in GiB."""
+def random_bytes(key: str, shape: tuple[int, ...]) -> Iterator[bytes]:
+    """A tensor's numbers as a fresh network has them, in half precision: norms one, biases zero, weights by
+    their inputs.
+    """
+    count = math.prod(shape)
+    if len(shape) < 2:
+        yield torch.full((count,), float(not key.endswith("bias"))).half().numpy().tobytes()
+        return
+    own = NOISE.roll(zlib.crc32(key.encode()) % PIECE)  # much faster than to draw billions
+    scaled = (own / math.sqrt(math.prod(shape[1:]))).half().numpy().tobytes()
+    for begin in range(0, count, PIECE):
+        yield scaled[: 2 * min(PIECE, count - begin)]
+
+
+def run(code: str) -> tuple[str, float]:
+    """What the code printed in a process of its own, its seconds."""
     before = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", SHUT + code, *arguments], check=True, stdout=subprocess.PIPE, text=True
-    )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    return done.stdout.strip(), round(time.monotonic() - before, 1), round(peak, 2)
+    done = subprocess.run([sys.executable, "-c", SHUT + code], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip(), round(time.monotonic() - before, 1)
+
+
+def train(file: Path, work: Path, steps: int) -> float:
+    """Seconds of the whole command, without a network."""
+    flags = [
+        *(f"--pretrained_model_name={file}", f"--data_dir={ROOT / 'megaman' / 'starter_images'}"),
+        *(f"--output_dir={work / 'out'}", f"--cache_dir={work / 'cache'}", "--resolution=256"),
+        *(f"--max_train_steps={steps}", "--gradient_accumulation_steps=1", "--mixed_precision=bf16"),
+        *("--validation_steps=99", "--validation_split=0", "--report_to=none"),
+    ]
+    script = f"import runpy, sys; sys.argv[1:] = {flags!r}; "
+    script += f"runpy.run_path({str(ROOT / 'megaman_lora.py')!r}, run_name='__main__')"
+    return run(script)[1]
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(tempfile.mkdtemp(prefix="bench_single_file_")))
-    work = parser.parse_args().work
-    file = work / "random_v1-5.safetensors"
-    if not file.is_file():  # by another process: a child's peak begins with its parent's memory
-        subprocess.run([sys.executable, "-c", WRITE.format(path=sys.path[:3], work=str(work))], check=True)
-    found: dict[str, object] = {"file_gb": round(file.stat().st_size / 1e9, 2)}
-    for dtype in ("bfloat16", "float32"):  # the smaller first: a peak is of all that came before
-        printed, _, peak = run(LOAD.format(root=str(ROOT), file=str(file), dtype=dtype))
-        *name, told, loaded = printed.split()
-        found |= {"kind": " ".join(name), "header_s": float(told), f"load_{dtype}_s": float(loaded)}
-        found[f"load_{dtype}_peak_gib"] = peak
-        print(f"{dtype}: {printed}, peak {peak} GiB", flush=True)
-    flags = [
-        *(f"--pretrained_model_name={file}", f"--data_dir={ROOT / 'megaman' / 'starter_images'}"),
-        *(f"--output_dir={work / 'out'}", f"--cache_dir={work / 'cache'}", "--resolution=256"),
-        *("--max_train_steps=3", "--gradient_accumulation_steps=1", "--mixed_precision=bf16"),
-        *("--validation_steps=99", "--validation_split=0", "--report_to=none"),
-    ]
-    script = f"import runpy; runpy.run_path({str(ROOT / 'megaman_lora.py')!r}, run_name='__main__')"
-    _, seconds, peak = run(script, *flags)
-    found |= {"train_s": seconds, "train_peak_gib": peak}
-    print(f"three steps at 256 px: {seconds} s, peak {peak} GiB")
+    parser.add_argument("--kind", choices=[kind.folder for kind in KINDS], default="sd1")
+    parser.add_argument("--file", type=Path, help="written if it isn't there")
+    parser.add_argument("--steps", type=int, default=3)
+    flags = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="bench_single_file_"))
+    file = flags.file or work / f"random_{flags.kind}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kind = next(kind for kind in KINDS if kind.folder == flags.kind)
+        write_true_shape(kind, file.with_suffix(".part"), random_bytes).replace(file)
+    found: dict[str, object] = {"bench": "single_file", "file_gb": round(file.stat().st_size / 1e9, 2)}
+    found |= {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
+    for dtype in ("float16", "bfloat16"):  # as stored, and as most cards compute
+        found[dtype] = json.loads(run(LOAD.format(root=str(ROOT), file=str(file), dtype=dtype))[0])
+        print(f"{dtype}: {found[dtype]}", flush=True)
+    if flags.steps:
+        found["train_s"] = train(file, work, flags.steps)
+        print(f"{flags.steps} steps at 256 px: {found['train_s']} s")
     print(json.dumps(found))
 
 
