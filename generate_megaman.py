@@ -59,6 +59,7 @@ from megaman.generation.candidates import (
     candidates_of,
     check_hash,
     path_in_record,
+    trained_as,
 )
 from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of

@@ -444,6 +444,9 @@ def begin(run: Run) -> None:
     processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
+    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg)
+    if estimate is not None:
+        say(estimate.line(memory.card_gib(run.accelerator.device)))
     prompts = run.cfg.validation_prompt
     base, plain = run.base, [without_lora_tags(prompt) for prompt in prompts]
     for line in (*notes_on_syntax(prompts), *notes_on_length(base.tokenizer, plain, base.max_chunks)):

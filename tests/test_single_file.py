@@ -215,7 +215,7 @@ def test_a_single_file_is_trained_on_and_drawn_with_without_a_network(
 def test_a_peek_into_a_file_knows_its_cell_and_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
     known = peek(str(write_single_file(tiny.folder, tmp_path / "a.safetensors")))
     assert known.kind is tiny.kind
-    assert known.cell_px == 2 ** len(tiny.blocks)
+    assert known.cell_px == (8 if tiny.kind.has_sizes else 4)
     assert len(known.tokenizer) == 49408
 
 

@@ -38,6 +38,8 @@ class Kind:
     version: str  # ss_base_model_version, as kohya writes it
     architecture: str  # modelspec.architecture
     badge: str  # "sd version" in A1111's sidecar
+    step_gib: float  # that a step keeps of a picture of 1024 x 1024 in half precision, counted
+    checkpointed_gib: float  # the same with activations recomputed
 
     @property
     def config(self) -> Path:
@@ -82,6 +84,8 @@ SD1 = Kind(
     version="sd_v1",
     architecture="stable-diffusion-v1",
     badge="SD1",
+    step_gib=3.96,
+    checkpointed_gib=0.96,
 )
 SD2 = Kind(
     name="Stable Diffusion 2.x",
@@ -96,6 +100,8 @@ SD2 = Kind(
     version="sd_v2",
     architecture="stable-diffusion-v2-512",
     badge="SD2",
+    step_gib=3.8,
+    checkpointed_gib=0.82,
 )
 XL = Kind(
     name="Stable Diffusion XL",
@@ -110,6 +116,8 @@ XL = Kind(
     version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base",
     badge="SDXL",
+    step_gib=7.31,
+    checkpointed_gib=0.54,
 )
 KINDS = (SD1, SD2, XL)
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from megaman.common.console import Exit, UserError
 from megaman.common.files import autov3, path_from
@@ -15,7 +16,7 @@ from megaman.common.output_folder import (
     holds_run,
     step_folders,
 )
-from megaman.config.train import EMBEDDED
+from megaman.config.train import EMBEDDED, PredictionType
 from megaman.lora.adapter import Adapter
 from megaman.lora.load import KOHYA_FILE, PEFT_FILE, read_adapter
 from megaman.lora.metadata import NAME
@@ -133,6 +134,13 @@ def base_of(adapter: Adapter, lora_path: Path, wanted: str | None) -> str:
         "with --base_model",
         Exit.MODEL,
     )
+
+
+def trained_as(adapter: Adapter) -> PredictionType:
+    """What the user has told in training that the adapter's base predicts."""
+    settings = adapter.metadata.get("config")
+    told = settings.get("prediction_type") if isinstance(settings, dict) else None
+    return next((known for known in get_args(PredictionType) if told == known), "auto")
 
 
 def path_in_record(lora_path: Path, setting: str) -> str | None:

@@ -5,13 +5,17 @@ activations too, then an honest end.
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_out_of_memory, say
+from megaman.common.kinds import kind_of_width
+from megaman.config.train import TrainConfig
+from megaman.model.stable_diffusion import StableDiffusion
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -82,6 +86,94 @@ def _collect() -> None:
     gc.collect()  # the failed attempt's activations hung in its traceback
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------- before the first step
+OF_TARGETS = {
+    "attention": 1.0,
+    "attention+ff": 1.29,
+    "linear": 1.29,
+    "conv": 1.41,
+}  # what a step keeps, counted
+IN_FLOAT32 = 1.6  # times what half precision keeps: it keeps some of it twice
+BESIDE_GIB = 0.09  # workspaces of the kernels
+BYTES_A_PARAMETER = 16  # of the adapter: itself, its gradient, two moments, float32
+LARGEST_SHARE = 0.9  # of a card: beyond, Windows moves memory to and fro, twenty times slower
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training takes at its peak, in GiB, as torch counts it (the driver takes about 0.5 more)."""
+
+    base: float  # its frozen parts that stay on the device
+    adapter: float  # with gradients and the optimizer's moments
+    step: float  # what is kept of the pictures between forward and backward
+    checkpointed: float  # the same with --gradient_checkpointing
+    is_checkpointed: bool
+    has_bytes: bool  # whether the base is in int8 already
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return (
+            self.base + self.adapter + BESIDE_GIB + (self.checkpointed if self.is_checkpointed else self.step)
+        )
+
+    def line(self, card_gib: float | None) -> str:
+        """What to tell before the first step. card_gib: of the card that it runs on, if there is one."""
+        step = self.checkpointed if self.is_checkpointed else self.step
+        told = (
+            f"memory: about {self.total:.1f} GiB at the peak (computed: base {self.base:.1f}, adapter "
+            f"{self.adapter:.1f}, step {step:.1f})"
+        )
+        ways = self._ways_to_less()
+        if card_gib is not None and self.total > LARGEST_SHARE * card_gib:
+            return f"{told}, which this card of {card_gib:.1f} GiB hardly holds{ways and f'; {ways}'}"
+        return f"{told}{ways and f'; for a smaller card: {ways}'}"
+
+    def _ways_to_less(self) -> str:
+        """The flags that take less, and what then remains."""
+        left, ways = self.total, []
+        if not self.is_checkpointed:
+            left += self.checkpointed - self.step
+            ways.append(f"--gradient_checkpointing ({left:.1f})")
+        if not self.has_bytes:
+            left -= self.base / 2
+            ways.append(f"--base_weights int8 ({left:.1f})")
+        return ", then ".join(ways)
+
+
+def estimate_of(base: StableDiffusion, trained: Iterable[Tensor], cfg: TrainConfig) -> Estimate | None:
+    """The memory that a run takes; None for a base of another shape than its kind's, which nobody has
+    counted. trained: the adapter's parameters.
+    """
+    kind = kind_of_width(base.unet.config.cross_attention_dim)
+    if kind is None:
+        return None
+    parameters = {id(each): each for part in base.parts.values() for each in part.parameters()}
+    own = {id(each): each for each in trained}
+    frozen = sum(each.numel() * each.element_size() for key, each in parameters.items() if key not in own)
+    adapter = sum(each.numel() for each in own.values()) * BYTES_A_PARAMETER
+    pictures = cfg.train_batch_size * (cfg.side_px / 1024) ** 2 * (1 + bool(cfg.preserve_weight))
+    precision = IN_FLOAT32 if base.unet.dtype == torch.float32 else 1.0
+    scale = pictures * precision * OF_TARGETS[cfg.lora_targets]
+    return Estimate(
+        base=frozen / GIB,
+        adapter=adapter / GIB,
+        step=scale * kind.step_gib,
+        checkpointed=scale * kind.checkpointed_gib,
+        is_checkpointed=cfg.gradient_checkpointing,
+        has_bytes=cfg.base_weights == "int8",
+    )
+
+
+def card_gib(device: torch.device) -> float | None:
+    """The memory of a card; None of anything else."""
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+
+
+# ---------------------------------------------------------------- drawing
 
 
 class BatchLimit:
