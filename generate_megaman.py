@@ -40,9 +40,11 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
+from torch import nn
 from tqdm import tqdm
 
 from megaman.common.files import path_from
+from megaman.common.kinds import SD1, UNET
 from megaman.common.output_folder import (
     GALLERY_PAGE,
     OutputLock,
@@ -174,13 +176,19 @@ def make_tasks(
     ]
 
 
+def parts_of(base: StableDiffusion) -> dict[str, nn.Module]:
+    """What an adapter can change in the base."""
+    encoders = {} if base.text_encoder is None else {"text_encoder": base.text_encoder}
+    return {UNET: base.unet, **encoders}
+
+
 def check_adapters_fit(candidates: Sequence[Candidate], base: StableDiffusion) -> dict[str, int]:
     """UserError (exit 4) unless every adapter belongs into the base. How many modules the chosen one changes,
     by component.
     """
     counts = {}
     for candidate in candidates:
-        merged = MergedAdapter(candidate.adapter, base.unet, base.text_encoder)
+        merged = MergedAdapter(candidate.adapter, parts_of(base), SD1)
         if candidate.is_chosen:
             counts = merged.counts
     return counts
@@ -240,7 +248,7 @@ def draw_batches(
         by_adapter.setdefault(task.candidate.digest, {})[task.job] = task
     for wanted in by_adapter.values():
         adapter = next(iter(wanted.values())).candidate.adapter
-        merged = MergedAdapter(adapter, base.unet, base.text_encoder)
+        merged = MergedAdapter(adapter, parts_of(base), SD1)
         for batch in group_into_batches(list(wanted), batch_size, base.unet.device.type):
             started = time.monotonic()
             images = draw_batch(batch, base, merged, limit)

@@ -34,6 +34,7 @@ import random
 from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from torch.optim import Optimizer
 from transformers import CLIPTokenizer
 
 from megaman.common.cache import Store, default_folder, key_of
+from megaman.common.kinds import SD1, UNET
 from megaman.common.output_folder import CAPTIONS, RunFolder, check_apart, check_output, holds_run
 from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
@@ -224,22 +226,9 @@ def report_of(dataset: MegaManDataset) -> Report:
 def inject_lora(
     unet: UNet2DConditionModel, cfg: TrainConfig, init: InitLora | None = None
 ) -> list[nn.Parameter]:
-    """Wraps the UNet's modules through PEFT and returns the trainable parameters, float32.
-
-    B = 0, so that training starts at the base itself; A ~ N(0, 1/rank), the same numbers on every device.
-    init: an earlier adapter, whose modules and weights are taken instead.
-    """
-    modules = None if init is None else init_lora.module_names(init, unet)
-    unet.add_adapter(injection.lora_config(cfg, unet, modules), adapter_name=injection.ADAPTER_NAME)
-    for number, module in enumerate(injection.lora_modules(unet).values()):
-        down = module.lora_A[injection.ADAPTER_NAME].weight
-        drawn = torch.randn(down.shape, generator=generator_of(cfg.seed, "lora", number)) / cfg.lora_rank
-        down.data = drawn.to(down.device)
-        up = module.lora_B[injection.ADAPTER_NAME].weight
-        up.data = torch.zeros_like(up, dtype=torch.float32)  # half precision would lose updates of 1e-4
-    injection.reset_dora(unet)
-    if init is not None:
-        init_lora.copy_weights(init, unet)
+    """Wraps the UNet's modules through PEFT and returns the trainable parameters, float32."""
+    draws = partial(generator_of, cfg.seed)
+    injection.inject({UNET: unet}, cfg, SD1, draws, init)
     return list(checkpoints.trained(unet).values())
 
 
@@ -628,7 +617,7 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
         threads = torch.get_num_threads()
         checkpoint = Checkpoint(step, asdict(run.cfg), run.origins, facts, threads, tensors)
         with run.ema.swapped_in():
-            adapter = injection.adapter_of(run.base.unet, run.description | {"steps": step})
+            adapter = injection.adapter_of({UNET: run.base.unet}, SD1, run.description | {"steps": step})
         keep = run.cfg.checkpoints_total_limit
         checkpoints.save_checkpoint(
             run.folder.checkpoints, checkpoint, adapter, keep=keep, best=run.best.step
@@ -666,8 +655,8 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
     if run.accelerator.is_main_process:
         unet = run.base.unet
         with run.ema.swapped_in():
-            adapter = injection.adapter_of(unet, run.description)
-            save.write_adapter(adapter, weights, live=unet, preview=tracker.latest_sample())
+            adapter = injection.adapter_of({UNET: unet}, SD1, run.description)
+            save.write_adapter(adapter, weights, live={UNET: unet}, preview=tracker.latest_sample())
         better = run.best.report_line(run.folder, run.cfg.max_train_steps)
         if better is not None:
             say(better)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "kinds"
 UNET = "unet"
+V_PREDICTION = "v_prediction"  # diffusers' word for it
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,15 @@ class Kind:
     encoders: tuple[Encoder, ...]
     has_sizes: bool  # whether the UNet is also told the picture's size and where it was cut
     has_ldm_names: bool  # of the UNet's modules in kohya's files: LDM's, or else diffusers'
+    first_up_attends: bool  # whether the UNet's first block behind the middle has attentions
     folder: str  # of CONFIGS: a diffusers folder of its parts' configurations, without weights
     version: str  # ss_base_model_version, as kohya writes it
     architecture: str  # modelspec.architecture
     badge: str  # "sd version" in A1111's sidecar
+    implementation: str = "diffusers"  # modelspec.implementation
+    of_v: tuple[str, str] | None = (
+        None  # version and architecture of those that predict v, if they are others
+    )
 
     @property
     def config(self) -> Path:
@@ -44,6 +50,15 @@ class Kind:
     def parts(self) -> tuple[str, ...]:
         """Those that an adapter can change."""
         return (UNET, *(encoder.part for encoder in self.encoders))
+
+    def encoder(self, part: str) -> Encoder:
+        """The text encoder of this name. StopIteration if the kind has none."""
+        return next(encoder for encoder in self.encoders if encoder.part == part)
+
+    def called(self, prediction: str | None) -> tuple[str, str]:
+        """Version and architecture of its bases that predict this, in diffusers' words."""
+        own = (self.version, self.architecture)
+        return self.of_v if self.of_v is not None and prediction == V_PREDICTION else own
 
 
 _CLIP_L = Encoder("text_encoder", "lora_te", -1, has_pooled=False, pads_with=None)
@@ -58,6 +73,7 @@ SD1 = Kind(
     encoders=(_CLIP_L,),
     has_sizes=False,
     has_ldm_names=False,
+    first_up_attends=False,
     folder="sd1",
     version="sd_v1",
     architecture="stable-diffusion-v1",
@@ -70,10 +86,12 @@ SD2 = Kind(
     encoders=(_CLIP_H,),
     has_sizes=False,
     has_ldm_names=False,
+    first_up_attends=False,
     folder="sd2",
     version="sd_v2",
     architecture="stable-diffusion-v2-512",
     badge="SD2",
+    of_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
 )
 XL = Kind(
     name="Stable Diffusion XL",
@@ -82,12 +100,15 @@ XL = Kind(
     encoders=(_XL_CLIP_L, _XL_CLIP_G),
     has_sizes=True,
     has_ldm_names=True,
+    first_up_attends=True,
     folder="xl",
     version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base",
     badge="SDXL",
+    implementation="https://github.com/Stability-AI/generative-models",
 )
 KINDS = (SD1, SD2, XL)
+PARTS = tuple(dict.fromkeys(part for kind in KINDS for part in kind.parts))
 
 
 def kind_of_width(text_width: int | None) -> Kind | None:
