@@ -23,6 +23,8 @@ from megaman.common.kinds import SD1, UNET, Kind
 from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, underscored
 from megaman.lora.names import canonical, ldm_name, live_name
 
+_LENGTHS = "lora_magnitude_vector"
+
 
 def kind_of(adapter: Adapter) -> Kind:
     """The kind whose names its files get: Stable Diffusion 1.x's are everybody's, where it is not known."""
@@ -36,8 +38,14 @@ def peft_tensors(part: Adapter) -> dict[str, Tensor]:
 
 
 def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """diffusers' keys, float32."""
-    return _dotted(adapter, lambda component, name: f"{component}.{name}")
+    """diffusers' keys, float32. Of text encoders transformers reads them, which wants .weight behind DoRA's
+    lengths.
+    """
+    tensors = _dotted(adapter, lambda component, name: f"{component}.{name}")
+    return {
+        f"{key}.weight" if key.endswith(_LENGTHS) and not key.startswith(f"{UNET}.") else key: tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _dotted(adapter: Adapter, called: Callable[[Component, str], str]) -> dict[str, Tensor]:
@@ -47,7 +55,7 @@ def _dotted(adapter: Adapter, called: Callable[[Component, str], str]) -> dict[s
         tensors[f"{name}.lora_A.weight"] = layer.down.float().contiguous()
         tensors[f"{name}.lora_B.weight"] = layer.up.float().contiguous()
         if layer.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = _as_pefts(layer.magnitude)
+            tensors[f"{name}.{_LENGTHS}"] = _as_pefts(layer.magnitude)
     return tensors
 
 
