@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from megaman.common.console import UserError
+from megaman.common.kinds import SD1
 from megaman.config.train import TrainConfig
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.formats import kohya_tensors, peft_tensors
@@ -62,7 +63,7 @@ def test_the_adapter_is_float32_on_a_half_precision_base(tiny_folder: Path) -> N
 
 
 def test_all_three_files_hold_the_live_models_update(live: StableDiffusion, tmp_path: Path) -> None:
-    trained = adapter_of(live.unet)
+    trained = adapter_of({"unet": live.unet}, SD1)
     write_adapter(trained, tmp_path)
     files = ["adapter_model.safetensors", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"]
     names = {key[1].replace(".", "_") for key in trained.layers}
@@ -87,7 +88,7 @@ def test_all_three_files_hold_the_live_models_update(live: StableDiffusion, tmp_
 def test_pefts_own_loader_gives_the_live_output(
     live: StableDiffusion, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    write_adapter(adapter_of(live.unet), tmp_path)
+    write_adapter(adapter_of({"unet": live.unet}, SD1), tmp_path)
     unet = UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet")
     model = PeftModel.from_pretrained(unet, tmp_path)
     torch.testing.assert_close(unet_output(model, live), unet_output(live.unet, live), rtol=1e-5, atol=1e-5)
@@ -97,7 +98,7 @@ def test_pefts_own_loader_gives_the_live_output(
 def test_diffusers_own_loader_gives_the_live_output(
     live: StableDiffusion, tiny_folder: Path, tmp_path: Path, weight_name: str | None
 ) -> None:
-    write_adapter(adapter_of(live.unet), tmp_path)
+    write_adapter(adapter_of({"unet": live.unet}, SD1), tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     plain = unet_output(pipeline.unet, live)
     pipeline.load_lora_weights(tmp_path, **({} if weight_name is None else {"weight_name": weight_name}))
@@ -110,7 +111,7 @@ def test_diffusers_own_loader_gives_the_live_output(
 def test_a_merged_adapter_is_the_live_model_and_at_strength_zero_the_base(
     live: StableDiffusion, tiny_folder: Path, tmp_path: Path, layout: str
 ) -> None:
-    trained = adapter_of(live.unet)
+    trained = adapter_of({"unet": live.unet}, SD1)
     if layout == "peft":
         write_adapter(trained, tmp_path)
         path = tmp_path
@@ -119,7 +120,7 @@ def test_a_merged_adapter_is_the_live_model_and_at_strength_zero_the_base(
         save_file(tensors_of(trained, layout), path)
     base = load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
     plain = unet_output(base.unet, base)
-    merged = MergedAdapter(read_adapter(path), base.unet, base.encoders["text_encoder"])
+    merged = MergedAdapter(read_adapter(path), base.parts, SD1)
     merged.set_scale(1.0)
     torch.testing.assert_close(
         unet_output(base.unet, base), unet_output(live.unet, live), rtol=2e-3, atol=2e-3
@@ -151,7 +152,9 @@ def test_a_kohya_file_without_alpha_counts_as_alpha_equal_to_rank(
     live: StableDiffusion, tmp_path: Path
 ) -> None:
     tensors = {
-        key: value for key, value in kohya_tensors(adapter_of(live.unet)).items() if "alpha" not in key
+        key: value
+        for key, value in kohya_tensors(adapter_of({"unet": live.unet}, SD1)).items()
+        if "alpha" not in key
     }
     save_file(tensors, tmp_path / "a.safetensors")
     assert {layer.alpha for layer in read_adapter(tmp_path / "a.safetensors").layers.values()} == {4.0}
@@ -161,7 +164,7 @@ def test_a_kohya_file_without_alpha_counts_as_alpha_equal_to_rank(
 def test_diffusers_own_file_is_read_at_its_strength(
     live: StableDiffusion, tmp_path: Path, is_rslora: bool
 ) -> None:
-    trained = adapter_of(live.unet)
+    trained = adapter_of({"unet": live.unet}, SD1)
     layers = {key.removeprefix("base_model.model."): value for key, value in peft_tensors(trained).items()}
     about = {"r": 4, "lora_alpha": 16, "use_rslora": is_rslora, "alpha_pattern": {"attn2.to_k": 6}}
     StableDiffusionPipeline.save_lora_weights(
@@ -175,7 +178,9 @@ def test_diffusers_own_file_is_read_at_its_strength(
 
 @pytest.mark.parametrize("text", ["{", "[1]", "null", '{"base": 5}', '{"resolution": "large"}'])
 def test_damaged_metadata_is_refused(live: StableDiffusion, tmp_path: Path, text: str) -> None:
-    save_file(kohya_tensors(adapter_of(live.unet)), tmp_path / "a.safetensors", {"megaman": text})
+    save_file(
+        kohya_tensors(adapter_of({"unet": live.unet}, SD1)), tmp_path / "a.safetensors", {"megaman": text}
+    )
     with pytest.raises(UserError, match="metadata is damaged"):
         read_adapter(tmp_path / "a.safetensors")
 
@@ -191,13 +196,13 @@ def test_a_text_encoder_adapter_changes_the_text_encoder(tiny_base: StableDiffus
     before, embedded = module.weight.clone(), tiny_base.embed(["mega man"])
     layer = LoraLayer(torch.ones(1, 24), torch.ones(24, 1), 1.0)
     key = ("text_encoder", "text_model_encoder_layers_0_self_attn_q_proj")
-    MergedAdapter(Adapter({key: layer}), tiny_base.unet, tiny_base.encoders["text_encoder"]).set_scale(0.5)
+    MergedAdapter(Adapter({key: layer}), tiny_base.parts, SD1).set_scale(0.5)
     torch.testing.assert_close(module.weight, before + 0.5)
     assert not torch.equal(tiny_base.embed(["mega man"]), embedded)
 
 
 def test_the_digest_is_of_the_weights_and_not_of_the_file(live: StableDiffusion, tmp_path: Path) -> None:
-    trained = adapter_of(live.unet)
+    trained = adapter_of({"unet": live.unet}, SD1)
     write_adapter(trained, tmp_path)
     assert (
         read_adapter(tmp_path).digest
@@ -245,7 +250,7 @@ def broken(kind: str, good: dict[str, torch.Tensor], folder: Path) -> Path:
     "kind", ["nan", "half a pair", "strange keys", "no lora", "truncated", "empty", "pickle inside"]
 )
 def test_a_damaged_or_foreign_file_is_refused(live: StableDiffusion, tmp_path: Path, kind: str) -> None:
-    path = broken(kind, peft_tensors(adapter_of(live.unet)), tmp_path)
+    path = broken(kind, peft_tensors(adapter_of({"unet": live.unet}, SD1)), tmp_path)
     with pytest.raises(UserError) as error:
         read_adapter(path)
     assert error.value.exit_code == 4
@@ -267,17 +272,17 @@ def test_a_missing_adapter_or_an_empty_folder_names_the_remedy(tmp_path: Path) -
 
 def test_an_adapter_of_another_base_is_refused_and_says_why(live: StableDiffusion, tiny_folder: Path) -> None:
     plain = load_base(str(tiny_folder), device=torch.device("cpu"), dtype=torch.float32)
-    layers = dict(adapter_of(live.unet).layers)
+    layers = dict(adapter_of({"unet": live.unet}, SD1).layers)
     key = next(key for key in layers if key[1].endswith("attn2.to_k"))
     layers[key] = LoraLayer(torch.ones(4, 768), layers[key].up, 4.0)
     with pytest.raises(UserError, match="768 wide, this base's 24"):
-        MergedAdapter(Adapter(layers), plain.unet, None)
+        MergedAdapter(Adapter(layers), {"unet": plain.unet}, SD1)
     with pytest.raises(UserError, match="does not have"):
-        MergedAdapter(Adapter({("unet", "middle.of.nowhere"): layers[key]}), plain.unet, None)
+        MergedAdapter(Adapter({("unet", "middle.of.nowhere"): layers[key]}), {"unet": plain.unet}, SD1)
 
 
 def test_a_peft_file_without_its_configuration_is_refused(live: StableDiffusion, tmp_path: Path) -> None:
-    write_adapter(adapter_of(live.unet), tmp_path)
+    write_adapter(adapter_of({"unet": live.unet}, SD1), tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="strength is unknown"):
         read_adapter(tmp_path)
@@ -286,7 +291,7 @@ def test_a_peft_file_without_its_configuration_is_refused(live: StableDiffusion,
 def test_an_adapter_that_became_nan_in_training_is_not_written(live: StableDiffusion, tmp_path: Path) -> None:
     next(p for name, p in live.unet.named_parameters() if "lora_B" in name).data.fill_(float("inf"))
     with pytest.raises(UserError) as error:
-        adapter_of(live.unet)
+        adapter_of({"unet": live.unet}, SD1)
     assert error.value.exit_code == 5
     assert not list(tmp_path.iterdir())
 
@@ -299,7 +304,7 @@ def test_files_have_the_modes_that_the_umask_grants(adapter_folder: Path) -> Non
 
 
 def test_tensors_read_back_are_those_written(live: StableDiffusion, tmp_path: Path) -> None:
-    trained = adapter_of(live.unet)
+    trained = adapter_of({"unet": live.unet}, SD1)
     write_adapter(trained, tmp_path)
     read = load_file(tmp_path / "adapter_model.safetensors")
     assert read.keys() == peft_tensors(trained).keys()

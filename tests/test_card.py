@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_interop import trained
 
 import megaman_lora
+from megaman.common.kinds import SD1
 from megaman.config.train import FACTS, TrainConfig, published
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.injection import adapter_of
@@ -171,7 +172,7 @@ def test_the_model_card_tells_trigger_settings_and_every_tool(run: Path) -> None
 def test_a_doras_card_says_who_applies_it_exactly(plain: StableDiffusion, tmp_path: Path) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)
     about = {"trigger": "mega `man`\n---\n# x", "base": "owner/model", "config": {}}
-    write_adapter(adapter_of(live, about), tmp_path)
+    write_adapter(adapter_of({"unet": live}, SD1, about), tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "This is a DoRA" in card
     assert "in every tool." not in card

@@ -19,6 +19,7 @@ from test_interop import error, trained
 
 import megaman_lora
 from megaman.common.console import UserError
+from megaman.common.kinds import SD1
 from megaman.config.train import TrainConfig
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.formats import kohya_tensors
@@ -157,7 +158,11 @@ def test_a_fresh_training_begins_with_the_update_of_the_file(
     kind: str,
 ) -> None:
     targets = "attention" if kind == "diffusers old" else "conv"
-    path = saved(adapter_of(trained(plain, lora_rank=4, lora_alpha=32, lora_targets=targets)), kind, tmp_path)
+    path = saved(
+        adapter_of({"unet": trained(plain, lora_rank=4, lora_alpha=32, lora_targets=targets)}, SD1),
+        kind,
+        tmp_path,
+    )
     cfg = with_init_lora(*read_config(["--init_lora", str(path)]))
     assert (cfg.lora_rank, cfg.lora_targets) == (4, targets)
     assert cfg.lora_alpha == (32 if kind in ("folder", "kohya", "diffusers with metadata") else 4)
@@ -176,7 +181,7 @@ def trained_from(base: StableDiffusion, cfg: TrainConfig) -> UNet2DConditionMode
 def merged_updates(path: Path, base: StableDiffusion) -> dict[str, torch.Tensor]:
     """What our reader adds to each module."""
     unet = copy.deepcopy(base.unet)
-    MergedAdapter(read_adapter(path), unet, None).set_scale(1.0)
+    MergedAdapter(read_adapter(path), {"unet": unet}, SD1).set_scale(1.0)
     return {
         name: module.weight.detach() - base.unet.get_submodule(name).weight
         for name, module in unet.named_modules()
@@ -188,7 +193,7 @@ def merged_updates(path: Path, base: StableDiffusion) -> dict[str, torch.Tensor]
 def test_a_dora_is_gone_on_from_with_its_lengths(plain: StableDiffusion, tmp_path: Path, file: str) -> None:
     live = trained(plain, lora_rank=8, lora_alpha=8, lora_targets="conv", use_dora=True)
     expected = unet_output(live, plain)
-    write_adapter(adapter_of(live), tmp_path)
+    write_adapter(adapter_of({"unet": live}, SD1), tmp_path)
     cfg = with_init_lora(*read_config(["--init_lora", str(tmp_path / f"{file}.safetensors")]))
     assert cfg.use_dora
     assert error(unet_output(trained_from(plain, cfg).eval(), plain), expected) < 1e-3
@@ -198,7 +203,9 @@ def test_mixed_ranks_and_strengths_come_to_one(plain: StableDiffusion, tmp_path:
     """kohya's LoCon has a rank and an alpha of its own for the convolutions, and modules that we don't ask
     for.
     """
-    layers = dict(adapter_of(trained(plain, lora_rank=8, lora_alpha=8, lora_targets="conv")).layers)
+    layers = dict(
+        adapter_of({"unet": trained(plain, lora_rank=8, lora_alpha=8, lora_targets="conv")}, SD1).layers
+    )
     for key, layer in layers.items():
         if "conv" in key[1]:
             layers[key] = LoraLayer(layer.down[:2].clone(), layer.up[:, :2].clone(), 1.0)
@@ -215,7 +222,7 @@ def test_mixed_ranks_and_strengths_come_to_one(plain: StableDiffusion, tmp_path:
 
 def test_rslora_goes_on_at_the_files_strength(plain: StableDiffusion, tmp_path: Path) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=6, use_rslora=True)
-    write_adapter(adapter_of(live), tmp_path)
+    write_adapter(adapter_of({"unet": live}, SD1), tmp_path)
     for flags, alpha in (([], 12), (["--use_rslora"], 6)):
         cfg = with_init_lora(*read_config(["--init_lora", str(tmp_path), *flags]))
         assert cfg.lora_alpha == pytest.approx(alpha)
@@ -282,7 +289,7 @@ def test_a_configuration_that_never_saw_the_file_is_checked_before_it_trains(
 
 
 def test_what_cannot_be_gone_on_from_says_why(plain: StableDiffusion, tmp_path: Path) -> None:
-    live = adapter_of(trained(plain, lora_rank=4, lora_alpha=4))
+    live = adapter_of({"unet": trained(plain, lora_rank=4, lora_alpha=4)}, SD1)
     tensors = kohya_tensors(live)
     first = next(iter(tensors)).split(".")[0]
     text = {

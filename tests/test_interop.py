@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapters import unet_output
 
+from megaman.common.kinds import SD1
 from megaman.config.train import TrainConfig
 from megaman.lora.formats import kohya_tensors
 from megaman.lora.injection import TARGETS, adapter_of, lora_modules
@@ -63,7 +64,7 @@ def test_every_form_is_the_live_model_in_every_loader(
     live = trained(plain, **settings)
     expected, untouched = unet_output(live, plain), unet_output(plain.unet, plain)
     assert error(untouched, expected) > 0.02  # the adapter does something at all
-    write_adapter(adapter_of(live), tmp_path, live=live)
+    write_adapter(adapter_of({"unet": live}, SD1), tmp_path, live={"unet": live})
 
     assert (
         error(unet_output(PeftModel.from_pretrained(copy.deepcopy(plain.unet), tmp_path), plain), expected)
@@ -85,7 +86,7 @@ def test_every_form_is_the_live_model_in_every_loader(
     assert same == ("use_dora" not in form)  # diffusers would drop kohya's magnitudes
     for name in FILES[:2] if same else FILES:
         unet = copy.deepcopy(plain.unet)
-        merged = MergedAdapter(read_adapter(tmp_path / name), unet, None)
+        merged = MergedAdapter(read_adapter(tmp_path / name), {"unet": unet}, SD1)
         merged.set_scale(1.0)
         assert error(unet_output(unet, plain), expected) <= (1e-5 if name == FILES[0] else 1e-3)
 
@@ -126,7 +127,7 @@ def test_a_program_with_those_libraries_alone_draws_as_the_live_model(
     folders = [tmp_path / "lora", tmp_path / "dora"]
     for folder, is_dora in zip(folders, (False, True), strict=True):
         live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", use_dora=is_dora)
-        write_adapter(adapter_of(live), folder, live=live)
+        write_adapter(adapter_of({"unet": live}, SD1), folder, live={"unet": live})
         torch.manual_seed(5)
         noisy, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 24)
         wanted = {"noisy": noisy, "text": text, "out": unet_output(live, plain)}
@@ -147,8 +148,8 @@ def test_a_merge_is_pefts_own_merge_and_other_strengths_lie_on_the_line_through_
     plain: StableDiffusion, form: dict[str, bool]
 ) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", **form)
-    adapter, unet = adapter_of(live), copy.deepcopy(plain.unet)
-    merged = MergedAdapter(adapter, unet, None)
+    adapter, unet = adapter_of({"unet": live}, SD1), copy.deepcopy(plain.unet)
+    merged = MergedAdapter(adapter, {"unet": unet}, SD1)
     names = list(lora_modules(live))
     weights = {}
     for scale in (1.0, 0.5, -0.3, 0.0):
@@ -168,12 +169,12 @@ def test_a_merge_is_pefts_own_merge_and_other_strengths_lie_on_the_line_through_
 def test_a_dora_along_the_inputs_is_merged_as_its_makers_do(plain: StableDiffusion, tmp_path: Path) -> None:
     """LyCORIS's older files and OneTrainer's measure columns: dora_scale is (1,in) there."""
     live = trained(plain, lora_rank=4, lora_alpha=4)
-    tensors, name = kohya_tensors(adapter_of(live)), next(iter(lora_modules(live)))
+    tensors, name = kohya_tensors(adapter_of({"unet": live}, SD1)), next(iter(lora_modules(live)))
     columns = live.get_submodule(name).in_features
     tensors[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = torch.rand(1, columns) + 0.5
     save_file(tensors, tmp_path / "lycoris.safetensors")
     unet = copy.deepcopy(plain.unet)
-    MergedAdapter(read_adapter(tmp_path / "lycoris.safetensors"), unet, None).set_scale(1.0)
+    MergedAdapter(read_adapter(tmp_path / "lycoris.safetensors"), {"unet": unet}, SD1).set_scale(1.0)
     lengths = unet.get_submodule(name).weight.norm(dim=0)
     expected = tensors[f"lora_unet_{name.replace('.', '_')}.dora_scale"][0]
     torch.testing.assert_close(lengths, expected, rtol=1e-4, atol=1e-4)
@@ -196,7 +197,7 @@ def sd15_file(unet: UNet2DConditionModel, targets: str, folder: Path) -> dict[st
     for module in lora_modules(live).values():
         for part in (module.lora_A, module.lora_B):
             part["default"].weight = torch.nn.Parameter(torch.zeros(part["default"].weight.shape))
-    write_kohya(adapter_of(live), folder / "sd15.safetensors")
+    write_kohya(adapter_of({"unet": live}, SD1), folder / "sd15.safetensors")
     return load_file(folder / "sd15.safetensors")
 
 

@@ -13,13 +13,15 @@ from test_adapters import unet_output
 from test_interop import comfyuis_dictionary, error, ldm_modules
 
 from megaman.common.console import UserError
+from megaman.common.kinds import SD1
 from megaman.config.train import TrainConfig
 from megaman.lora.adapter import Adapter, Key, LoraLayer, underscored
-from megaman.lora.formats import diffusers_name, kohya_tensors
-from megaman.lora.init_lora import module_names, read_init_lora
+from megaman.lora.formats import kohya_tensors
+from megaman.lora.init_lora import read_init_lora
 from megaman.lora.injection import adapter_of, lora_modules
 from megaman.lora.load import read_adapter
 from megaman.lora.merge import MergedAdapter
+from megaman.lora.names import diffusers_name
 from megaman.model.stable_diffusion import StableDiffusion
 
 Tensors = dict[str, torch.Tensor]
@@ -57,15 +59,16 @@ def test_every_module_of_sd15_has_just_one_name_in_ldm(sd15: UNet2DConditionMode
     dotted = {diffusers_name(ldm): ldm for ldm in names.values()}
     assert dotted.keys() == shapes.keys()
     assert {underscored(name): ldm for name, ldm in dotted.items()} == names
-    assert {diffusers_name(underscored(ldm)): ldm for ldm in names.values()} == names
+    assert {underscored(diffusers_name(underscored(ldm))): ldm for ldm in names.values()} == names
     sizes = ldm_modules()
     assert all(tuple(shapes[name]) == sizes[ldm] for name, ldm in dotted.items() if ldm in sizes)
 
 
 def test_diffusers_own_names_stay_and_norms_are_found(sd15: UNet2DConditionModel) -> None:
-    for name, _ in sd15.named_modules():
+    with_weights = [name.rpartition(".")[0] for name, _ in sd15.named_parameters()]
+    for name in with_weights:
         assert diffusers_name(name) == name
-        assert diffusers_name(underscored(name)) == underscored(name)
+        assert diffusers_name(underscored(name)) == name
     norms = {
         "out.0": "conv_norm_out",
         "output_blocks.11.0.in_layers.0": "up_blocks.3.resnets.2.norm1",
@@ -75,7 +78,7 @@ def test_diffusers_own_names_stay_and_norms_are_found(sd15: UNet2DConditionModel
     }
     for ldm, name in norms.items():
         assert diffusers_name(ldm) == name
-        assert diffusers_name(underscored(ldm)) == underscored(name)
+        assert diffusers_name(underscored(ldm)) == name
 
 
 # ---------------------------------------------------------------- whole files
@@ -98,7 +101,7 @@ def adapter(small_sd15: UNet2DConditionModel) -> Adapter:
     torch.manual_seed(9)
     for module in lora_modules(unet).values():
         module.lora_B["default"].weight.data.normal_(std=0.02)
-    layers = dict(adapter_of(unet).layers)
+    layers = dict(adapter_of({"unet": unet}, SD1).layers)
     outside = {"conv_in": (16, 4, 3, 3), "conv_out": (4, 16, 3, 3), "time_embedding.linear_1": (64, 16)}
     for name, (rows, *rest) in outside.items():
         layers["unet", name] = LoraLayer(
@@ -195,7 +198,7 @@ def test_a_file_with_ldms_names_holds_the_same_updates_and_draws_alike(
     outputs = []
     for one in (read, expected):
         unet, text_encoder = copy.deepcopy(small_sd15), copy.deepcopy(plain.encoders["text_encoder"])
-        MergedAdapter(one, unet, text_encoder).set_scale(0.7)
+        MergedAdapter(one, {"unet": unet, "text_encoder": text_encoder}, SD1).set_scale(0.7)
         query = text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj").weight
         outputs.append((unet_output(unet, plain), query))
     assert error(outputs[0][0], outputs[1][0]) <= 1e-5
@@ -208,7 +211,7 @@ def test_training_goes_on_from_a_file_with_ldms_names(
     save_file(LAYOUTS["OneTrainer's ORIGINAL"](adapter), tmp_path / "a.safetensors")
     init = read_init_lora(str(tmp_path / "a.safetensors"))
     names = {name for component, name in adapter.layers if component == "unet"}
-    assert set(module_names(init, small_sd15)) == names
+    assert set(init.module_names("unet", small_sd15)) == names
 
 
 def test_an_ldm_doras_lengths_are_read_with_it(adapter: Adapter, tmp_path: Path) -> None:
@@ -250,7 +253,7 @@ def test_what_comfyui_trains_of_biases_and_norms_is_added_to_them(
     path, unet = tmp_path / "a.safetensors", copy.deepcopy(small_sd15)
     unet_alone = {"unet": "diffusion_model."}
     save_file(written(adapter, unet_alone, DOWN_UP, has_alpha=True) | differences, path)
-    merged = MergedAdapter(read_adapter(path), unet, None)
+    merged = MergedAdapter(read_adapter(path), {"unet": unet}, SD1)
     merged.set_scale(0.5)
     for name, difference in zip(places, differences.values(), strict=True):
         expected = small_sd15.get_parameter(name) + 0.5 * difference
@@ -280,7 +283,7 @@ def test_a_convolutions_pair_may_be_half_flat(
     read = by_name(read_adapter(tmp_path / "a.safetensors"))
     unets = [copy.deepcopy(small_sd15) for _ in range(2)]
     for unet, one in zip(unets, (Adapter(read), Adapter(proj)), strict=True):
-        MergedAdapter(one, unet, None).set_scale(1.0)
+        MergedAdapter(one, {"unet": unet}, SD1).set_scale(1.0)
     for (_, name), layer in proj.items():
         before, found, wanted = (unet.get_submodule(name).weight for unet in (small_sd15, *unets))
         assert error(found - before, wanted - before) < 2e-3  # float16's rounding

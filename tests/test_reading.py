@@ -16,6 +16,8 @@ from test_interop import trained
 
 import generate_megaman
 from megaman.common.console import UserError, reported
+from megaman.common.kinds import SD1
+from megaman.lora.adapter import underscored
 from megaman.lora.formats import diffusers_metadata, diffusers_tensors, kohya_tensors, peft_tensors
 from megaman.lora.injection import adapter_of
 from megaman.lora.load import read_adapter
@@ -28,13 +30,13 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def kohya(plain: StableDiffusion) -> Tensors:
     """A good file's tensors, for the tiny base."""
-    return kohya_tensors(adapter_of(trained(plain, lora_rank=4, lora_alpha=32)))
+    return kohya_tensors(adapter_of({"unet": trained(plain, lora_rank=4, lora_alpha=32)}, SD1))
 
 
 @pytest.fixture(scope="module")
 def dora(plain: StableDiffusion) -> Tensors:
     """A good DoRA's tensors, in PEFT's layout."""
-    return peft_tensors(adapter_of(trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)))
+    return peft_tensors(adapter_of({"unet": trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)}, SD1))
 
 
 # ---------------------------------------------------------------- refusals
@@ -64,7 +66,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "no rank": (lambda t: t | {_first(t, "down.weight"): torch.ones(0, 16)}, "make no pair"),
     "LoHa": (lambda t: _renamed(t, "lora_up.weight", "hada_w1_a"), "is a LoHa"),
     "LoCon with a core": (lambda t: t | {"lora_unet_x.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "a core"),
-    "Stable Diffusion XL": (lambda t: _renamed(t, "lora_unet_down", "lora_te2_down"), "Stable Diffusion XL"),
+    "Stable Diffusion XL's second encoder": (
+        lambda t: _renamed(t, "lora_unet_down", "lora_te2_down"),
+        "made for Stable Diffusion XL, this base is Stable Diffusion 1.x",
+    ),
     "a checkpoint": (lambda _: {"model.diffusion_model.out.2.bias": torch.ones(4)}, "is a whole model"),
     "a bias of no module": (lambda t: t | {"lora_unet_x.diff_b": torch.ones(4)}, "does not have"),
     "a bias of another size": (
@@ -182,23 +187,6 @@ FOREIGN: dict[str, tuple[Tensors, str]] = {
     "(IA)^3": ({"lora_unet_x.weight": torch.ones(320, 1), "lora_unet_x.on_input": torch.ones(1)}, "(IA)^3"),
     "T-LoRA": ({"lora_unet_x.q_layer.weight": DOWN, "lora_unet_x.lambda_layer": torch.ones(1, 4)}, "T-LoRA"),
     "full": ({"lora_unet_x.diff": torch.ones(320, 320)}, "whole differences"),
-    "Stable Diffusion XL, text": ({"lora_te2_text_model_x.lora_down.weight": DOWN}, "Stable Diffusion XL"),
-    "Stable Diffusion XL": (
-        {
-            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(
-                4, 2048
-            ),
-            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_up.weight": torch.ones(640, 4),
-        },
-        "Stable Diffusion XL",
-    ),
-    "Stable Diffusion 2": (
-        {
-            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight": torch.ones(4, 1024),
-            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_B.weight": torch.ones(1280, 4),
-        },
-        "Stable Diffusion 2",
-    ),
     "Flux": ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": DOWN}, "Flux"),
     "Flux by diffusers": ({"transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": DOWN}, "Flux"),
     "Stable Diffusion 3": (
@@ -223,7 +211,7 @@ FOREIGN: dict[str, tuple[Tensors, str]] = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_no_lora_for_stable_diffusion_1_is_refused_by_its_name(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_lora_for_stable_diffusion_is_refused_by_its_name(tmp_path: Path, kind: str) -> None:
     tensors, name = FOREIGN[kind]
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(UserError) as raised:
@@ -255,7 +243,7 @@ def test_older_spellings_are_read_as_the_same_adapter(dora: Tensors, tmp_path: P
 
 def test_a_peft_text_encoder_beside_the_unet_is_read_with_it(plain: StableDiffusion, tmp_path: Path) -> None:
     """As PEFT's users save a trained text encoder; transformers 4's names and 5's."""
-    write_adapter(adapter_of(trained(plain, lora_rank=4, lora_alpha=32)), tmp_path)
+    write_adapter(adapter_of({"unet": trained(plain, lora_rank=4, lora_alpha=32)}, SD1), tmp_path)
     for level in ("text_model.", ""):
         (tmp_path / "text_encoder").mkdir(exist_ok=True)
         name = f"base_model.model.{level}encoder.layers.0.self_attn.q_proj"
@@ -271,7 +259,7 @@ def test_the_line_says_how_much_was_loaded(
     plain: StableDiffusion, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", use_dora=True)
-    write_adapter(adapter_of(live), tmp_path / "lora")
+    write_adapter(adapter_of({"unet": live}, SD1), tmp_path / "lora")
     pictures = {}
     for name in ("adapter_model", "megaman_lora", "pytorch_lora_weights"):
         cfg = generate_megaman.GenerateConfig(
@@ -287,14 +275,17 @@ def test_the_line_says_how_much_was_loaded(
         (picture,) = generate_megaman.generate(cfg).parent.glob("*.png")
         pictures[name] = picture.name
         told = capsys.readouterr().err
-        assert f"loaded {len(adapter_of(live).layers)} UNet and 0 text-encoder modules, scale 0.5" in told
+        assert (
+            f"loaded {len(adapter_of({'unet': live}, SD1).layers)} UNet and 0 text-encoder modules, scale 0.5"
+            in told
+        )
     assert len(set(pictures.values())) == 1  # the same adapter, so the same picture
 
 
 def test_no_tensor_is_dropped_on_the_way(kohya: Tensors, tmp_path: Path) -> None:
     save_file(kohya, tmp_path / "a.safetensors")
     layers = read_adapter(tmp_path / "a.safetensors").layers
-    assert {f"lora_unet_{name}" for _, name in layers} == {key.split(".")[0] for key in kohya}
+    assert {f"lora_unet_{underscored(name)}" for _, name in layers} == {key.split(".")[0] for key in kohya}
     assert len(load_file(tmp_path / "a.safetensors")) == 3 * len(layers)
 
 
@@ -304,7 +295,7 @@ def test_no_tensor_is_dropped_on_the_way(kohya: Tensors, tmp_path: Path) -> None
 def test_a_diffusers_file_that_names_no_alpha_says_so_once(
     plain: StableDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = adapter_of(trained(plain, lora_rank=4, lora_alpha=32))
+    adapter = adapter_of({"unet": trained(plain, lora_rank=4, lora_alpha=32)}, SD1)
     tensors = diffusers_tensors(adapter)
     for name, content, metadata in (
         ("bare", tensors, None),

@@ -9,6 +9,7 @@ import torch
 from test_interop import trained
 
 from megaman.common.console import UserError
+from megaman.common.kinds import SD1
 from megaman.lora import injection, save
 from megaman.lora.adapter import Adapter, Key, LoraLayer
 from megaman.lora.injection import adapter_of
@@ -28,7 +29,7 @@ def with_one(adapter: Adapter, **parts: object) -> Adapter:
 @pytest.mark.parametrize("form", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
 def test_what_is_trained_passes(plain: StableDiffusion, tmp_path: Path, form: dict[str, bool]) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, lora_targets="conv", **form)
-    write_adapter(adapter_of(live), tmp_path, live=live)
+    write_adapter(adapter_of({"unet": live}, SD1), tmp_path, live={"unet": live})
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
@@ -51,7 +52,7 @@ def test_any_difference_from_the_live_model_is_exit_4_and_no_file(
 ) -> None:
     live = trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)
     with pytest.raises(UserError, match=complaint) as raised:
-        write_adapter(damage(adapter_of(live)), tmp_path, live=live)
+        write_adapter(damage(adapter_of({"unet": live}, SD1)), tmp_path, live={"unet": live})
     assert raised.value.exit_code == 4
     assert not list(tmp_path.glob("*.safetensors"))
     assert not list(tmp_path.glob(".*"))
@@ -91,7 +92,7 @@ def test_a_broken_writer_is_caught_by_the_file_that_it_spoils(
     monkeypatch.setattr(save, writer, lambda adapter: damage(honest(adapter)))
     live = trained(plain, lora_rank=4, lora_alpha=32, use_dora=True)
     with pytest.raises(UserError, match=f"{file}.safetensors: .* the file was not written") as raised:
-        write_adapter(adapter_of(live), tmp_path, live=live)
+        write_adapter(adapter_of({"unet": live}, SD1), tmp_path, live={"unet": live})
     assert raised.value.exit_code == 4
     assert not (tmp_path / f"{file}.safetensors").exists()
 
@@ -121,12 +122,12 @@ def test_an_adapter_that_has_hardly_begun_survives_float16(
     for name, parameter in live.named_parameters():
         if "lora_B" in name:
             parameter.data *= size
-    write_adapter(adapter_of(live), tmp_path, live=live)
+    write_adapter(adapter_of({"unet": live}, SD1), tmp_path, live={"unet": live})
     exact, rounded = (
         read_adapter(tmp_path / name) for name in ("adapter_model.safetensors", "megaman_lora.safetensors")
     )
     assert exact.digest == rounded.digest
-    layers = {key[1].replace(".", "_"): layer for key, layer in exact.layers.items()}
+    layers = {key[1]: layer for key, layer in exact.layers.items()}
     for (_, name), layer in rounded.layers.items():
         wanted = layers[name].delta()
         assert (layer.delta() - wanted).norm() <= (1e-3 if size > 1e-8 else 0.1) * wanted.norm()

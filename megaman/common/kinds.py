@@ -8,6 +8,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parents[1] / "kinds"
 UNET = "unet"
 CHUNK = 75  # tokens of a text that CLIP reads at a time
+V_PREDICTION = "v_prediction"  # diffusers' word for it
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,17 @@ class Kind:
     has_sizes: bool  # whether the UNet is also told the picture's size and where it was cut
     has_ldm_names: bool  # of the UNet's modules in kohya's files: LDM's, or else diffusers'
     pipeline: str  # diffusers' class
+    first_up_attends: bool  # whether the UNet's first block behind the middle has attentions
     folder: str  # of CONFIGS: a diffusers folder of its parts' configurations, without weights
     version: str  # ss_base_model_version, as kohya writes it
     architecture: str  # modelspec.architecture
     badge: str  # "sd version" in A1111's sidecar
     step_gib: float  # that a step keeps of a picture of 1024 x 1024 in half precision, counted
     checkpointed_gib: float  # the same with activations recomputed
+    implementation: str = "diffusers"  # modelspec.implementation
+    of_v: tuple[str, str] | None = (
+        None  # version and architecture of those that predict v, if they are others
+    )
 
     @property
     def config(self) -> Path:
@@ -50,6 +56,15 @@ class Kind:
     def parts(self) -> tuple[str, ...]:
         """Those that an adapter can change."""
         return (UNET, *(encoder.part for encoder in self.encoders))
+
+    def encoder(self, part: str) -> Encoder:
+        """The text encoder of this name. StopIteration if the kind has none."""
+        return next(encoder for encoder in self.encoders if encoder.part == part)
+
+    def called(self, prediction: str | None) -> tuple[str, str]:
+        """Version and architecture of its bases that predict this, in diffusers' words."""
+        own = (self.version, self.architecture)
+        return self.of_v if self.of_v is not None and prediction == V_PREDICTION else own
 
 
 _CLIP_L = Encoder(
@@ -80,6 +95,7 @@ SD1 = Kind(
     has_sizes=False,
     has_ldm_names=False,
     pipeline="StableDiffusionPipeline",
+    first_up_attends=False,
     folder="sd1",
     version="sd_v1",
     architecture="stable-diffusion-v1",
@@ -96,12 +112,14 @@ SD2 = Kind(
     has_sizes=False,
     has_ldm_names=False,
     pipeline="StableDiffusionPipeline",
+    first_up_attends=False,
     folder="sd2",
     version="sd_v2",
     architecture="stable-diffusion-v2-512",
     badge="SD2",
     step_gib=3.8,
     checkpointed_gib=0.82,
+    of_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
 )
 XL = Kind(
     name="Stable Diffusion XL",
@@ -112,14 +130,17 @@ XL = Kind(
     has_sizes=True,
     has_ldm_names=True,
     pipeline="StableDiffusionXLPipeline",
+    first_up_attends=True,
     folder="xl",
     version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base",
     badge="SDXL",
     step_gib=7.31,
     checkpointed_gib=0.54,
+    implementation="https://github.com/Stability-AI/generative-models",
 )
 KINDS = (SD1, SD2, XL)
+PARTS = tuple(dict.fromkeys(part for kind in KINDS for part in kind.parts))
 
 
 def kind_of_width(text_width: int | None) -> Kind | None:

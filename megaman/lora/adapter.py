@@ -8,15 +8,16 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from megaman.common.console import UserError
+from megaman.common.console import Exit, UserError
+from megaman.common.kinds import Kind
 
 SMALL_B_EXPONENT, GAP_EXPONENT = -8, 4  # B below 2^-8, and 2^4 below A, loses digits in float16
-Component = Literal["unet", "text_encoder"]
-Key = tuple[Component, str]
+Component = str  # one of kinds.PARTS
+Key = tuple[Component, str]  # with diffusers' dotted path; of a text encoder with "text_model." in front
 
 
 def underscored(name: str) -> str:
@@ -78,11 +79,21 @@ class LoraLayer:
 class Adapter:
     """A LoRA apart from any model.
 
-    Layers are keyed by component and module path; files that only say underscores keep them.
+    Layers are keyed by component and module path. A path that nothing is known of stays as its file says it.
     """
 
     layers: Mapping[Key, LoraLayer]
     metadata: Mapping[str, Any] = field(default_factory=dict)  # trigger, base, resolution, configuration
+    kind: Kind | None = None  # of the bases that it is for; None: its file does not tell
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The parts that it changes, in the order of its layers."""
+        return tuple(dict.fromkeys(component for component, _ in self.layers))
+
+    def only(self, component: Component) -> "Adapter":
+        """What it does to one part."""
+        return replace(self, layers={key: self.layers[key] for key in self.layers if key[0] == component})
 
     @property
     def is_dora(self) -> bool:
@@ -114,3 +125,13 @@ def check_finite(adapter: Adapter, where: str, exit_code: int) -> None:
                 "again with a lower --learning_rate.",
                 exit_code,
             )
+
+
+def check_kind(made_for: Kind | None, base: Kind | None, what: str, next_step: str) -> None:
+    """UserError (exit 4) that names both kinds, where both are known and differ. what: the adapter, in the
+    user's words.
+    """
+    if made_for is not None and base is not None and made_for is not base:
+        raise UserError(
+            f"{what} was made for {made_for.name}, this base is {base.name}. {next_step}", Exit.MODEL
+        )

@@ -5,39 +5,57 @@ Layouts (module `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`):
     kohya      lora_unet_<underscored>.lora_down.weight, .lora_up.weight  .alpha, a scalar a module
     diffusers  unet.<dotted>.lora_A.weight, .lora_B.weight                alpha in the file's metadata
     LDM        diffusion_model.<dotted>, the UNet's own names of before diffusers; only read
+In kohya's of Stable Diffusion XL, LDM's names are underscored: all tools know those, and not all diffusers'.
+A text encoder is lora_te (XL: lora_te1, lora_te2), text_encoder. or text_encoder_2.; PEFT gives it a folder.
 DoRA's magnitudes: .lora_magnitude_vector (PEFT, diffusers; PEFT's shapes), .dora_scale (kohya; one a row).
 """
 
-import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaman.common.console import Exit, UserError
+from megaman.common.kinds import SD1, UNET, Kind
 from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, underscored
+from megaman.lora.names import canonical, ldm_name, live_name
+
+_LENGTHS = "lora_magnitude_vector"
 
 
-def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's keys, float32."""
-    return _dotted(adapter, "base_model.model.")
+def kind_of(adapter: Adapter) -> Kind:
+    """The kind whose names its files get: Stable Diffusion 1.x's are everybody's, where it is not known."""
+    return adapter.kind or SD1
+
+
+def peft_tensors(part: Adapter) -> dict[str, Tensor]:
+    """PEFT's keys, float32, of an adapter of one part: they do not tell which."""
+    kind = kind_of(part)
+    return _dotted(part, lambda component, name: f"base_model.model.{live_name(component, name, kind)}")
 
 
 def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """diffusers' keys, float32."""
-    return _dotted(adapter, "unet.")
+    """diffusers' keys, float32. Of text encoders transformers reads them, which wants .weight behind DoRA's
+    lengths.
+    """
+    tensors = _dotted(adapter, lambda component, name: f"{component}.{name}")
+    return {
+        f"{key}.weight" if key.endswith(_LENGTHS) and not key.startswith(f"{UNET}.") else key: tensor
+        for key, tensor in tensors.items()
+    }
 
 
-def _dotted(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
+def _dotted(adapter: Adapter, called: Callable[[Component, str], str]) -> dict[str, Tensor]:
     tensors = {}
-    for (_, name), layer in adapter.layers.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = layer.down.float().contiguous()
-        tensors[f"{prefix}{name}.lora_B.weight"] = layer.up.float().contiguous()
+    for key, layer in adapter.layers.items():
+        name = called(*key)
+        tensors[f"{name}.lora_A.weight"] = layer.down.float().contiguous()
+        tensors[f"{name}.lora_B.weight"] = layer.up.float().contiguous()
         if layer.magnitude is not None:
-            tensors[f"{prefix}{name}.lora_magnitude_vector"] = _as_pefts(layer.magnitude)
+            tensors[f"{name}.{_LENGTHS}"] = _as_pefts(layer.magnitude)
     return tensors
 
 
@@ -47,6 +65,13 @@ def _as_pefts(magnitude: Tensor) -> Tensor:
     return (lengths.flatten() if lengths.ndim == 2 else lengths.transpose(0, 1)).contiguous()
 
 
+def kohya_name(component: Component, name: str, kind: Kind) -> str:
+    """A module as kohya's files of the kind name it."""
+    if component != UNET:
+        return f"{kind.encoder(component).prefix}_{underscored(name)}"
+    return f"lora_unet_{underscored(ldm_name(name, kind) if kind.has_ldm_names else name)}"
+
+
 def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """kohya's keys, float16, with each module's true alpha. DoRA's magnitudes stay float32: they are near 1,
     so a rounding there is as large as what was learned.
@@ -54,8 +79,8 @@ def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
     UserError (exit 5) on a number that float16 can't hold.
     """
     tensors = {}
-    for (_, name), layer in adapter.layers.items():
-        key = f"lora_unet_{underscored(name)}"
+    for (component, name), layer in adapter.layers.items():
+        key = kohya_name(component, name, kind_of(adapter))
         layer = layer.balanced()
         tensors[f"{key}.lora_down.weight"] = layer.down.half().contiguous()
         tensors[f"{key}.lora_up.weight"] = layer.up.half().contiguous()
@@ -74,11 +99,12 @@ def first_layer(adapter: Adapter) -> LoraLayer:
     return next(iter(adapter.layers.values()))
 
 
-def peft_config(adapter: Adapter) -> dict[str, Any]:
-    """adapter_config.json: the fields that PEFT needs; it fills the others with its defaults. rsLoRA is told
-    as the alpha that it comes to, which every version of PEFT reads alike.
+def peft_config(part: Adapter) -> dict[str, Any]:
+    """adapter_config.json of an adapter of one part: the fields that PEFT needs; it fills the others with its
+    defaults. rsLoRA is told as the alpha that it comes to, which every version of PEFT reads alike.
     """
-    layer = first_layer(adapter)
+    layer = first_layer(part)
+    kind = kind_of(part)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -88,73 +114,20 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "r": layer.rank,
         "lora_alpha": layer.alpha,
-        "use_dora": adapter.is_dora,
-        "target_modules": sorted(name for _, name in adapter.layers),
-        "base_model_name_or_path": adapter.metadata.get("base"),
+        "use_dora": part.is_dora,
+        "target_modules": sorted(live_name(*key, kind) for key in part.layers),
+        "base_model_name_or_path": part.metadata.get("base"),
     }
 
 
 def diffusers_metadata(adapter: Adapter) -> dict[str, str]:
     """The strength of a file in diffusers' layout, as its loader expects it."""
     wanted = ("r", "lora_alpha", "use_dora", "target_modules")
-    config = peft_config(adapter)
-    return {"lora_adapter_metadata": json.dumps({f"unet.{name}": config[name] for name in wanted})}
-
-
-# ---------------------------------------------------------------- LDM's names
-
-
-def _both_spellings(names: Mapping[str, str]) -> dict[str, str]:
-    """The names as they are, with dots, and underscored."""
-    return {**names, **{underscored(one): underscored(other) for one, other in names.items()}}
-
-
-def _ldm_places() -> dict[str, str]:
-    """Each part of Stable Diffusion 1.x's UNet as CompVis' code (LDM) names it, and as diffusers does."""
-    places = {
-        "input_blocks.0.0": "conv_in",
-        "time_embed.0": "time_embedding.linear_1",
-        "time_embed.2": "time_embedding.linear_2",
-        "middle_block.0": "mid_block.resnets.0",
-        "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
-        "out.0": "conv_norm_out",
-        "out.2": "conv_out",
-    }
-    for block, i in itertools.product(range(4), range(3)):
-        down, up = f"input_blocks.{3 * block + i + 1}", f"output_blocks.{3 * block + i}"
-        places[f"{down}.0"] = f"down_blocks.{block}.resnets.{i}"
-        places[f"{down}.1"] = f"down_blocks.{block}.attentions.{i}"
-        places[f"{down}.0.op"] = f"down_blocks.{block}.downsamplers.0.conv"
-        places[f"{up}.0"] = f"up_blocks.{block}.resnets.{i}"
-        places[f"{up}.1"] = f"up_blocks.{block}.attentions.{i}"
-        for slot in (1, 2):  # behind the attention, where the block has one
-            places[f"{up}.{slot}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
-    return _both_spellings(places)
-
-
-_LDM_PLACES = sorted(_ldm_places().items(), key=lambda names: -len(names[0]))  # some begin with others
-_LDM_RESNET = _both_spellings(
-    {
-        ".in_layers.0": ".norm1",
-        ".in_layers.2": ".conv1",
-        ".emb_layers.1": ".time_emb_proj",
-        ".out_layers.0": ".norm2",
-        ".out_layers.3": ".conv2",
-        ".skip_connection": ".conv_shortcut",
-    }
-)
-
-
-def diffusers_name(name: str) -> str:
-    """diffusers' path of a module of Stable Diffusion 1.x's UNet, which may come under LDM's: dotted or
-    underscored, as it came.
-    """
-    for ldm, place in _LDM_PLACES:
-        within = name.removeprefix(ldm)
-        if within != name and within[:1] in ("", ".", "_"):
-            return place + _LDM_RESNET.get(within, within)
-    return name
+    told: dict[str, Any] = {}
+    for component in adapter.components:
+        config = peft_config(adapter.only(component))
+        told |= {f"{component}.{name}": config[name] for name in wanted}
+    return {"lora_adapter_metadata": json.dumps(told)}
 
 
 # ---------------------------------------------------------------- whose key is it?
@@ -178,22 +151,28 @@ _PARTS = {
     r"\.b_norm": "bias",
 }
 _HOMES: dict[str, Component] = {
-    r"base_model\.model\.(?=(text_model\.)?encoder\.layers\.)": "text_encoder",
+    r"base_model\.model\.(?=(text_model\.)?encoder\.layers\.|text_projection\.)": "text_encoder",
     r"base_model\.model\.": "unet",
     r"lora_unet[._]": "unet",
     r"lora_te1?[._]": "text_encoder",
+    r"lora_te2[._]": "text_encoder_2",
     r"unet\.": "unet",
     r"text_encoder\.": "text_encoder",
+    r"text_encoder_2\.": "text_encoder_2",
     r"(model\.)?diffusion_model\.": "unet",  # ComfyUI, OneTrainer's COMFY
-    r"(text_encoders\.)?clip_l\.(transformer\.)?": "text_encoder",
+    r"(text_encoders\.)?clip_[lh]\.(transformer\.)?": "text_encoder",
+    r"(text_encoders\.)?clip_g\.(transformer\.)?": "text_encoder_2",
     r"cond_stage_model\.transformer\.": "text_encoder",  # as in a checkpoint of LDM's
+    r"conditioner\.embedders\.0\.transformer\.": "text_encoder",
     r"(?=(down_blocks|mid_block|up_blocks)\.)": "unet",  # of the first trainers: nothing before the module
-    r"(?=(input_blocks|middle_block|output_blocks|time_embed|out)\.)": "unet",  # OneTrainer's ORIGINAL
+    r"(?=(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.)": "unet",  # so OneTrainer
 }
 
 
 def split_key(key: str) -> tuple[Key, str] | None:
-    """The module, under diffusers' name, and the part of it that a key names; None if it is no LoRA's."""
+    """The module, as an Adapter's keys name it, and the part of it that a key names; None if it is no LoRA's.
+    A text encoder in PEFT's layout counts as the first.
+    """
     key = re.sub(r"\.default(?=\.weight$|$)", "", key)  # PEFT's own dictionary, saved as it was
     home = next((home for home in _HOMES if re.match(home, key)), None)
     part = next((part for part in _PARTS if re.search(f"{part}$", key)), None)
@@ -202,7 +181,7 @@ def split_key(key: str) -> tuple[Key, str] | None:
     component, kind = _HOMES[home], _PARTS[part]
     name = re.sub(f"{part}$", "", re.sub(f"^{home}", "", key)).replace(".processor.", ".")
     name = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name)
-    name = diffusers_name(name) if component == "unet" else name
+    name = canonical(component, name)
     if kind == "bias":
         return (component, f"{name}.bias" if "." in name else f"{name}_bias"), "difference"
     return (component, name), kind
@@ -210,7 +189,7 @@ def split_key(key: str) -> tuple[Key, str] | None:
 
 # ---------------------------------------------------------------- files of other kinds
 _ADAPTER = "is {}, which is not read; take a LoRA, LoCon or DoRA, or draw with it in A1111, Forge or ComfyUI."
-_BASE = "is {}; here only those of Stable Diffusion 1.x can be used."
+_BASE = "is {}; here only those of Stable Diffusion 1.x, 2.x and XL can be used."
 _THING = "is {} and no LoRA; name a LoRA's file."
 _FOREIGN = {
     r"\.hada_[wt]\d": _ADAPTER.format("a LoHa"),
@@ -230,10 +209,6 @@ _FOREIGN = {
     r"joint_blocks|lora_te3_|\bt5xxl\b|^(lora_)?transformer[._]": _BASE.format(
         "a LoRA for Stable Diffusion 3, Flux or another transformer"
     ),
-    r"lora_te2_|^text_encoder_2\.|\bclip_g\.|label_emb|add_embedding": _BASE.format(
-        "made for Stable Diffusion XL"
-    ),
-    r"\bclip_h\.": _BASE.format("a LoRA for Stable Diffusion 2.x"),
     r"^(model\.diffusion_model|\w+_stage_model|conditioner)\.(?!.*lora[._]).*\.(weight|bias)$": (
         "is a whole model and no LoRA; name it with --base_model, and a LoRA's file here."
     ),
@@ -244,7 +219,7 @@ _FOREIGN = {
 
 
 def foreign_kind(keys: Iterable[str]) -> str | None:
-    """What a file with these keys is, and what to do; None if it may be a LoRA for Stable Diffusion 1.x."""
+    """What a file with these keys is, and what to do; None if it may be a LoRA for Stable Diffusion."""
     names = "\n".join(keys)
     found = (told for pattern, told in _FOREIGN.items() if re.search(pattern, names, re.MULTILINE))
     return next(found, None)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from megaman.common.console import Exit, UserError
+from megaman.common.kinds import UNET, Kind
 from megaman.common.output_folder import adapter_in
 from megaman.config.train import FACTS, Targets, TrainConfig
-from megaman.lora.adapter import LoraLayer, underscored
-from megaman.lora.injection import ADAPTER_NAME, TARGETS, lora_modules
+from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, check_kind, underscored
+from megaman.lora.injection import ADAPTER_NAME, TARGETS, TEXT_TARGETS, lora_modules
 from megaman.lora.load import read_adapter
+from megaman.lora.names import canonical
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,16 @@ class InitLora:
     """An adapter to go on from, brought to one rank and one scale (alpha / rank)."""
 
     path: str
-    layers: Mapping[str, LoraLayer]  # by underscored module path
+    layers: Mapping[Key, LoraLayer]  # by underscored module path
     rank: int
     alpha: float
     is_dora: bool
+    kind: Kind | None = None  # of the bases that it is for
 
     @property
     def targets(self) -> Targets:
         """The smallest --lora_targets that holds its modules."""
-        return next((name for name in TARGETS if _all_within(self.layers, TARGETS[name])), "conv")
+        return next((name for name in TARGETS if _all_within(self.layers, name)), "conv")
 
     def settings(self, is_rslora: bool) -> dict[str, Any]:
         """The flags that make a LoRA of its form."""
@@ -38,10 +41,55 @@ class InitLora:
         form = {"lora_rank": self.rank, "lora_alpha": alpha, "lora_targets": self.targets}
         return form | {"use_dora": self.is_dora}
 
+    def check(self, parts: Collection[str], kind: Kind | None) -> None:
+        """UserError (exit 4) unless it is for this kind of base and changes none but these parts of it."""
+        what = f"--init_lora {self.path}: the adapter"
+        check_kind(self.kind, kind, what, "Name a base of its kind with --pretrained_model_name.")
+        lost = sum(part not in parts for part, _ in self.layers)
+        if lost:
+            reason = f"changes {lost} modules of the text encoder too, which this training would lose"
+            raise UserError(f"--init_lora {self.path}: {reason}; take one of the UNet alone.", Exit.MODEL)
 
-def _all_within(names: Iterable[str], targets: Collection[str]) -> bool:
-    ends = tuple(f"_{underscored(target)}" for target in (*targets, "to_out"))  # to_out: an old to_out.0
-    return all(f"_{name}".endswith(ends) for name in names)
+    def module_names(self, part: Component, model: nn.Module) -> list[str] | None:
+        """The paths of just the modules of a part that the adapter changes; None if it leaves the part as it
+        is. UserError (exit 4) if the part lacks one.
+        """
+        paths = {underscored(canonical(part, name)): name for name, _ in model.named_modules()}
+        paths |= {path.removesuffix("_0"): name for path, name in paths.items() if path.endswith("_to_out_0")}
+        names = [name for home, name in self.layers if home == part]
+        strange = sorted(set(names) - paths.keys())
+        if strange:
+            others = f" and {len(strange) - 1} others" if len(strange) > 1 else ""
+            reason = f"changes the module {strange[0]!r}{others}, which this base model does not have"
+            raise UserError(f"--init_lora {self.path}: {reason}; it was made for another base.", Exit.MODEL)
+        return [paths[name] for name in names] or None
+
+    @torch.no_grad()
+    def copy_weights(self, part: Component, model: nn.Module) -> None:
+        """Puts the adapter's weights into PEFT's layers of a part. Where its rank is smaller, the rows of A
+        that it lacks stay as drawn and their columns of B are zero: the update is the file's.
+        """
+        for name, module in lora_modules(model).items():
+            short = underscored(canonical(part, name))
+            layer = self.layers.get((part, short)) or self.layers[part, short.removesuffix("_0")]
+            down, up = (getattr(module, half)[ADAPTER_NAME].weight for half in ("lora_A", "lora_B"))
+            if layer.down.numel() * down.shape[0] != down.numel() * layer.rank or len(up) != len(layer.up):
+                shapes = f"{tuple(layer.up.shape)} x {tuple(layer.down.shape)}"
+                reason = f"{name} is {shapes} there and {tuple(up.shape)} x {tuple(down.shape)} here"
+                raise UserError(f"--init_lora {self.path}: made for another base: {reason}.", Exit.MODEL)
+            down[: layer.rank] = layer.down.reshape(layer.rank, *down.shape[1:]).to(down.device)
+            up[:, : layer.rank] = layer.up.reshape(len(up), layer.rank, *up.shape[2:]).to(up.device)
+            if layer.magnitude is not None:
+                magnitude = module.lora_magnitude_vector[ADAPTER_NAME].weight
+                magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
+
+
+def _all_within(keys: Iterable[Key], targets: Targets) -> bool:
+    of_unet, of_text = (
+        tuple(f"_{underscored(end)}" for end in ends)
+        for ends in ((*TARGETS[targets], "to_out"), TEXT_TARGETS[targets])  # to_out: an old to_out.0
+    )
+    return all(f"_{name}".endswith(of_unet if part == UNET else of_text) for part, name in keys)
 
 
 def check_form(init: InitLora, cfg: TrainConfig, names: Collection[str]) -> None:
@@ -57,77 +105,53 @@ def check_form(init: InitLora, cfg: TrainConfig, names: Collection[str]) -> None
             )
 
 
-def init_of(cfg: TrainConfig) -> InitLora | None:
-    """The adapter named by --init_lora. UserError if the settings are not of its form."""
+def init_of(cfg: TrainConfig, parts: Collection[str] = (UNET,)) -> InitLora | None:
+    """The adapter named by --init_lora. UserError if the settings are not of its form, or if it changes more
+    than these parts, which are those that are trained.
+    """
     if cfg.init_lora is None:
         return None
-    init = read_init_lora(cfg.init_lora)
+    init = read_init_lora(cfg.init_lora, parts)
     check_form(init, cfg, FACTS)
     return init
 
 
-def read_init_lora(path: str) -> InitLora:
-    """The adapter of a file or folder of any tool. UserError (exit 4) if no training can go on from it."""
+def read_init_lora(path: str, parts: Collection[str] = (UNET,)) -> InitLora:
+    """The adapter of a file or folder of any tool. UserError (exit 4) if no training of these parts can go on
+    from it.
+    """
     adapter = read_adapter(adapter_in(Path(path)), "--init_lora")
-    layers = {underscored(name): layer for (part, name), layer in adapter.layers.items() if part == "unet"}
-    others = len(adapter.layers) - len(layers)
-    if others:
-        reason = f"changes {others} modules of the text encoder too, which this training would lose"
-        raise UserError(f"--init_lora {path}: {reason}; take one of the UNet alone.", Exit.MODEL)
-    vectors = sum(layer.is_vector for layer in layers.values())
-    if vectors:
-        reason = f"changes {vectors} biases and norms too, which this training would lose"
-        raise UserError(f"--init_lora {path}: {reason}; it can be drawn with, not continued.", Exit.MODEL)
-    largest = max(layers.values(), key=lambda layer: (layer.rank, layer.alpha))
+    largest = max(adapter.layers.values(), key=lambda layer: (layer.rank, layer.alpha))
     scale = largest.alpha / largest.rank
-    magnitudes = {name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None}
-    if not scale > 0:
-        raise UserError(
-            f"--init_lora {path}: its alpha is {largest.alpha:g}; nothing to go on from.", Exit.MODEL
+    layers = {(part, underscored(name)): layer for (part, name), layer in adapter.layers.items()}
+    init = InitLora(path, layers, largest.rank, largest.alpha, adapter.is_dora, adapter.kind)
+    init.check(parts, None)
+    _check_trainable(path, adapter, largest)
+    return replace(init, layers={key: _rescaled(layer, scale) for key, layer in layers.items()})
+
+
+def _check_trainable(path: str, adapter: Adapter, largest: LoraLayer) -> None:
+    """UserError (exit 4) if it holds what PEFT can't train."""
+    layers = list(adapter.layers.values())
+    vectors = sum(layer.is_vector for layer in layers)
+    lengths = [(layer.magnitude, layer) for layer in layers if layer.magnitude is not None]
+    reason = None
+    if vectors:
+        reason = (
+            f"changes {vectors} biases and norms too, which this training would lose; it can be drawn with, "
+            "not continued."
         )
-    if magnitudes and len(magnitudes) < len(layers):
-        raise UserError(
-            f"--init_lora {path}: DoRA in some of its modules only; PEFT can't do that.", Exit.MODEL
-        )
-    if any(magnitude.shape[0] != layers[name].up.shape[0] for name, magnitude in magnitudes.items()):
-        reason = "its DoRA measures columns, PEFT's measures rows"
-        raise UserError(f"--init_lora {path}: {reason}; it can be drawn with, not continued.", Exit.MODEL)
-    alike = {name: _rescaled(layer, scale) for name, layer in layers.items()}
-    return InitLora(path, alike, largest.rank, largest.alpha, bool(magnitudes))
+    elif not largest.alpha / largest.rank > 0:
+        reason = f"its alpha is {largest.alpha:g}; nothing to go on from."
+    elif lengths and len(lengths) < len(layers):
+        reason = "DoRA in some of its modules only; PEFT can't do that."
+    elif any(magnitude.shape[0] != layer.up.shape[0] for magnitude, layer in lengths):
+        reason = "its DoRA measures columns, PEFT's measures rows; it can be drawn with, not continued."
+    if reason is not None:
+        raise UserError(f"--init_lora {path}: {reason}", Exit.MODEL)
 
 
 def _rescaled(layer: LoraLayer, scale: float) -> LoraLayer:
     """The same update with this alpha / rank: the difference goes into `up`."""
     own = layer.alpha / layer.rank
     return layer if own == scale else replace(layer, up=layer.up * (own / scale), alpha=scale * layer.rank)
-
-
-def module_names(init: InitLora, unet: nn.Module) -> list[str]:
-    """The paths of just the modules that the adapter changes. UserError (exit 4) if the base lacks one."""
-    paths = {underscored(name): name for name, _ in unet.named_modules()}
-    paths |= {path.removesuffix("_0"): name for path, name in paths.items() if path.endswith("_to_out_0")}
-    strange = sorted(init.layers.keys() - paths.keys())
-    if strange:
-        reason = f"changes the module {strange[0]!r}, which this base model does not have"
-        raise UserError(f"--init_lora {init.path}: {reason}; it was made for another base.", Exit.MODEL)
-    return [paths[name] for name in init.layers]
-
-
-@torch.no_grad()
-def copy_weights(init: InitLora, unet: nn.Module) -> None:
-    """Puts the adapter's weights into PEFT's layers. Where its rank is smaller, the rows of A that it lacks
-    stay as drawn and their columns of B are zero: the update is the file's.
-    """
-    for name, module in lora_modules(unet).items():
-        short = underscored(name)
-        layer = init.layers.get(short) or init.layers[short.removesuffix("_0")]
-        down, up = (getattr(module, part)[ADAPTER_NAME].weight for part in ("lora_A", "lora_B"))
-        if layer.down.numel() * down.shape[0] != down.numel() * layer.rank or len(up) != len(layer.up):
-            shapes = f"{tuple(layer.up.shape)} x {tuple(layer.down.shape)}"
-            reason = f"{name} is {shapes} there and {tuple(up.shape)} x {tuple(down.shape)} here"
-            raise UserError(f"--init_lora {init.path}: made for another base: {reason}.", Exit.MODEL)
-        down[: layer.rank] = layer.down.reshape(layer.rank, *down.shape[1:]).to(down.device)
-        up[:, : layer.rank] = layer.up.reshape(len(up), layer.rank, *up.shape[2:]).to(up.device)
-        if layer.magnitude is not None:
-            magnitude = module.lora_magnitude_vector[ADAPTER_NAME].weight
-            magnitude.copy_(layer.magnitude.reshape(magnitude.shape))

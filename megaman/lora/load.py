@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_text, say
-from megaman.lora.adapter import Adapter, Key, LoraLayer, check_finite, underscored
+from megaman.common.kinds import KINDS, PARTS, UNET, Kind, kind_of_width
+from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, check_finite, underscored
 from megaman.lora.formats import foreign_kind, split_key
 
 ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
@@ -25,8 +26,9 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers l
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DRAWN_WITH = "--lora_path"  # the flag that names the adapter to draw with
 OURS = "megaman"  # our key in a file's metadata: JSON of trigger, base, resolution and configuration
+KIND = "kind"  # in it: the folder of the base's kind, where its width does not tell
 _DIFFUSERS_STRENGTH = "lora_adapter_metadata"  # diffusers' key there
-_OTHER_WIDTHS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+_TEXT_PARTS = PARTS[1:]
 
 
 def read_adapter(path: Path, flag: str = DRAWN_WITH) -> Adapter:
@@ -36,12 +38,14 @@ def read_adapter(path: Path, flag: str = DRAWN_WITH) -> Adapter:
     """
     file = _file_of(path, flag)
     adapter = read_file(file, file.with_name(PEFT_CONFIG))
-    beside = file.parent / "text_encoder" / PEFT_FILE  # where PEFT's users keep the other half
-    if path.is_dir() and file.name == PEFT_FILE and beside.is_file():
-        text = read_file(beside, beside.with_name(PEFT_CONFIG)).layers
-        layers: dict[Key, LoraLayer] = {("text_encoder", name): layer for (_, name), layer in text.items()}
-        adapter = Adapter({**adapter.layers, **layers}, adapter.metadata)
-    return adapter
+    if not (path.is_dir() and file.name == PEFT_FILE):
+        return adapter
+    layers = dict(adapter.layers)
+    for part in _TEXT_PARTS:  # PEFT's users keep each in a folder of its own
+        beside = file.parent / part / PEFT_FILE
+        if beside.is_file():
+            layers |= read_file(beside, beside.with_name(PEFT_CONFIG)).layers
+    return replace(adapter, layers=layers, kind=_kind_in(layers, adapter.metadata))
 
 
 def read_file(file: Path, peft_config: Path) -> Adapter:
@@ -55,30 +59,42 @@ def read_file(file: Path, peft_config: Path) -> Adapter:
     if not layers:
         reason = "holds no LoRA keys of kohya, diffusers or PEFT; is it a LoRA for Stable Diffusion?"
         raise UserError(f"{file}: {reason}", Exit.MODEL)
-    _check_base(layers, file)
-    adapter = Adapter(layers, _known(header, file))
+    if is_peft and file.parent.name in _TEXT_PARTS:
+        layers = _moved(layers, file.parent.name)
+    known = _known(header, file)
+    adapter = Adapter(layers, known, _kind_in(layers, known))
     check_finite(adapter, str(file), Exit.MODEL)
     if not is_peft and not header.keys() & {OURS, _DIFFUSERS_STRENGTH} and _lacks_strength(tensors):
         _note_strength(file)
     return adapter
 
 
-def _check_base(layers: Mapping[Key, LoraLayer], file: Path) -> None:
-    """UserError (exit 4) for a LoRA whose cross-attention reads the text of another Stable Diffusion."""
-    for (component, name), layer in layers.items():
-        made_for = _OTHER_WIDTHS.get(layer.down.shape[1])
-        if component == "unet" and made_for and re.search(r"attn2.to_[kv]$", name):
-            reason = f"is a LoRA for {made_for} (its text is {layer.down.shape[1]} wide)"
-            raise UserError(
-                f"{file}: {reason}; here only those of Stable Diffusion 1.x can be used.", Exit.MODEL
-            )
+def _moved(layers: Mapping[Key, LoraLayer], part: Component) -> dict[Key, LoraLayer]:
+    """The same with the text encoder's in this part: PEFT's keys don't tell which encoder it is."""
+    return {(part if home != UNET else home, name): layer for (home, name), layer in layers.items()}
+
+
+def _kind_in(layers: Mapping[Key, LoraLayer], known: Mapping[str, Any]) -> Kind | None:
+    """The kind of the bases that the layers are for, by what our metadata says, else by the width of the text
+    that the UNet reads, else by a part that only one kind has. None: nothing tells.
+    """
+    said = [kind for kind in KINDS if kind.folder == known.get(KIND)]
+    widths = [layer.down.shape[1] for key, layer in layers.items() if key[0] == UNET and _reads_text(key[1])]
+    by_width = [kind_of_width(width) for width in (known.get("text_width"), *widths)]
+    parts = {part for part, _ in layers}
+    by_part = [kind for kind in KINDS if not parts <= set().union(*(k.parts for k in KINDS if k is not kind))]
+    return next((kind for kind in (*said, *by_width, *by_part) if kind is not None), None)
+
+
+def _reads_text(name: str) -> bool:
+    return re.search(r"attn2.to_[kv]$", name) is not None
 
 
 def _lacks_strength(tensors: Iterable[str]) -> bool:
     """Whether keys of diffusers' layout come without any alpha."""
     keys = list(tensors)
     is_diffusers = any(
-        re.match(r"(unet|text_encoder|down_blocks|mid_block|up_blocks)\.", key) for key in keys
+        re.match(r"(unet|text_encoder(_2)?|down_blocks|mid_block|up_blocks)\.", key) for key in keys
     )
     return is_diffusers and not any(key.endswith(".alpha") for key in keys)
 
@@ -102,6 +118,7 @@ _KNOWN: dict[
     "base": (str, _is_text),
     "trigger": (str, _is_text),
     "resolution": (int, lambda side: 1 <= side <= 8192),
+    KIND: (str, lambda folder: folder in [kind.folder for kind in KINDS]),
     "guidance_scale": ((int, float), lambda scale: 0 <= scale < math.inf),  # JSON writes 7.0 as 7 at times
 }
 
@@ -192,7 +209,9 @@ class _Strengths:
 
     def of(self, name: str, rank: int) -> float:
         """The plain alpha (that of alpha / rank) of a module."""
-        matching = (alpha for key, alpha in self.patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        names = (name, name.removeprefix("text_model."))  # the second as in the part that it was made from
+        patterns = ((re.compile(rf"(.*\.)?({key})$"), alpha) for key, alpha in self.patterns.items())
+        matching = (alpha for pattern, alpha in patterns if any(map(pattern.match, names)))
         alpha = next(matching, rank if self.alpha is None else self.alpha)
         return float(alpha) * (math.sqrt(rank) if self.is_rslora else 1.0)
 
@@ -206,7 +225,7 @@ def _peft_strength(config: Path, file: Path) -> dict[str, _Strengths]:
         strength = _strengths(json.loads(config.read_text(encoding="utf-8")))
     except _DAMAGE as error:
         raise _unknown_strength(f"{file}: its {PEFT_CONFIG} is", error) from error
-    return {"unet": strength, "text_encoder": strength}
+    return dict.fromkeys(PARTS, strength)
 
 
 def _diffusers_strengths(file: Path, header: Mapping[str, str]) -> dict[str, _Strengths]:

@@ -2,13 +2,16 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from megaman.common.console import Exit, UserError
-from megaman.lora.adapter import Adapter, LoraLayer, underscored
+from megaman.common.kinds import Kind
+from megaman.lora.adapter import Adapter, LoraLayer, check_kind, underscored
+
+ANOTHER_BASE = "Name its own with --base_model."
 
 
 class MergedAdapter:
@@ -17,25 +20,35 @@ class MergedAdapter:
     The untouched weights are kept, so strength 0 is the base to the bit.
     """
 
-    def __init__(self, adapter: Adapter, unet: UNet2DConditionModel, text_encoder: nn.Module | None) -> None:
-        """Raises UserError (exit 4) unless every layer finds its module with the right shape and one acts."""
+    def __init__(self, adapter: Adapter, parts: Mapping[str, nn.Module], kind: Kind | None) -> None:
+        """Raises UserError (exit 4) unless every layer finds its module with the right shape and one acts.
+
+        parts: the base's UNet and text encoders, by their names in pipelines. kind: the base's, if known.
+        """
         if not any(map(_acts, adapter.layers.values())):
             raise UserError(
                 "the adapter changes nothing: every update or alpha is 0. Train it longer.", Exit.MODEL
             )
+        check_kind(adapter.kind, kind, "the adapter", ANOTHER_BASE)
+        homes = {part: _weights(model) for part, model in parts.items()}
         self.targets: list[tuple[Tensor, Tensor, LoraLayer]] = []  # a weight, and what it was
-        homes = {
-            "unet": _weights(unet),
-            "text_encoder": _weights(text_encoder) if text_encoder is not None else {},
-        }
         self.counts = dict.fromkeys(homes, 0)
+        homeless = []
         for (component, name), layer in adapter.layers.items():
-            weight = homes[component].get(_plain(underscored(name)))
-            if weight is None and not _acts(layer):
-                continue  # ComfyUI writes what it found unchanged too, the text encoder's embeddings among it
-            weight = _fitting(weight, component, name, layer, unet)
-            self.targets.append((weight, weight.detach().clone(), layer))
-            self.counts[component] += 1
+            weight = homes.get(component, {}).get(_plain(underscored(name)))
+            if weight is not None:
+                _check_fit(weight, name, layer)
+                self.targets.append((weight, weight.detach().clone(), layer))
+                self.counts[component] += 1
+            elif _acts(layer):  # ComfyUI writes what it found unchanged too, the text encoder's embeddings
+                homeless.append(f"{component} module {name[:100]!r}")  # among it
+        if homeless:
+            others = f" and {len(homeless) - 1} others" if len(homeless) > 1 else ""
+            raise UserError(
+                f"the adapter changes {homeless[0]}{others}, which this base model does not have; it was "
+                "made for another base.",
+                Exit.MODEL,
+            )
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
@@ -67,20 +80,8 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return found | {re.sub(r"_to_out_0(?=$|_bias$)", "_to_out", path): found[path] for path in found}
 
 
-def _fitting(
-    weight: Tensor | None,
-    component: str,
-    name: str,
-    layer: LoraLayer,
-    unet: UNet2DConditionModel,
-) -> Tensor:
-    """The same weight, if there is one and the layer fits it."""
-    if weight is None:
-        raise UserError(
-            f"the adapter changes {component} module {name[:100]!r}, which this base model does not have; it "
-            "was made for another base.",
-            Exit.MODEL,
-        )
+def _check_fit(weight: Tensor, name: str, layer: LoraLayer) -> None:
+    """UserError (exit 4) unless the layer is of this weight's shape."""
     expected: tuple[int, ...] = tuple(weight.shape)
     found: tuple[int, ...] = (layer.up.shape[0], *layer.down.shape[1:])
     if layer.is_vector:
@@ -89,18 +90,13 @@ def _fitting(
     elif expected != found and math.prod(expected[2:]) * math.prod(found[2:]) == 1:
         expected, found = expected[:2], found[:2]
     if expected != found:
-        width = layer.down.shape[1] if re.search(r"attn2.to_[kv]$", name) else None
-        hint = (
-            f" (its text is {width} wide, this base's {unet.config.cross_attention_dim})"
-            if width not in (None, unet.config.cross_attention_dim)
-            else ""
-        )
+        is_of_text = re.search(r"attn2.to_[kv]$", name) and found[1:2] != expected[1:2]
+        hint = f" (its text is {found[1]} wide, this base's {expected[1]})" if is_of_text else ""
         raise UserError(
             f"the adapter was made for another base: {name} is {found} there and {expected} here{hint}. "
-            "Name its own with --base_model.",
+            + ANOTHER_BASE,
             Exit.MODEL,
         )
-    return weight
 
 
 def _plain(name: str) -> str:

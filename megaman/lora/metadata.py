@@ -15,13 +15,13 @@ from PIL import Image
 
 from megaman.common.files import LEGACY_AT, LEGACY_SIZE, replacing, with_metadata, write_text
 from megaman.common.html import render
+from megaman.common.kinds import SD1, UNET, V_PREDICTION, kind_of_width
 from megaman.config.train import EMBEDDED
 from megaman.lora.adapter import Adapter
-from megaman.lora.formats import first_layer
+from megaman.lora.formats import first_layer, kind_of
 
 NAME = "megaman_lora"
 THUMBNAIL_PX = 256
-SD1_TEXT_WIDTH = 768  # Stable Diffusion 1.x; other tools know no relative of the embedded base
 PICTURE = {"card": "README.md", "sidecar": f"{NAME}.json", "preview": f"{NAME}.preview.png"}
 HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x" + "0" * 64}
 
@@ -29,9 +29,14 @@ HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.h
 # ---------------------------------------------------------------- inside the file
 
 
-def our_metadata(adapter: Adapter, ours: str) -> dict[str, str]:
-    """The metadata of a file that generate_megaman.py reads: base, trigger, size, guidance, configuration."""
-    told = {key: value for key, value in adapter.metadata.items() if key not in ("dataset", "hashes")}
+def our_metadata(adapter: Adapter, ours: str, kind: str) -> dict[str, str]:
+    """The metadata of a file that generate_megaman.py reads: base, trigger, size, guidance, configuration.
+
+    ours, kind: our key there, and in it the one that says the base's kind where its width does not.
+    """
+    told = {key: value for key, value in adapter.metadata.items() if key not in ("dataset", "hashes", kind)}
+    if kind_of(adapter) is not SD1 and kind_of_width(told.get("text_width")) is None:
+        told[kind] = kind_of(adapter).folder
     return {"format": "pt", ours: json.dumps(told, sort_keys=True)}
 
 
@@ -83,17 +88,27 @@ def _training(known: Mapping[str, Any]) -> dict[str, Any]:
         "ss_flip_aug": "flip",
     }
     values = {shown: settings.get(name) for shown, name in names.items()}
-    if known.get("text_width") == SD1_TEXT_WIDTH:
-        values |= {"ss_base_model_version": "sd_v1", "ss_v2": False}
+    kind = kind_of_width(known.get("text_width"))  # other tools know no relative of the embedded base
+    if kind is not None:
+        version = kind.called(known.get("prediction_type"))[0]
+        values |= {"ss_base_model_version": version, "ss_v2": version.startswith("sd_v2")}
     return values | {
         "ss_sd_model_name": known.get("base"),
-        "ss_clip_skip": 1,
+        "ss_text_encoder_lr": settings.get("text_encoder_lr") or None,  # 0: they are not trained
+        "ss_v_parameterization": True if known.get("prediction_type") == V_PREDICTION else None,
+        "ss_zero_terminal_snr": True if known.get("zero_snr") else None,
+        "ss_clip_skip": _text_layer(known),
         "ss_resolution": f"({side}, {side})" if side else None,
         "ss_steps": known.get("steps"),
         "ss_optimizer": settings.get("optimizer", "adamw"),
         "ss_trigger_words": known.get("trigger"),
         "ss_training_comment": "trained by megaman_lora.py; its configuration stands in the field megaman",
     }
+
+
+def _text_layer(known: Mapping[str, Any]) -> int:
+    """The layer of the text encoder that is read, counted from the end: 1 is the last."""
+    return -(kind_of_width(known.get("text_width")) or SD1).encoders[0].layer
 
 
 def _data(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,19 +126,20 @@ def _data(known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _modelspec(known: Mapping[str, Any]) -> dict[str, Any]:
     side, trigger = known.get("resolution"), known.get("trigger")
-    is_sd1 = known.get("text_width") == SD1_TEXT_WIDTH
+    kind = kind_of_width(known.get("text_width"))
+    prediction = known.get("prediction_type")
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora" if is_sd1 else None,
-        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": None if kind is None else f"{kind.called(prediction)[1]}/lora",
+        "modelspec.implementation": (kind or SD1).implementation,
         "modelspec.title": NAME,
         "modelspec.description": f"A LoRA of {trigger} on {known.get('base')}" if trigger else None,
         "modelspec.resolution": f"{side}x{side}" if side else None,
         "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": f"begin the prompt with: {trigger}" if trigger else None,
         "modelspec.tags": trigger,
-        "modelspec.prediction_type": known.get("prediction_type"),
-        "modelspec.encoder_layer": 1,
+        "modelspec.prediction_type": "v" if prediction == V_PREDICTION else prediction,
+        "modelspec.encoder_layer": _text_layer(known),
     }
 
 
@@ -153,16 +169,17 @@ def with_hashes(file: bytes) -> bytes:
 def write_companions(adapter: Adapter, folder: Path, preview: Path | None) -> list[Path]:
     """The model card, A1111's sidecar and, if a picture was drawn, its preview."""
     known = adapter.metadata
-    trigger, text_width = known.get("trigger", ""), known.get("text_width")
+    trigger = known.get("trigger", "")
+    kind = kind_of_width(known.get("text_width"))
     sidecar = {
         "description": f"{NAME}: {trigger}, trained on {known.get('base')}",
-        "sd version": "SD1" if text_width == SD1_TEXT_WIDTH else "Unknown",
+        "sd version": "Unknown" if kind is None else kind.badge,
         "activation text": trigger,
         "preferred weight": 1.0,
         "negative text": "",
         "notes": f"rank {first_layer(adapter).rank}, {known.get('steps')} steps",
     }
-    card, beside, picture = (folder / PICTURE[kind] for kind in ("card", "sidecar", "preview"))
+    card, beside, picture = (folder / PICTURE[file] for file in ("card", "sidecar", "preview"))
     write_text(beside, json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
     write_text(card, model_card(adapter, has_preview=preview is not None))
     if preview is None:
@@ -170,6 +187,15 @@ def write_companions(adapter: Adapter, folder: Path, preview: Path | None) -> li
     with replacing(picture) as partial:
         partial.write_bytes(preview.read_bytes())
     return [beside, card, picture]
+
+
+def _counts(adapter: Adapter) -> str:
+    """How many modules of each part are changed; nothing for the UNet alone."""
+    components = adapter.components
+    if components == (UNET,):
+        return ""
+    shown = {part: "UNet" if part == UNET else part for part in components}
+    return ", ".join(f"{shown[part]} {len(adapter.only(part).layers)}" for part in components)
 
 
 def model_card(adapter: Adapter, *, has_preview: bool) -> str:
@@ -188,6 +214,9 @@ def model_card(adapter: Adapter, *, has_preview: bool) -> str:
             is_on_hub="/" in base and base != EMBEDDED,
             is_dora=adapter.is_dora,
             modules=len(adapter.layers),
+            parts=_counts(adapter),
+            text_parts=[part for part in adapter.components if part != UNET],
+            pipeline="StableDiffusionPipeline" if kind_of(adapter) is SD1 else "DiffusionPipeline",
             rank=layer.rank,
             alpha=f"{layer.alpha:g}",
             settings={name: value for name, value in settings.items() if value is not None},

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megaman.common.console import Exit, UserError
-from megaman.common.files import replacing, save_tensors, write_text
-from megaman.lora.adapter import Adapter, underscored
+from megaman.common.files import make_folder, replacing, save_tensors, write_text
+from megaman.common.kinds import UNET
+from megaman.lora.adapter import Adapter, Key, underscored
 from megaman.lora.formats import (
     diffusers_metadata,
     diffusers_tensors,
@@ -23,6 +24,7 @@ from megaman.lora.formats import (
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 from megaman.lora.load import (
     DIFFUSERS_FILE,
+    KIND,
     KOHYA_FILE,
     OURS,
     PEFT_CONFIG,
@@ -30,6 +32,7 @@ from megaman.lora.load import (
     read_file,
 )
 from megaman.lora.metadata import HASHES, kohya_metadata, our_metadata, with_hashes, write_companions
+from megaman.lora.names import canonical
 
 # ---------------------------------------------------------------- does a file hold what was trained?
 FLOAT32, FLOAT16 = 1e-5, 2e-3  # of the update's size; float16 rounds each factor by 5e-4 at most
@@ -46,31 +49,34 @@ class Delta:
     magnitude: Tensor | None
 
 
-def deltas_of(model: nn.Module) -> dict[str, Delta]:
-    """The updates of the model in training, straight from PEFT's modules, by underscored path."""
+Deltas = Mapping[Key, Delta]  # by part and underscored path
+
+
+def deltas_of(parts: Mapping[str, nn.Module]) -> dict[Key, Delta]:
+    """The updates of the parts in training, straight from PEFT's modules."""
     found = {}
-    model = model["unet"] if isinstance(model, dict) else model
-    for name, module in lora_modules(model).items():
-        down, up = (getattr(module, part)[ADAPTER_NAME].weight.detach() for part in ("lora_A", "lora_B"))
-        magnitude = module.lora_magnitude_vector
-        found[underscored(name)] = Delta(
-            down.cpu(),
-            up.cpu(),
-            float(module.scaling[ADAPTER_NAME]),
-            magnitude[ADAPTER_NAME].weight.detach().cpu() if ADAPTER_NAME in magnitude else None,
-        )
+    for part, model in parts.items():
+        for name, module in lora_modules(model).items():
+            down, up = (getattr(module, half)[ADAPTER_NAME].weight.detach() for half in ("lora_A", "lora_B"))
+            magnitude = module.lora_magnitude_vector
+            found[part, underscored(canonical(part, name))] = Delta(
+                down.cpu(),
+                up.cpu(),
+                float(module.scaling[ADAPTER_NAME]),
+                magnitude[ADAPTER_NAME].weight.detach().cpu() if ADAPTER_NAME in magnitude else None,
+            )
     return found
 
 
-def deltas_in(adapter: Adapter) -> dict[str, Delta]:
-    """The updates of an adapter, by underscored path."""
+def deltas_in(adapter: Adapter) -> dict[Key, Delta]:
+    """The updates of an adapter."""
     return {
-        underscored(name): Delta(layer.down, layer.up, layer.alpha / layer.rank, layer.magnitude)
-        for (_, name), layer in adapter.layers.items()
+        (part, underscored(name)): Delta(layer.down, layer.up, layer.alpha / layer.rank, layer.magnitude)
+        for (part, name), layer in adapter.layers.items()
     }
 
 
-def check_written(file: Path, shown: Path, expected: Mapping[str, Delta], tolerance: float) -> None:
+def check_written(file: Path, shown: Path, expected: Deltas, tolerance: float) -> None:
     """UserError (exit 4) unless the file reads back as the updates that were trained.
 
     shown: the name that the file is to have; beside it lies adapter_config.json for PEFT's layout.
@@ -78,9 +84,9 @@ def check_written(file: Path, shown: Path, expected: Mapping[str, Delta], tolera
     read = deltas_in(read_file(file, shown.with_name(PEFT_CONFIG)))
     if read.keys() != expected.keys():
         lost = sorted(read.keys() ^ expected.keys())
-        raise _mismatch(shown, f"{len(lost)} modules differ, such as {lost[0]}")
-    for name, delta in expected.items():
-        _check_module(shown, name, delta, read[name], tolerance)
+        raise _mismatch(shown, f"{len(lost)} modules differ, such as {' '.join(lost[0])}")
+    for key, delta in expected.items():
+        _check_module(shown, " ".join(key), delta, read[key], tolerance)
 
 
 def _check_module(shown: Path, name: str, wanted: Delta, found: Delta, tolerance: float) -> None:
@@ -122,36 +128,62 @@ def _mismatch(shown: Path, what: str) -> UserError:
 
 # ---------------------------------------------------------------- writing
 def write_adapter(
-    adapter: Adapter, folder: Path, *, live: nn.Module | None = None, preview: Path | None = None
+    adapter: Adapter,
+    folder: Path,
+    *,
+    live: Mapping[str, nn.Module] | None = None,
+    preview: Path | None = None,
 ) -> list[Path]:
-    """Writes lora_weights/: the PEFT pair in float32; kohya's layout in float16 under both of its names (of a
-    DoRA, the second one in diffusers' layout, since diffusers drops kohya's magnitudes); model card, sidecar
-    and preview picture.
+    """Writes lora_weights/: PEFT's pairs in float32, those of text encoders in folders of their own; kohya's
+    layout in float16 under both of its names (of a DoRA, the second one in diffusers' layout, since diffusers
+    drops kohya's magnitudes); model card, sidecar and preview picture.
 
-    live: the model that the adapter was taken from; every file is compared with it (else with the adapter).
+    live: the parts that the adapter was taken from; every file is compared with them (else with the adapter).
     UserError (exit 4) if a file reads back as anything else, (exit 5) if a number isn't finite.
     """
-    pair, kohya, diffusers = (folder / name for name in (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE))
+    kohya, diffusers = (folder / name for name in (KOHYA_FILE, DIFFUSERS_FILE))
     expected = deltas_in(adapter) if live is None else deltas_of(live)
 
-    def checked(tolerance: float) -> Callable[[Path, Path], None]:
-        return lambda file, shown: check_written(file, shown, expected, tolerance)
+    def check(file: Path, shown: Path) -> None:
+        check_written(file, shown, expected, FLOAT16)
 
-    def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-        save_tensors(tensors, path, metadata, lambda partial: checked(FLOAT32)(partial, path))
-
-    ours = our_metadata(adapter, OURS)
-    write_text(folder / PEFT_CONFIG, json.dumps(peft_config(adapter), indent=2, sort_keys=True) + "\n")
-    save(peft_tensors(adapter), pair, ours)
-    write_kohya(adapter, kohya, preview=preview, check=checked(FLOAT16))
+    pairs = _write_pairs(adapter, folder, expected)
+    write_kohya(adapter, kohya, preview=preview, check=check)
     if adapter.is_dora:
-        save(diffusers_tensors(adapter), diffusers, ours | diffusers_metadata(adapter))
+        metadata = our_metadata(adapter, OURS, KIND) | diffusers_metadata(adapter)
+        _save_exact(diffusers_tensors(adapter), diffusers, metadata, expected)
     else:
         with replacing(diffusers) as partial:
             partial.write_bytes(kohya.read_bytes())
-            checked(FLOAT16)(partial, diffusers)
+            check(partial, diffusers)
     companions = write_companions(adapter, folder, preview)
-    return [pair, folder / PEFT_CONFIG, kohya, diffusers, *companions]
+    return [*pairs, kohya, diffusers, *companions]
+
+
+def _write_pairs(adapter: Adapter, folder: Path, expected: Deltas) -> list[Path]:
+    """PEFT's file and configuration of each part: the UNet's in the folder itself, a text encoder's in one
+    below it that has its name.
+    """
+    found = []
+    parts = dict.fromkeys((*adapter.components, *(part for part, _ in expected)))  # the live model's too
+    for part in parts:
+        home = folder if part == UNET else folder / part
+        make_folder(home)
+        mine = adapter.only(part)
+        if not mine.layers:
+            raise _mismatch(home / PEFT_FILE, "every module is gone")
+        wanted = {key: delta for key, delta in expected.items() if key[0] == part}
+        write_text(home / PEFT_CONFIG, json.dumps(peft_config(mine), indent=2, sort_keys=True) + "\n")
+        _save_exact(peft_tensors(mine), home / PEFT_FILE, our_metadata(adapter, OURS, KIND), wanted)
+        found += [home / PEFT_FILE, home / PEFT_CONFIG]
+    return found
+
+
+def _save_exact(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], expected: Deltas
+) -> None:
+    """A float32 file, compared before it gets its name."""
+    save_tensors(tensors, path, metadata, lambda partial: check_written(partial, path, expected, FLOAT32))
 
 
 def write_kohya(
@@ -162,7 +194,7 @@ def write_kohya(
     check: Callable[[Path, Path], None] | None = None,
 ) -> None:
     """One file in kohya's layout, float16. check: called with the finished file and the name it is to get."""
-    metadata = our_metadata(adapter, OURS) | kohya_metadata(adapter, preview) | HASHES
+    metadata = our_metadata(adapter, OURS, KIND) | kohya_metadata(adapter, preview) | HASHES
 
     def finish(partial: Path) -> None:
         partial.write_bytes(with_hashes(partial.read_bytes()))

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from megaman.common.console import quiet_libraries  # noqa: E402
+from megaman.common.kinds import SD1  # noqa: E402
 from megaman.config.train import PRESETS, DataFlags, read_config  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
 
@@ -121,7 +122,7 @@ def change(
     """By how much the adapter changes the mean loss of each set, in percent of the base's own; plain: those
     losses.
     """
-    merged = MergedAdapter(read_adapter(adapter), base.unet, base.encoders["text_encoder"])
+    merged = MergedAdapter(read_adapter(adapter), base.parts, SD1)
     merged.set_scale(1.0)
     after = {name: statistics.mean(losses(base, encoded)) for name, encoded in sets.items()}
     merged.set_scale(0.0)
@@ -206,7 +207,7 @@ class Examiner:
 
     def verdict(self, name: str, adapter: Path) -> dict[str, float | tuple[float, float]]:
         """Hero rate, obedience, retention, copies and diversity of one adapter's pictures."""
-        merged = MergedAdapter(read_adapter(adapter), self.base.unet, self.base.encoders["text_encoder"])
+        merged = MergedAdapter(read_adapter(adapter), self.base.parts, SD1)
         merged.set_scale(1.0)
         heroes = drawn(self.base, hero_prompts(), 2000)
         wizards = drawn(self.base, foreign_prompts(), 3000)

@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 import generate_megaman
 from megaman.common.console import Exit, UserError
+from megaman.common.kinds import SD1
 from megaman.generation.prompts import Prompt
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.formats import kohya_tensors, peft_tensors
@@ -248,7 +249,7 @@ def _outcome(path: Path, base: StableDiffusion) -> str:
         generate_megaman.base_of(adapter, path, "megaman/tiny_sd")
         cfg = generate_megaman.resolve(generate_megaman.GenerateConfig(), adapter, base)
         generate_megaman.check_jobs(generate_megaman.make_jobs(cfg, [Prompt("a")]), base)
-        merged = MergedAdapter(adapter, base.unet, base.encoders["text_encoder"])
+        merged = MergedAdapter(adapter, base.parts, SD1)
         merged.set_scale(1.0)
         merged.set_scale(0.0)
         return "read" if len(adapter.digest) == 12 else "crashes"
