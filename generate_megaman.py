@@ -185,16 +185,23 @@ def make_tasks(
     ]
 
 
-def check_adapters_fit(candidates: Sequence[Candidate], base: StableDiffusion) -> dict[str, int]:
+def check_adapters_fit(candidates: Sequence[Candidate], base: StableDiffusion) -> str:
     """UserError (exit 4) unless every adapter belongs into the base. How many modules the chosen one changes,
-    by component.
+    in words.
     """
-    counts = {}
+    counts: dict[str, int] = {}
     for candidate in candidates:
         merged = MergedAdapter(candidate.adapter, base.parts, base.kind)
         if candidate.is_chosen:
             counts = merged.counts
-    return counts
+    of_text = sum(count for part, count in counts.items() if part != UNET)
+    return f"{counts[UNET]} UNet and {of_text} text-encoder modules"
+
+
+def notes_on_cuts(jobs: Sequence[Job], base: StableDiffusion) -> list[str]:
+    """A line for each text whose end is not read."""
+    texts = [text for job in jobs for text in (job.prompt, job.negative_prompt)]
+    return notes_on_length(base.tokenizer, texts, base.max_chunks, weights_are_read=base.reads_weights)
 
 
 def check_jobs(jobs: Sequence[Job], base: StableDiffusion) -> None:
@@ -343,11 +350,8 @@ def generate(cfg: GenerateConfig) -> Path:
     dtype = compute.pick_dtype(cfg.mixed_precision, device)
     name = base_of(adapter, lora_path, cfg.base_model)
     base = load_base(name, adapter, cfg, device, dtype)
-    counts = check_adapters_fit(candidates, base)
     strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
-    text_modules = sum(counts.values()) - counts[UNET]
-    modules = f"{counts[UNET]} UNet and {text_modules} text-encoder modules"
-    say(f"adapter: loaded {modules}, scale {strengths} ({lora_path})")
+    say(f"adapter: loaded {check_adapters_fit(candidates, base)}, scale {strengths} ({lora_path})")
     if cfg.compare_checkpoints:
         say(f"checkpoints: {', '.join(candidate.name for candidate in candidates)}")
     about = {
@@ -360,10 +364,7 @@ def generate(cfg: GenerateConfig) -> Path:
     cfg = resolve(cfg, adapter, base)
     jobs = [as_read(job, base) for job in make_jobs(cfg, prompts)]
     check_jobs(jobs, base)
-    for line in notes:
-        say(line)
-    texts = [text for job in jobs for text in (job.prompt, job.negative_prompt)]
-    for line in notes_on_length(base.tokenizer, texts, base.max_chunks, weights_are_read=cfg.prompt_weights):
+    for line in [*notes, *notes_on_cuts(jobs, base)]:
         say(line)
     tasks = make_tasks(jobs, candidates, base.digest, about["precision"])
     with closing(OutputLock(output).sign()):
@@ -377,7 +378,8 @@ def load_base(
     is_own = canonical_name(name) == adapter.metadata.get("base")
     wanted = trained_as(adapter) if is_own else "auto"
     base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model", wanted=wanted)
-    base.max_chunks, base.reads_weights = cfg.max_tokens // CHUNK, cfg.prompt_weights
+    base.max_chunks = cfg.max_tokens // CHUNK
+    base.reads_weights = cfg.prompt_weights
     base.place("vae", *base.parts)
     return base
 

@@ -46,7 +46,7 @@ from torch.optim import Optimizer
 from transformers import CLIPTokenizer
 
 from megaman.common.cache import Store, default_folder, key_of
-from megaman.common.kinds import CHUNK
+from megaman.common.kinds import CHUNK, V_PREDICTION
 from megaman.common.output_folder import CAPTIONS, RunFolder, check_apart, check_output, holds_run
 from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
@@ -268,14 +268,24 @@ class TrainingSet:
     sampler: Sampler
 
 
-def open_training_set(cfg: TrainConfig, facts: BaseFacts, processes: int) -> TrainingSet:
-    """The pictures, looked at and put in order. UserError as `open_dataset` raises it."""
+def open_training_set(
+    cfg: TrainConfig, processes: int, checkpoint: Checkpoint | None = None
+) -> tuple[TrainingSet, TrainConfig]:
+    """The pictures, looked at and put in order, and the settings with what follows from them and from the
+    base; both are told. UserError as `open_dataset` raises it.
+    """
+    facts = stable_diffusion.peek(cfg.pretrained_model_name)
+    cfg = replace(cfg, resolution=cfg.resolution or facts.resolution)
     dataset = open_dataset(cfg, facts)
     digests = [picture.digest for picture in dataset.scanned]
     names = [path.relative_to(dataset.folder).as_posix() for path in dataset.paths]
     held_out = validation.held_out(digests, names, cfg.validation_split, cfg.seed)
     sampler = sampler_of(dataset, pictures_a_step(cfg, processes), held_out)
-    return TrainingSet(dataset, report_of(dataset), held_out, sampler)
+    report = report_of(dataset)
+    cfg = plan(cfg, sampler, checkpoint)
+    for line in [*report.lines(), *describe_plan(cfg, sampler)]:
+        say(line)
+    return TrainingSet(dataset, report, held_out, sampler), cfg
 
 
 def describe_adapter(cfg: TrainConfig, base: StableDiffusion, report: Report) -> dict[str, Any]:
@@ -301,13 +311,12 @@ class Run:
 
     cfg: TrainConfig  # with everything decided
     accelerator: Accelerator
-    base: StableDiffusion  # its UNet carries the adapter
+    base: StableDiffusion  # its parts carry the adapter: the UNet, and the text encoders if they are trained
     data: TrainingSet
     encoded: EncodedDataset
     captions: CaptionReader
     validation_ids: Tensor  # (1+P,C,77): tokens of the empty caption, then of the validation prompts
     validation_text: Text  # what the base reads in them
-    parts: dict[str, nn.Module]  # of the base, that carry an adapter: its UNet, and text encoders if trained
     unet: nn.Module  # base.unet as accelerate has prepared it
     trainable: dict[str, nn.Parameter]  # the adapter's, float32
     optimizer: Optimizer
@@ -340,19 +349,13 @@ def set_up(cfg: TrainConfig) -> Run:
     compute.try_out(cfg.attention, cfg.compile, accelerator.device)
     checkpoint = resume.checkpoint_of(cfg.resume_from_checkpoint, RunFolder(Path(cfg.output_dir)))
     init = init_lora.init_of(cfg)
-    facts = stable_diffusion.peek(cfg.pretrained_model_name)
-    cfg = replace(cfg, resolution=cfg.resolution or facts.resolution)
     with accelerator.main_process_first():  # the others then find what it has seen in the cache
-        data = open_training_set(cfg, facts, accelerator.num_processes)
-    cfg = plan(cfg, data.sampler, checkpoint)
-    for line in [*data.report.lines(), *describe_plan(cfg, data.sampler)]:
-        say(line)
+        data, cfg = open_training_set(cfg, accelerator.num_processes, checkpoint)
     origins = {resume.PICTURES: data.dataset.fingerprint, **data.sampler.origins}
     resume.check_resume(checkpoint, cfg, origins)
     check_output(Path(cfg.output_dir), Path(cfg.data_dir))
 
-    base = load_base(cfg, accelerator.device, dtype)
-    cfg = replace(cfg, snr_gamma=usual_gamma(base) if cfg.snr_gamma is None else cfg.snr_gamma)
+    base, cfg = load_base(cfg, accelerator.device, dtype)
     buckets.check_sizes(data.dataset.buckets, cfg.side_px, base.cell_px, base.name)
     origins["the base model's weights"] = base.digest
     resume.check_resume(checkpoint, cfg, origins)
@@ -361,14 +364,7 @@ def set_up(cfg: TrainConfig) -> Run:
     origins |= encoded.origins
     resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
-    base.place(*base.encoders)
-    validation_text = base.embed_ids(validation_ids)
-    if not cfg.text_encoder_lr:
-        base.drop_encoders()
-    if cfg.base_weights == "int8":
-        store_in_int8(base.unet)
-    base.place(*base.parts)
-
+    validation_text = place_for_training(base, cfg, validation_ids)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
     compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
     trainable = checkpoints.trained(base.parts)
@@ -382,7 +378,6 @@ def set_up(cfg: TrainConfig) -> Run:
         captions=CaptionReader(encoded, base, text_encoder_stop_at(cfg) if cfg.text_encoder_lr else 0),
         validation_ids=validation_ids,
         validation_text=validation_text,
-        parts=base.parts,
         unet=unet,
         trainable=trainable,
         optimizer=optimizer,
@@ -394,19 +389,30 @@ def set_up(cfg: TrainConfig) -> Run:
     )
 
 
-def load_base(cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-    """The base that the settings name. UserError (exit 4) if it can't be loaded."""
+def load_base(
+    cfg: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[StableDiffusion, TrainConfig]:
+    """The base that the settings name, and the settings with what it decides where the user is silent.
+    UserError (exit 4) if it can't be loaded.
+    """
     name, wanted = cfg.pretrained_model_name, cfg.prediction_type
     base = stable_diffusion.load_base(name, device=device, dtype=dtype, wanted=wanted)
     base.max_chunks = cfg.max_tokens // CHUNK
-    return base
+    # min-SNR blinds v prediction to high noise, where composition and blacks are learned
+    usual = 0.0 if base.prediction_type == V_PREDICTION else SNR_GAMMA
+    return base, replace(cfg, snr_gamma=usual if cfg.snr_gamma is None else cfg.snr_gamma)
 
 
-def usual_gamma(base: StableDiffusion) -> float:
-    """--snr_gamma where nobody says another: min-SNR blinds v prediction to high noise, where blacks and
-    composition are learned.
-    """
-    return 0.0 if base.prediction_type == "v_prediction" else SNR_GAMMA
+def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor) -> Text:
+    """Reads the validation prompts' tokens, and leaves on the device what a step needs."""
+    base.place(*base.encoders)
+    text = base.embed_ids(validation_ids)
+    if not cfg.text_encoder_lr:
+        base.drop_encoders()
+    if cfg.base_weights == "int8":
+        store_in_int8(base.unet)
+    base.place(*base.parts)
+    return text
 
 
 def trained_parts(base: StableDiffusion) -> nn.Module:
@@ -448,8 +454,9 @@ def begin(run: Run) -> None:
     if estimate is not None:
         say(estimate.line(memory.card_gib(run.accelerator.device)))
     prompts = run.cfg.validation_prompt
-    base, plain = run.base, [without_lora_tags(prompt) for prompt in prompts]
-    for line in (*notes_on_syntax(prompts), *notes_on_length(base.tokenizer, plain, base.max_chunks)):
+    plain = [without_lora_tags(prompt) for prompt in prompts]
+    cuts = notes_on_length(run.base.tokenizer, plain, run.base.max_chunks)
+    for line in (*notes_on_syntax(prompts), *cuts):
         say(line)
     if run.checkpoint is not None:
         restore_checkpoint(run, run.checkpoint)
@@ -513,7 +520,7 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
         threads = torch.get_num_threads()
         checkpoint = Checkpoint(step, asdict(run.cfg), run.origins, facts, threads, tensors)
         with run.ema.swapped_in():
-            adapter = injection.adapter_of(run.parts, run.base.kind, run.description | {"steps": step})
+            adapter = injection.adapter_of(run.base.parts, run.base.kind, run.description | {"steps": step})
         keep = run.cfg.checkpoints_total_limit
         checkpoints.save_checkpoint(
             run.folder.checkpoints, checkpoint, adapter, keep=keep, best=run.best.step
@@ -524,7 +531,7 @@ def validate(run: Run, tracker: SilentTracker, step: int) -> None:
     """Measures the plain loss on the pictures that are held out, with the moving average, if there is one."""
     if run.data.held_out and run.accelerator.is_main_process:
         unet, encoded, read = run.base.unet, run.encoded, run.captions.now
-        with torch.no_grad(), run.ema.swapped_in(), at_rest(run.parts):
+        with torch.no_grad(), run.ema.swapped_in(), at_rest(run.base.parts):
             moments = product(sorted(run.data.held_out), validation.TIMESTEPS)  # one at a time: memory
             batches = (objective.validation_batch(encoded, index, [at], read) for index, at in moments)
             losses = [
@@ -540,7 +547,7 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
     if run.accelerator.is_main_process:
         cfg = run.cfg
         look = validation.Look(cfg.side_px, cfg.validation_guidance_scale, cfg.seed)
-        with run.ema.swapped_in(), at_rest(run.parts):
+        with run.ema.swapped_in(), at_rest(run.base.parts):
             text = run.base.embed_ids(run.validation_ids) if run.base.encoders else run.validation_text
             images = validation.draw_previews(run.base, text, look, step, stop)
         if images:
@@ -552,8 +559,8 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
     weights = run.folder.weights
     if run.accelerator.is_main_process:
         with run.ema.swapped_in():
-            adapter = injection.adapter_of(run.parts, run.base.kind, run.description)
-            save.write_adapter(adapter, weights, live=run.parts, preview=tracker.latest_sample())
+            adapter = injection.adapter_of(run.base.parts, run.base.kind, run.description)
+            save.write_adapter(adapter, weights, live=run.base.parts, preview=tracker.latest_sample())
         better = run.best.report_line(run.folder, run.cfg.max_train_steps)
         if better is not None:
             say(better)
@@ -660,12 +667,8 @@ def train(cfg: TrainConfig) -> Path:
 
 def show_dataset(cfg: TrainConfig) -> None:
     """--dry_run: the report, on the terminal and as a page."""
-    facts = stable_diffusion.peek(cfg.pretrained_model_name)
-    cfg = replace(cfg, resolution=cfg.resolution or facts.resolution)
-    data = open_training_set(cfg, facts, processes=1)
+    data, cfg = open_training_set(cfg, processes=1)
     output = Path(cfg.output_dir)
-    for line in [*data.report.lines(), *describe_plan(plan(cfg, data.sampler), data.sampler)]:
-        say(line)
     check_output(output, Path(cfg.data_dir))
     if holds_run(output):
         output = output / "dry_run"  # a run's files stay as they are

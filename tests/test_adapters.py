@@ -193,12 +193,12 @@ def test_numbers_too_large_for_float16_are_refused(tmp_path: Path) -> None:
 
 def test_a_text_encoder_adapter_changes_the_text_encoder(tiny_base: StableDiffusion) -> None:
     module = tiny_base.encoders["text_encoder"].get_submodule("encoder.layers.0.self_attn.q_proj")
-    before, embedded = module.weight.clone(), tiny_base.embed(["mega man"])
+    before, embedded = module.weight.clone(), tiny_base.embed(["mega man"]).states
     layer = LoraLayer(torch.ones(1, 24), torch.ones(24, 1), 1.0)
     key = ("text_encoder", "text_model_encoder_layers_0_self_attn_q_proj")
     MergedAdapter(Adapter({key: layer}), tiny_base.parts, SD1).set_scale(0.5)
     torch.testing.assert_close(module.weight, before + 0.5)
-    assert not torch.equal(tiny_base.embed(["mega man"]), embedded)
+    assert not torch.equal(tiny_base.embed(["mega man"]).states, embedded)
 
 
 def test_the_digest_is_of_the_weights_and_not_of_the_file(live: StableDiffusion, tmp_path: Path) -> None:

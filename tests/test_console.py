@@ -63,7 +63,7 @@ def test_a_terminal_without_utf8_shows_a_whole_run(
         "--num_inference_steps=1",
     ]
     with terminal_of(encoding) as terminal:
-        trained = exit_code(commands.training, *training, "--validation_prompt", "× " * 90)
+        trained = exit_code(commands.training, *training, "--validation_prompt", "× " * 90, "--max_tokens=75")
         drawn = exit_code(commands.drawing, *drawing, "--prompts", "洛 " * 90)
         refused = exit_code(commands.training, f"--data_dir={root}/“nowhere”")
     assert (trained, drawn, refused) == (0, 0, 3), terminal.shown

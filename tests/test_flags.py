@@ -15,7 +15,7 @@ from megaman.training.schedule import plan
 
 def test_defaults_are_the_recommended_configuration_of_the_users_readme() -> None:
     cfg = TrainConfig()
-    assert (cfg.resolution, cfg.train_batch_size, cfg.gradient_accumulation_steps) == (512, 1, 4)
+    assert (cfg.side_px, cfg.train_batch_size, cfg.gradient_accumulation_steps) == (512, 1, 4)
     assert (cfg.learning_rate, cfg.lora_rank, cfg.lora_alpha) == (1e-4, 8, 32)
     assert (cfg.max_train_steps, cfg.save_steps, cfg.validation_steps) == (1500, 250, 100)
     assert cfg.mixed_precision == "fp16"

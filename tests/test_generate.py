@@ -342,14 +342,15 @@ def test_a_size_that_can_t_be_drawn_is_told_the_nearest_that_can(
 def test_strength_zero_is_the_base_alone(generate: Callable[..., Path], tiny_base: object) -> None:
     import torch
 
-    from megaman.model.drawing import draw, pipeline_of
+    from megaman.model.drawing import draw, pipeline_of, words
 
     folder = generate(prompts=["a"], lora_scale=[1.0, 0.0])
     (record,) = [record for record in records(folder) if record["lora_scale"] == 0]
-    settings = {"negative_prompt": record["negative_prompt"], "num_inference_steps": 2, "guidance_scale": 7.5}
+    settings = {"num_inference_steps": 2, "guidance_scale": 7.5}
+    texts = words(tiny_base, ["a"], [record["negative_prompt"]])
     generators = [torch.Generator().manual_seed(record["seed"])]
     (plain,) = draw(
-        tiny_base, pipeline_of(tiny_base), prompt="a", generators=generators, height=32, width=32, **settings
+        tiny_base, pipeline_of(tiny_base), generators=generators, height=32, width=32, **texts, **settings
     )
     assert np.array_equal(np.asarray(plain), pixels(folder / record["file"]))
 
@@ -372,7 +373,11 @@ def test_a_long_prompt_is_said_to_be_cut(
     generate: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate(prompts=["robot " * 90])
+    assert "is cut" not in capsys.readouterr().err
+    generate(prompts=["robot " * 90], max_tokens=75)
     assert "a prompt of 90 tokens is cut after 75" in capsys.readouterr().err
+    generate(prompts=["robot " * 300])
+    assert "a prompt of 300 tokens is cut after 225" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megaman.common.files import sha256_of
 from megaman.config.train import EMBEDDED
-from megaman.model.drawing import draw, pipeline_of
+from megaman.model.drawing import draw, pipeline_of, words
 from megaman.model.hub import EMBEDDED_FOLDER
 from megaman.model.stable_diffusion import load_base
 from megaman.tiny_sd import build, figures, sources
@@ -116,10 +116,11 @@ def test_the_heros_pictures_are_those_that_the_program_draws(tmp_path: Path) -> 
 
 def test_the_base_draws_the_backgrounds_that_the_prompts_name() -> None:
     base = load_base(EMBEDDED, device=torch.device("cpu"), dtype=torch.float32)
+    prompts = [f"a red robot, {name} background" for name in BACKGROUNDS]
     images = draw(
         base,
         pipeline_of(base),
-        prompt=[f"a red robot, {name} background" for name in BACKGROUNDS],
+        **words(base, prompts, [""] * len(prompts)),
         num_inference_steps=15,
         guidance_scale=4.0,
         width=64,

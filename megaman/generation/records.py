@@ -97,13 +97,14 @@ class ImageRecord(Job):
 FIELDS = frozenset(each.name for each in fields(ImageRecord)) - {"extra"}
 
 
+def told_of(job: Job) -> dict[str, Any]:
+    """A job's or a record's fields but those in which all pictures once were alike, and this one is."""
+    return {name: value for name, value in asdict(job).items() if name not in USUAL or value != USUAL[name]}
+
+
 def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:
     """A hash of everything that decides a picture's pixels."""
-    settings = asdict(job)
-    for name, usual in USUAL.items():  # what pictures had in common before they differed in it
-        if settings[name] == usual:
-            del settings[name]
-    facts = json.dumps([settings, adapter_hash, base_hash, precision], sort_keys=True)
+    facts = json.dumps([told_of(job), adapter_hash, base_hash, precision], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -155,7 +156,7 @@ def save_picture(image: Image, record: ImageRecord, folder: Path, *, described: 
     info = PngInfo()
     if described:
         info.add_text(A1111_TEXT, infotext(record))
-        told = {name: value for name, value in asdict(record).items() if name not in BESIDE_PICTURES}
+        told = {name: value for name, value in told_of(record).items() if name not in BESIDE_PICTURES}
         info.add_text(OUR_TEXT, json.dumps(told, ensure_ascii=False))
     with replacing(folder / record.file) as partial:
         image.save(partial, format="PNG", pnginfo=info)
@@ -320,7 +321,7 @@ def holds_gallery(folder: Path) -> bool:
 
 def write_records(folder: Path, records: Sequence[ImageRecord]) -> None:
     """Writes metadata.jsonl, whole or not at all."""
-    told = ({name: value for name, value in asdict(each).items() if name != "extra"} for each in records)
+    told = ({name: value for name, value in told_of(each).items() if name != "extra"} for each in records)
     lines = (
         json.dumps(facts | dict(record.extra), ensure_ascii=False)
         for facts, record in zip(told, records, strict=True)

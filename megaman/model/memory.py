@@ -134,7 +134,8 @@ class Estimate:
 
     def _ways_to_less(self) -> str:
         """The flags that take less, and what then remains."""
-        left, ways = self.total, []
+        left = self.total
+        ways = []
         if not self.is_checkpointed:
             left += self.checkpointed - self.step
             ways.append(f"--gradient_checkpointing ({left:.1f})")

@@ -178,10 +178,13 @@ def peek(name: str) -> BaseFacts:
     try:
         folder = local_file(name, "unet/config.json").parents[1]
         unet = _config(folder, "unet")
-        kind, cell_px = kind_of_config(unet), _cell_px(folder)
+        kind = kind_of_config(unet)
+        cell_px = _cell_px(folder)
         resolution = unet["sample_size"] * 2 ** (len(_config(folder, "vae")["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError):
-        kind, cell_px, resolution = SD1, _cell_px(SD1.config), SD1.resolution
+        kind = SD1
+        cell_px = _cell_px(SD1.config)
+        resolution = SD1.resolution
     for part in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
         with contextlib.suppress(OSError, ValueError):
             tokenizer = _own_tokenizer(CLIPTokenizer.from_pretrained(local_file(name, part).parent), kind)

@@ -73,7 +73,8 @@ def encode(
     ids = base.ids_of(all_texts)
     text = _encoded_texts(all_texts, ids.shape[1], base, store)
     views, crop_rows = _each_once(crops, lambda crop: crop.key)
-    vae, scaling = _weights_digest(base.vae), base.vae.config.scaling_factor
+    vae = _weights_digest(base.vae)
+    scaling = base.vae.config.scaling_factor
     latents = [
         store.tensors(key_of("latents", vae, crop.key), partial(_posterior, crop, base)) for crop in views
     ]

@@ -31,7 +31,7 @@ def step(run: Run, number: int) -> float:
     """One optimizer step; its seconds."""
     started = time.perf_counter()
     forward_backward(run, run.data.sampler.batch(number), number)
-    run.accelerator.clip_grad_norm_(run.trainable, run.cfg.max_grad_norm)
+    run.accelerator.clip_grad_norm_(run.trainable.values(), run.cfg.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad()
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def main() -> None:
         for number in range(WARM_UP, WARM_UP + steps):
             for name, run in runs.items():
                 seconds[name].append(step(run, number))
-    pairs = zip(runs["plain"].trainable, runs["compiled"].trainable, strict=True)
+    pairs = zip(*(run.trainable.values() for run in runs.values()), strict=True)
     apart = max((a - b).abs().max().item() / a.abs().max().item() for a, b in pairs)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name in runs:

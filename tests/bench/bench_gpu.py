@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from bench.bench_true_size import save_random_model  # noqa: E402
 
 from megaman.model.compute import pick_dtype  # noqa: E402
-from megaman.model.drawing import draw_or_none, pipeline_of  # noqa: E402
+from megaman.model.drawing import draw_or_none, pipeline_of, words  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
 from megaman_lora import forward_backward, read_config, set_up  # noqa: E402
 
@@ -63,7 +63,7 @@ def measure_steps(base: Path, resolution: int, flags: list[str]) -> dict[str, An
         for number in range(WARM_UP + STEPS):
             started = time.perf_counter()
             losses.append(forward_backward(run, run.data.sampler.batch(number), number).mean.item())
-            run.accelerator.clip_grad_norm_(run.trainable, run.cfg.max_grad_norm)
+            run.accelerator.clip_grad_norm_(run.trainable.values(), run.cfg.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
             torch.cuda.synchronize()
@@ -83,11 +83,12 @@ def measure_pictures(base: Path, resolution: int, batch: int) -> dict[str, Any]:
     """Seconds a picture of 25 steps, drawn in half precision."""
     device = torch.device("cuda")
     loaded = load_base(str(base), device=device, dtype=pick_dtype("auto", device))
+    loaded.place("vae", *loaded.parts)
     seconds: list[float] = []
     for _ in range(2):
         started = time.perf_counter()
         pictures = draw_or_none(
-            loaded, pipeline_of(loaded), prompt=["mega man"] * batch, negative_prompt=["blurry"] * batch,
+            loaded, pipeline_of(loaded), **words(loaded, ["mega man"] * batch, ["blurry"] * batch),
             num_inference_steps=25, guidance_scale=7.5, width=resolution, height=resolution,
             generators=[torch.Generator().manual_seed(seed) for seed in range(batch)],
         )  # fmt: skip

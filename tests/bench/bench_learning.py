@@ -41,7 +41,7 @@ from megaman.config.train import EMBEDDED  # noqa: E402
 from megaman.lora.load import read_adapter  # noqa: E402
 from megaman.lora.merge import MergedAdapter  # noqa: E402
 from megaman.model.compute import pick_device  # noqa: E402
-from megaman.model.drawing import draw, pipeline_of  # noqa: E402
+from megaman.model.drawing import draw, pipeline_of, words  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion  # noqa: E402
 from megaman.tiny_sd.figures import (  # noqa: E402
     BACKGROUNDS,
@@ -145,7 +145,7 @@ def drawn(base: StableDiffusion, prompts: list[str], first_seed: int) -> list[Im
         part = prompts[start : start + 16]
         seeds = range(first_seed + start, first_seed + start + len(part))
         images += draw(
-            base, pipeline, prompt=part, negative_prompt=[NEGATIVE] * len(part), num_inference_steps=STEPS,
+            base, pipeline, **words(base, part, [NEGATIVE] * len(part)), num_inference_steps=STEPS,
             guidance_scale=GUIDANCE, height=64, width=64,
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )  # fmt: skip
