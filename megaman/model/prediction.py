@@ -56,7 +56,8 @@ def stated_in_file(file: Path) -> Stated:
     of its name beside it. Raises what safetensors raises.
     """
     with safe_open(file, framework="pt") as opened:
-        keys, metadata = set(opened.keys()), opened.metadata() or {}
+        keys = set(opened.keys())
+        metadata = opened.metadata() or {}
     words = {f"metadata {key}": metadata[key] for key in METADATA if metadata.get(key)}
     if V_KEY in keys:
         words[f"tensor {V_KEY}"] = "v"
