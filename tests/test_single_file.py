@@ -364,6 +364,8 @@ FILES: dict[str, Shapes] = {
     "SSD-1B, a distilled Stable Diffusion XL": deep(2, 4),
     "Vega, a distilled Stable Diffusion XL": deep(1, 2),
     "a distilled or altered Stable Diffusion XL": deep(2, 6),
+    "a distilled or altered Stable Diffusion XL;": whole_of(XL, added=2816 - 512),
+    "a distilled or altered Stable Diffusion 1.x": whole_of(SD1, added=1000),
     "CosXL": whole_of(XL) | {"edm_vpred.sigma_max": (1,)},
     "CosXL;": whole_of(XL, channels=8) | {"edm_vpred.sigma_max": (1,)},
     "Playground 2.5": whole_of(XL) | {"edm_mean": (1, 4, 1, 1)},

@@ -74,11 +74,11 @@ def kind_of_file(shapes: Shapes) -> Kind | str:
         return UNKNOWN
     found = HEADERS[width]
     tensors = sum(key.startswith(UNET_KEY) for key in shapes)
-    if _depths(shapes) != found.depths:
+    if _depths(shapes) != found.depths or _side(shapes, ADDED, 1) != found.added:
         return DISTILLED.get(_depths(shapes), f"a distilled or altered {found.kind.name}")
     if lacking := _lacking_part(shapes, found.kind):
         return lacking
-    if tensors != found.tensors or _side(shapes, ADDED, 1) != found.added:
+    if tensors != found.tensors:
         return f"a damaged or altered {found.kind.name} (its UNet has {tensors} tensors, not {found.tensors})"
     return found.kind
 

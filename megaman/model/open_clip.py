@@ -10,11 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from megaman.common.kinds import Encoder, Kind
 
-ROOT = "text_model."  # of transformers' names
-ENDS = {
-    "token_embedding": f"{ROOT}embeddings.token_embedding",
-    "ln_final": f"{ROOT}final_layer_norm",
-}
+ROOT = "text_model."  # of CLIP's names, and of those of one of transformers' two classes
+ENDS = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
 BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -36,8 +33,8 @@ def text_encoder_of(
         model = (CLIPTextModelWithProjection if encoder.has_pooled else CLIPTextModel)(config)
     states = dict(states_of(tensors, encoder.key))
     wanted = model.state_dict().keys()
-    if not any(name.startswith(ROOT) for name in wanted):  # transformers has flattened one of the two classes
-        states = {name.removeprefix(ROOT): tensor for name, tensor in states.items()}
+    if any(name.startswith(ROOT) for name in wanted):
+        states |= {f"{ROOT}{name}": tensor for name, tensor in states.items()}
     missing = sorted(wanted - states.keys())
     if missing:
         raise ValueError(f"{len(missing)} tensors of its {encoder.part} are missing, such as {missing[0]}")
@@ -46,15 +43,15 @@ def text_encoder_of(
 
 
 def states_of(tensors: Mapping[str, Tensor], key: str) -> Iterator[tuple[str, Tensor]]:
-    """A text encoder's tensors by transformers' names, of those whose keys begin so: views of them where a
-    layout joins what another keeps apart.
+    """A text encoder's tensors by transformers' names without their root, of those whose keys begin so: views
+    of them where a layout joins what another keeps apart.
     """
     own = {name.removeprefix(key): tensor for name, tensor in tensors.items() if name.startswith(key)}
     if any(name.startswith("transformer.resblocks.") for name in own):
         yield from _of_open_clip(own)
         return
-    for name, tensor in own.items():  # the first finetunes' files left out the root
-        yield name if name.startswith((ROOT, "text_projection")) else f"{ROOT}{name}", tensor
+    for name, tensor in own.items():
+        yield name.removeprefix(ROOT), tensor  # which the first finetunes' files leave out
 
 
 def _of_open_clip(own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -62,11 +59,11 @@ def _of_open_clip(own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         module, _, kind = name.rpartition(".")
         block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
         if name == "positional_embedding":
-            yield f"{ROOT}embeddings.position_embedding.weight", tensor
+            yield "embeddings.position_embedding.weight", tensor
         elif name == "text_projection":  # OpenCLIP multiplies from the other side
             yield "text_projection.weight", tensor.T.contiguous()
         elif block is not None:
-            yield from _of_block(f"{ROOT}encoder.layers.{block[1]}", block[2], tensor)
+            yield from _of_block(f"encoder.layers.{block[1]}", block[2], tensor)
         else:
             yield f"{ENDS.get(module, module)}.{kind}", tensor
 
