@@ -1,5 +1,5 @@
 """Adapters of the true Stable Diffusions 1.5, 2.1 and XL, whose modules are built without their numbers: how
-many are trained, that every module has one name in every spelling, and that every tool finds what it is given.
+many are trained, that every module has one name in every spelling, that every tool finds what it is given.
 """
 
 import copy
