@@ -9,73 +9,16 @@ from collections.abc import Mapping
 from megaman.common.kinds import UNET, Kind
 
 # ---------------------------------------------------------------- dots
-_WORDS = [
-    "down_blocks",
-    "mid_block",
-    "up_blocks",
-    "attentions",
-    "resnets",
-    "downsamplers",
-    "upsamplers",
-    "conv",
-    "conv_in",
-    "conv_out",
-    "conv_norm_out",
-    "time_embedding",
-    "add_embedding",
-    "linear_1",
-    "linear_2",
-    "transformer_blocks",
-    "attn1",
-    "attn2",
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out",
-    "ff",
-    "net",
-    "proj",
-    "proj_in",
-    "proj_out",
-    "norm",
-    "norm1",
-    "norm2",
-    "norm3",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "time_emb_proj",
-    "input_blocks",
-    "middle_block",
-    "output_blocks",
-    "in_layers",
-    "out_layers",
-    "emb_layers",
-    "skip_connection",
-    "time_embed",
-    "label_emb",
-    "op",
-    "out",
-    "text_model",
-    "embeddings",
-    "token_embedding",
-    "position_embedding",
-    "encoder",
-    "layers",
-    "self_attn",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "out_proj",
-    "mlp",
-    "fc1",
-    "fc2",
-    "layer_norm1",
-    "layer_norm2",
-    "final_layer_norm",
-    "text_projection",
-]  # between the dots: of diffusers' UNets, of LDM's, of transformers' text encoders
-_WORD = re.compile(rf"(?:^|_)({'|'.join(sorted(_WORDS, key=len, reverse=True))}|\d+)(?=_|$)")
+_WORDS = """
+    down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers conv conv_in conv_out
+    conv_norm_out time_embedding add_embedding linear_1 linear_2 transformer_blocks attn1 attn2 to_q to_k to_v
+    to_out ff net proj proj_in proj_out norm norm1 norm2 norm3 conv1 conv2 conv_shortcut time_emb_proj
+    input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection time_embed
+    label_emb op out
+    text_model embeddings token_embedding position_embedding encoder layers self_attn q_proj k_proj v_proj
+    out_proj mlp fc1 fc2 layer_norm1 layer_norm2 final_layer_norm text_projection
+"""  # between the dots: of diffusers' UNets, of LDM's, of transformers' text encoders
+_WORD = re.compile(rf"(?:^|_)({'|'.join(sorted(_WORDS.split(), key=len, reverse=True))}|\d+)(?=_|$)")
 
 
 def dotted(name: str) -> str:
