@@ -85,7 +85,7 @@ def with_init_lora(cfg: TrainConfig, chosen: Collection[str] = ()) -> TrainConfi
     """
     if cfg.init_lora is None:
         return cfg
-    init = init_lora.read_init_lora(cfg.init_lora)
+    init = init_lora.read_init_lora(cfg.init_lora, init_lora.parts_of(cfg))
     init_lora.check_form(init, cfg, chosen)
     return replace(cfg, **init.settings(cfg.use_rslora))
 

@@ -1,9 +1,11 @@
 """LoRAs in live models, for tests that need no run."""
 
 from functools import partial
+from pathlib import Path
 
 from diffusers import UNet2DConditionModel
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from megaman.common.kinds import SD1, UNET
 from megaman.config.train import TrainConfig
@@ -19,3 +21,12 @@ def inject_lora(
     """Wraps a Stable Diffusion 1.x's UNet as a run does; its trainable parameters."""
     inject({UNET: unet}, cfg, SD1, partial(generator_of, cfg.seed), init)
     return list(trained({UNET: unet}).values())
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """The tensors of lora_weights/ in PEFT's layout: the UNet's, and the text encoders' in their folders."""
+    return {
+        f"{path.parent.relative_to(folder)} {key}": tensor
+        for path in sorted(folder.rglob("adapter_model.safetensors"))
+        for key, tensor in load_file(path).items()
+    }

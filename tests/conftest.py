@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,11 @@ from diffusers import (  # noqa: E402
     UNet2DConditionModel,
 )
 from PIL import Image  # noqa: E402
+from tiny_models import save_tiny  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 import megaman_lora  # noqa: E402
+from megaman.common.kinds import SD1, SD2, XL, Kind  # noqa: E402
 from megaman.data.buckets import (  # noqa: E402
     Bucket,
     Crop,
@@ -129,6 +132,39 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny_base")
 
 
+@pytest.fixture(scope="session")
+def tiny_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
+    """A tiny base of a kind on the disk, written when somebody asks for it."""
+    root = tmp_path_factory.mktemp("kinds")
+
+    @cache
+    def folder_of(kind: Kind) -> Path:
+        return tiny_folder if kind is SD1 else save_tiny(kind, root / f"tiny_{kind.folder}")
+
+    return folder_of
+
+
+TEXT = ["--text_encoder_lr", "5e-3"]
+EVERY_KIND = pytest.mark.parametrize(
+    ("base_folder", "more_flags"),
+    [(SD1, []), (SD2, []), (XL, []), (SD1, TEXT), (XL, [*TEXT, "--text_encoder_stop", "0.5"])],
+    ids=["sd1", "sd2", "xl", "sd1 and its encoder", "xl and its encoders, for half of it"],
+    indirect=True,
+)  # runs of `train` and `train_flags` on a tiny base of each kind
+
+
+@pytest.fixture
+def base_folder(request: pytest.FixtureRequest, tiny_folders: Callable[[Kind], Path]) -> Path:
+    """The tiny base that a run trains on; of Stable Diffusion 1.x, unless EVERY_KIND names another."""
+    return tiny_folders(getattr(request, "param", SD1))
+
+
+@pytest.fixture
+def more_flags(request: pytest.FixtureRequest) -> list[str]:
+    """What EVERY_KIND adds to a run's flags."""
+    return getattr(request, "param", [])
+
+
 @pytest.fixture
 def tiny_base(tiny_folder: Path) -> StableDiffusion:
     """The tiny base, freshly loaded, float32, on the CPU."""
@@ -198,9 +234,11 @@ def folder_of_pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train_flags(tiny_folder: Path, folder_of_pictures: Path, tmp_path: Path) -> list[str]:
+def train_flags(
+    base_folder: Path, more_flags: list[str], folder_of_pictures: Path, tmp_path: Path
+) -> list[str]:
     """A run of four steps on the tiny base that writes to tmp_path/out."""
-    return flags_of_a_run(tiny_folder, folder_of_pictures, tmp_path / "out")
+    return [*flags_of_a_run(base_folder, folder_of_pictures, tmp_path / "out"), *more_flags]
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import weights_in
+from conftest import EVERY_KIND
 from safetensors.torch import load_file
 
 from megaman.common.console import UserError
@@ -56,11 +58,12 @@ def test_a_checkpoint_holds_it_and_one_without_is_refused() -> None:
         average.take_from({"parameter.p": torch.zeros(2)})
 
 
+@EVERY_KIND
 def test_the_files_hold_the_average_and_the_training_does_not_change(train: Callable[..., Path]) -> None:
     def state_and_files(*flags: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         weights = train("--learning_rate", "0.05", *flags)
         (state,) = (weights.parent / "checkpoints").glob("step-000004/state.safetensors")
-        return load_file(state), load_file(weights / "adapter_model.safetensors")
+        return load_file(state), weights_in(weights)
 
     plain, last = state_and_files()
     averaged, mean = state_and_files("--ema_decay", "0.9")

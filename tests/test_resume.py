@@ -15,7 +15,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
-from conftest import ROOT, flags_of_a_run, run_script, save_pictures
+from conftest import EVERY_KIND, ROOT, flags_of_a_run, run_script, save_pictures
 from PIL import Image
 
 import megaman_lora
@@ -74,11 +74,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def bytes_of(weights: Path) -> list[bytes]:
-    return [(weights / name).read_bytes() for name in WEIGHTS]
+    files = [path for name in WEIGHTS for path in sorted(weights.rglob(name))]
+    assert len(files) >= len(WEIGHTS)
+    return [path.read_bytes() for path in files]
 
 
 @pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("flags", [["--crop", "bucket"], TRICKY], ids=["plain", "tricky"])
+@EVERY_KIND
 def test_a_run_stopped_three_times_ends_with_the_bytes_of_an_unbroken_one(
     train: Callable[..., Path],
     odd_pictures: Path,

@@ -11,9 +11,9 @@ from typing import NoReturn
 import commands
 import pytest
 import torch
-from conftest import ROOT, run_script
+from adapted import weights_in
+from conftest import EVERY_KIND, ROOT, run_script
 from PIL import Image
-from safetensors.torch import load_file
 
 import megaman_lora
 from megaman.common.console import UserError
@@ -27,10 +27,6 @@ from megaman.training.sampler import Position
 from megaman.training.tracker import StepResult, Tracker
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of every weight, as a share of the largest weight of B."""
     scale = max(value.abs().max() for key, value in a.items() if "lora_B" in key)
@@ -42,6 +38,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return differences(a, b).max().item()
 
 
+@EVERY_KIND
 def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
     output = train("--report_to", "tensorboard").parent
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
@@ -69,9 +66,9 @@ def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
 def test_the_same_run_twice_gives_the_same_bytes_and_another_seed_does_not(
     train: Callable[..., Path],
 ) -> None:
-    first = weights_of(train())
-    again = weights_of(train())
-    other = weights_of(train("--seed", "0"))
+    first = weights_in(train())
+    again = weights_in(train())
+    other = weights_in(train("--seed", "0"))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert distance(first, other) > 0.01
 
@@ -88,19 +85,19 @@ def test_a_run_can_be_repeated_from_its_own_configuration(train_flags: list[str]
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
+@EVERY_KIND
 def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train: Callable[..., Path]) -> None:
-    one = weights_of(train("--train_batch_size", "4", "--learning_rate", "1e-3"))
-    two = weights_of(
+    one = weights_in(train("--train_batch_size", "4", "--learning_rate", "1e-3"))
+    two = weights_in(
         train("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3")
     )
     assert distance(one, two) < 1e-3
 
 
-def test_gradient_checkpointing_changes_the_memory_and_not_the_result(
-    train: Callable[..., Path], finished: Path
-) -> None:
-    lean = weights_of(train("--gradient_checkpointing"))
-    assert distance(weights_of(finished / "lora_weights"), lean) < 1e-4
+@EVERY_KIND
+def test_gradient_checkpointing_changes_the_memory_and_not_the_result(train: Callable[..., Path]) -> None:
+    plain, lean = weights_in(train()), weights_in(train("--gradient_checkpointing"))
+    assert distance(plain, lean) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -133,7 +130,7 @@ def test_gradient_checkpointing_changes_the_memory_and_not_the_result(
 def test_every_setting_changes_the_result(
     train: Callable[..., Path], finished: Path, flags: list[str]
 ) -> None:
-    unchanged, changed = weights_of(finished / "lora_weights"), weights_of(train(*flags))
+    unchanged, changed = weights_in(finished / "lora_weights"), weights_in(train(*flags))
     pairs = [(unchanged[key], changed[key]) for key in unchanged]
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
@@ -142,8 +139,8 @@ def test_gradients_are_really_clipped(train: Callable[..., Path]) -> None:
     """AdamW divides by the gradient's size, so a clip to almost nothing shows only against its epsilon of
     1e-8.
     """
-    untouched = weights_of(train("--max_grad_norm", "1e-12", "--weight_decay", "0"))
-    moved = weights_of(train("--weight_decay", "0"))
+    untouched = weights_in(train("--max_grad_norm", "1e-12", "--weight_decay", "0"))
+    moved = weights_in(train("--weight_decay", "0"))
     size = {
         name: max(v.abs().max() for k, v in w.items() if "lora_B" in k)
         for name, w in (("c", untouched), ("m", moved))
@@ -151,6 +148,7 @@ def test_gradients_are_really_clipped(train: Callable[..., Path]) -> None:
     assert size["c"] < 0.02 * size["m"]
 
 
+@EVERY_KIND
 def test_two_processes_train_as_one_with_twice_the_batch(train_flags: list[str], tmp_path: Path) -> None:
     flags = [*train_flags, "--learning_rate", "1e-3"]
     launch = [
@@ -165,9 +163,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(train_flags: list[str],
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("plan: 4 steps of 4 pictures") == 1
     assert "2 processes" in result.stderr
-    two = weights_of(tmp_path / "out" / "lora_weights")
+    two = weights_in(tmp_path / "out" / "lora_weights")
     single = [*flags, "--train_batch_size", "4", f"--output_dir={tmp_path / 'single'}"]
-    one = weights_of(megaman_lora.train(megaman_lora.read_config(single)[0]))
+    one = weights_in(megaman_lora.train(megaman_lora.read_config(single)[0]))
     assert differences(one, two).quantile(0.99) < 1e-4
     assert distance(one, two) < 1e-2  # Adam turns the rounding of an almost vanishing gradient into a step
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import weights_in
+from conftest import EVERY_KIND
 from PIL import Image
-from safetensors.torch import load_file
 
 import megaman_lora
 from megaman.training.checkpoints import STATE_FILE, latest_checkpoint
@@ -72,6 +73,7 @@ def test_they_never_train(sixteen: Path) -> None:
     assert len(chosen) == round(0.25 * len(dataset))
 
 
+@EVERY_KIND
 def test_the_loss_is_measured_and_measuring_changes_nothing(
     train: Callable[..., Path], sixteen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,9 +83,9 @@ def test_the_loss_is_measured_and_measuring_changes_nothing(
     assert list(told) == [0, 2, 3, 4, 6]
     assert len(set(told.values())) == 5
     assert "kept out of the training (--validation_split)" in capsys.readouterr().err
-    weights = load_file(often / "adapter_model.safetensors")
+    weights = weights_in(often)
     seldom = train(*flags, "--validation_steps", "6")
-    after = load_file(seldom / "adapter_model.safetensors")
+    after = weights_in(seldom)
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[key], weights[key]) for key in weights)
     assert lines_of(seldom.parent) == {step: told[step] for step in (0, 3, 6)}

@@ -55,8 +55,16 @@ def vae(scaling_factor: float) -> AutoencoderKL:
     )
 
 
+def padding_oddly(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """A copy that pads with "!", as those that come with OpenCLIP's encoders."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = "!"
+    return other
+
+
 def sd2_pipeline(tokenizer: CLIPTokenizer, prediction: str = "v_prediction") -> StableDiffusionPipeline:
     """As 2.x is built: linear projections, heads by block, an OpenCLIP text encoder."""
+    tokenizer = padding_oddly(tokenizer)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -84,8 +92,6 @@ def sd2_pipeline(tokenizer: CLIPTokenizer, prediction: str = "v_prediction") -> 
 def xl_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
     """As XL is built: three blocks of growing depth, two text encoders, a pooled vector, six sizes."""
     torch.manual_seed(0)
-    second_tokenizer = copy.deepcopy(tokenizer)
-    second_tokenizer.pad_token = "!"  # as theirs; ours reads with one tokenizer
     first = text_encoder(tokenizer, 12, 3, "quick_gelu")
     second = text_encoder(tokenizer, 20, 3, "gelu", projects=True)
     unet = UNet2DConditionModel(
@@ -108,7 +114,7 @@ def xl_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
         text_encoder=first,
         text_encoder_2=second,
         tokenizer=tokenizer,
-        tokenizer_2=second_tokenizer,
+        tokenizer_2=padding_oddly(tokenizer),  # ours reads with the first
         unet=unet,
         scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
         force_zeros_for_empty_prompt=True,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megaman.common.console import Exit, UserError
-from megaman.common.kinds import UNET, Kind
+from megaman.common.kinds import KINDS, UNET, Kind
 from megaman.common.output_folder import adapter_in
 from megaman.config.train import FACTS, Targets, TrainConfig
 from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, check_kind, underscored
@@ -105,13 +105,18 @@ def check_form(init: InitLora, cfg: TrainConfig, names: Collection[str]) -> None
             )
 
 
-def init_of(cfg: TrainConfig, parts: Collection[str] = (UNET,)) -> InitLora | None:
+def parts_of(cfg: TrainConfig) -> frozenset[str]:
+    """The parts of any base that a run with these settings may train."""
+    return frozenset(part for kind in KINDS for part in kind.parts if part == UNET or cfg.text_encoder_lr)
+
+
+def init_of(cfg: TrainConfig) -> InitLora | None:
     """The adapter named by --init_lora. UserError if the settings are not of its form, or if it changes more
-    than these parts, which are those that are trained.
+    than what they train.
     """
     if cfg.init_lora is None:
         return None
-    init = read_init_lora(cfg.init_lora, parts)
+    init = read_init_lora(cfg.init_lora, parts_of(cfg))
     check_form(init, cfg, FACTS)
     return init
 

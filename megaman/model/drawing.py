@@ -106,6 +106,8 @@ def draw_or_none(
     the pipeline's own.
     """
     noise = noise_of(base, width, height, generators)
+    if base.kind.has_sizes:
+        settings |= dict.fromkeys(("original_size", "target_size"), (height, width))
     if base.has_zero_snr:
         settings["guidance_rescale"] = GUIDANCE_RESCALE
     settings |= {"latents": noise, "generator": list(generators), "output_type": "latent"}

@@ -128,9 +128,9 @@ class CaptionReader:
     def for_step(self, step: int, rows: list[int]) -> Text:
         """Captions for a step: with gradients as long as the encoders learn, from then on read once."""
         if self.settled is None and step >= self.trained_until:
-            with torch.no_grad():
-                every = [self.base.read(ids[None]) for ids in self.encoded.ids]
-            self.settled = Text.cat(every)
+            for encoder in self.base.encoders.values():
+                encoder.eval()  # what is read once is read without dropout
+            self.settled = Text.cat([self.base.embed_ids(ids[None]) for ids in self.encoded.ids])
         return self.now(rows) if self.settled is None else self.settled[rows]
 
     def now(self, rows: list[int]) -> Text:

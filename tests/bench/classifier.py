@@ -136,8 +136,9 @@ def blobs(base: StableDiffusion, count: int, seed: int) -> Tensor:
         ]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(32)]
         images += draw_images(
-            base, pipeline_of(base), **words(base, prompts, [""] * len(prompts)), num_inference_steps=rng.choice((6, 10, 15)), height=64,
-            width=64, guidance_scale=rng.choice((1.5, 3.0, 4.5)), generators=generators,
+            base, pipeline_of(base), **words(base, prompts, [""] * len(prompts)),
+            num_inference_steps=rng.choice((6, 10, 15)), height=64, width=64,
+            guidance_scale=rng.choice((1.5, 3.0, 4.5)), generators=generators,
         )  # fmt: skip
     return pixels_of(images)[:count]
 
