@@ -1,13 +1,15 @@
 """What a card makes of a training step and of a picture, at true size with random weights.
 
-    python tests/bench/bench_gpu.py [--work FOLDER] [--resolution 512] [--only fp16,bf16]
+    python tests/bench/bench_gpu.py [--kind sd1|sd2|xl] [--work FOLDER] [--resolution 512] [--only fp16]
 
-Each setting runs in a process of its own: seconds a step (median), the most memory that torch held, whether
-every loss was finite. Then pictures a second. Prints a line a setting, then one JSON line.
+Each setting runs in a process of its own: seconds a step (median), the most memory that torch held and what
+was computed before, whether every loss was finite. Then seconds a picture. Prints a line a setting, then one
+JSON line.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,15 +26,29 @@ from megaman.common.console import quiet_libraries  # noqa: E402
 quiet_libraries()
 
 import torch  # noqa: E402
-from bench.bench_true_size import save_random_model  # noqa: E402
+from bench.bench_true_size import save_random_base  # noqa: E402
 
+from megaman.common.kinds import KINDS  # noqa: E402
+from megaman.model import memory  # noqa: E402
 from megaman.model.compute import pick_dtype  # noqa: E402
 from megaman.model.drawing import draw_or_none, pipeline_of, words  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
 from megaman_lora import forward_backward, read_config, set_up  # noqa: E402
 
 WARM_UP, STEPS = 4, 16
+PICTURES = 4
 SETTINGS = {
+    "xl": {
+        "bf16, checkpointing": "--mixed_precision bf16 --gradient_checkpointing",
+        "fp16, checkpointing, int8": "--mixed_precision fp16 --gradient_checkpointing --base_weights int8",
+        "fp16, checkpointing, batch 4": "--mixed_precision fp16 --gradient_checkpointing "
+        "--train_batch_size 4",
+        "fp16": "--mixed_precision fp16",
+        "bf16, checkpointing, encoders": "--mixed_precision bf16 --gradient_checkpointing "
+        "--text_encoder_lr 1e-5",
+    }
+}
+OF_SMALLER = {
     "fp32 batch 1": "--mixed_precision no",
     "fp16 batch 1": "--mixed_precision fp16",
     "bf16 batch 1": "--mixed_precision bf16",
@@ -50,11 +66,16 @@ def measure_steps(base: Path, resolution: int, flags: list[str]) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"--pretrained_model_name={base}", f"--output_dir={folder}/run"]
         paths += [f"--cache_dir={folder}/cache"]
-        data = ["--data_dir", str(ROOT / "megaman" / "starter_images"), "--report_to", "none"]
+        pictures = Path(folder, "pictures")
+        pictures.mkdir()
+        for picture in sorted((ROOT / "megaman" / "starter_images").glob("*.png"))[:PICTURES]:
+            shutil.copy(picture, pictures)
+        data = ["--data_dir", str(pictures), "--report_to", "none"]
         sizes = ["--resolution", str(resolution), "--gradient_accumulation_steps", "1"]
         started = time.perf_counter()
         run = set_up(read_config([*paths, *data, *sizes, *flags])[0])
         ready = time.perf_counter() - started
+        estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg)
         loading = torch.cuda.max_memory_allocated() / GIB
         torch.cuda.reset_peak_memory_stats()
         if run.cfg.gradient_checkpointing:
@@ -75,6 +96,7 @@ def measure_steps(base: Path, resolution: int, flags: list[str]) -> dict[str, An
         "set_up_s": round(ready, 1),
         "set_up_gib": round(loading, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "computed_gib": None if estimate is None else round(estimate.total, 2),
         "finite": all(loss == loss and abs(loss) != float("inf") for loss in losses),
     }
 
@@ -104,29 +126,39 @@ def main() -> None:
     """Every setting in turn; leaves with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench_true_size")
+    parser.add_argument("--kind", choices=[kind.folder for kind in KINDS], default="sd1")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--only", help="a part of the names of the settings to measure")
     parser.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
     known, rest = parser.parse_known_args()
-    base = known.work / "random_sd15"
+    kind = next(kind for kind in KINDS if kind.folder == known.kind)
+    base = save_random_base(kind, known.work)
     if known.one is not None:
         made = measure_pictures(base, known.resolution, int(rest[-1])) if "--draw" in rest else None
         print(json.dumps(made or measure_steps(base, known.resolution, rest)))
         return
-    save_random_model(known.work / "random_sd15", whole_vocabulary=True)
-    settings = SETTINGS | {f"drawing batch {batch}": f"--draw {batch}" for batch in (1, 4)}
+    settings = SETTINGS.get(known.kind, OF_SMALLER) | {
+        f"drawing batch {batch}": f"--draw {batch}" for batch in (1, 4)
+    }
     results: dict[str, Any] = {}
     for name, flags in settings.items():
         if known.only and known.only not in name:
             continue
-        again = [sys.executable, __file__, "--work", str(known.work), "--resolution", str(known.resolution)]
+        again = [sys.executable, __file__, f"--kind={known.kind}", f"--work={known.work}"]
+        again += [f"--resolution={known.resolution}"]
         done = subprocess.run([*again, "--one", *flags.split()], capture_output=True, text=True)
         lines = done.stdout.splitlines()
         failed = {"failed": (done.stderr.splitlines() or ["?"])[-1]}
         results[name] = json.loads(lines[-1]) if done.returncode == 0 and lines else failed
         print(f"{name}: {results[name]}", flush=True)
     card = torch.cuda.get_device_name()
-    told = {"bench": "gpu", "card": card, "torch": torch.__version__, "resolution": known.resolution}
+    told = {
+        "bench": "gpu",
+        "kind": known.kind,
+        "card": card,
+        "torch": torch.__version__,
+        "resolution": known.resolution,
+    }
     print(json.dumps(told | {"results": results}))
     sys.exit(any("failed" in result for result in results.values()))
 
