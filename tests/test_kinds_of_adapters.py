@@ -21,7 +21,7 @@ from megaman.common.console import UserError
 from megaman.common.kinds import KINDS, SD1, SD2, UNET, XL, Kind
 from megaman.config.train import TrainConfig
 from megaman.lora.adapter import Adapter, Key, LoraLayer, underscored
-from megaman.lora.formats import diffusers_tensors, kohya_tensors, peft_tensors
+from megaman.lora.formats import diffusers_metadata, diffusers_tensors, kohya_tensors, peft_tensors
 from megaman.lora.init_lora import read_init_lora
 from megaman.lora.injection import adapter_of, inject, lora_modules
 from megaman.lora.load import read_adapter
@@ -195,11 +195,15 @@ def test_diffusers_own_loader_gives_the_live_outputs(
 def test_diffusers_layout_is_exact_with_its_metadata(
     folders: dict[Kind, Path], bases: dict[Kind, Parts], tmp_path: Path, kind: Kind
 ) -> None:
-    from megaman.lora.formats import diffusers_metadata
-
     live = trained(bases, kind)
     adapter = adapter_of(live, kind)
-    save_file(diffusers_tensors(adapter), tmp_path / FILES[2], diffusers_metadata(adapter))
+    header = diffusers_metadata(adapter)
+    told = json.loads(header["lora_adapter_metadata"])
+    for part, model in live.items():  # which diffusers takes for the names of that part's modules
+        names = [name.removeprefix("text_model.") for name in lora_modules(model)]
+        found = [name.removeprefix("text_model.") for name in told[f"{part}.target_modules"]]
+        assert sorted(found) == sorted(names)
+    save_file(diffusers_tensors(adapter), tmp_path / FILES[2], header)
     pipeline = pipeline_of(folders[kind])
     pipeline.load_lora_weights(tmp_path)
     assert_alike(outputs(kind, parts_of(kind, pipeline)), outputs(kind, live), 1e-5)
