@@ -524,6 +524,21 @@ def test_an_untrained_adapter_is_the_base_and_a_step_moves_every_b(
             assert up.grad is not None and up.grad.any(), f"{part} {name}"
 
 
+@EVERY_KIND
+def test_what_is_trained_is_float32_on_a_half_precision_base(bases: dict[Kind, Parts], kind: Kind) -> None:
+    half = {part: copy.deepcopy(model).to(torch.bfloat16) for part, model in bases[kind].items()}
+    parts = injected(half, kind, use_dora=True)
+    for model in parts.values():
+        dtypes = {parameter.requires_grad: set() for parameter in model.parameters()}
+        for parameter in model.parameters():
+            dtypes[parameter.requires_grad].add(parameter.dtype)
+        assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+        for module in lora_modules(model).values():
+            weight = module.get_base_layer().weight.float()
+            lengths = module.lora_magnitude_vector["default"].weight.flatten()
+            torch.testing.assert_close(lengths, weight.flatten(1).norm(dim=1))
+
+
 def test_of_an_encoder_all_four_of_attention_and_only_read_layers_are_trained(
     bases: dict[Kind, Parts],
 ) -> None:
@@ -561,7 +576,7 @@ def test_the_numbers_that_a_begins_with_hang_on_seed_part_and_place_alone(
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("form", [{}, {"use_dora": True, "lora_targets": "attention"}], ids=str)
 def test_training_goes_on_from_every_part(
     bases: dict[Kind, Parts], tmp_path: Path, kind: Kind, form: dict[str, object]
 ) -> None:
@@ -570,7 +585,8 @@ def test_training_goes_on_from_every_part(
     for path, tolerance in ((tmp_path, 1e-5), (tmp_path / FILES[1], 2e-3)):
         init = read_init_lora(str(path), kind.parts)
         cfg = TrainConfig(**init.settings(False))
-        assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets) == (4, 32, "conv")
+        wanted = (4, 32, form.get("lora_targets", "conv"))
+        assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets) == wanted
         parts = copy.deepcopy(bases[kind])
         inject(parts, cfg, kind, partial(generator_of, SEED), init)
         assert_alike(
