@@ -21,7 +21,7 @@ from megaman.common.console import UserError
 from megaman.common.kinds import KINDS, SD1, SD2, UNET, XL, Kind
 from megaman.config.train import TrainConfig
 from megaman.lora.adapter import Adapter, Key, LoraLayer, underscored
-from megaman.lora.formats import diffusers_tensors, kohya_tensors, peft_tensors
+from megaman.lora.formats import diffusers_metadata, diffusers_tensors, kohya_tensors, peft_tensors
 from megaman.lora.init_lora import read_init_lora
 from megaman.lora.injection import adapter_of, inject, lora_modules
 from megaman.lora.load import read_adapter
@@ -195,11 +195,15 @@ def test_diffusers_own_loader_gives_the_live_outputs(
 def test_diffusers_layout_is_exact_with_its_metadata(
     folders: dict[Kind, Path], bases: dict[Kind, Parts], tmp_path: Path, kind: Kind
 ) -> None:
-    from megaman.lora.formats import diffusers_metadata
-
     live = trained(bases, kind)
     adapter = adapter_of(live, kind)
-    save_file(diffusers_tensors(adapter), tmp_path / FILES[2], diffusers_metadata(adapter))
+    header = diffusers_metadata(adapter)
+    told = json.loads(header["lora_adapter_metadata"])
+    for part, model in live.items():  # which diffusers takes for the names of that part's modules
+        names = [name.removeprefix("text_model.") for name in lora_modules(model)]
+        found = [name.removeprefix("text_model.") for name in told[f"{part}.target_modules"]]
+        assert sorted(found) == sorted(names)
+    save_file(diffusers_tensors(adapter), tmp_path / FILES[2], header)
     pipeline = pipeline_of(folders[kind])
     pipeline.load_lora_weights(tmp_path)
     assert_alike(outputs(kind, parts_of(kind, pipeline)), outputs(kind, live), 1e-5)
@@ -520,6 +524,21 @@ def test_an_untrained_adapter_is_the_base_and_a_step_moves_every_b(
             assert up.grad is not None and up.grad.any(), f"{part} {name}"
 
 
+@EVERY_KIND
+def test_what_is_trained_is_float32_on_a_half_precision_base(bases: dict[Kind, Parts], kind: Kind) -> None:
+    half = {part: copy.deepcopy(model).to(torch.bfloat16) for part, model in bases[kind].items()}
+    parts = injected(half, kind, use_dora=True)
+    for model in parts.values():
+        dtypes = {parameter.requires_grad: set() for parameter in model.parameters()}
+        for parameter in model.parameters():
+            dtypes[parameter.requires_grad].add(parameter.dtype)
+        assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+        for module in lora_modules(model).values():
+            weight = module.get_base_layer().weight.float()
+            lengths = module.lora_magnitude_vector["default"].weight.flatten()
+            torch.testing.assert_close(lengths, weight.flatten(1).norm(dim=1))
+
+
 def test_of_an_encoder_all_four_of_attention_and_only_read_layers_are_trained(
     bases: dict[Kind, Parts],
 ) -> None:
@@ -557,7 +576,7 @@ def test_the_numbers_that_a_begins_with_hang_on_seed_part_and_place_alone(
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("form", [{}, {"use_dora": True, "lora_targets": "attention"}], ids=str)
 def test_training_goes_on_from_every_part(
     bases: dict[Kind, Parts], tmp_path: Path, kind: Kind, form: dict[str, object]
 ) -> None:
@@ -566,7 +585,8 @@ def test_training_goes_on_from_every_part(
     for path, tolerance in ((tmp_path, 1e-5), (tmp_path / FILES[1], 2e-3)):
         init = read_init_lora(str(path), kind.parts)
         cfg = TrainConfig(**init.settings(False))
-        assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets) == (4, 32, "conv")
+        wanted = (4, 32, form.get("lora_targets", "conv"))
+        assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets) == wanted
         parts = copy.deepcopy(bases[kind])
         inject(parts, cfg, kind, partial(generator_of, SEED), init)
         assert_alike(
