@@ -380,7 +380,8 @@ def load_base(
     base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model", wanted=wanted)
     base.max_chunks = cfg.max_tokens // CHUNK
     base.reads_weights = cfg.prompt_weights
-    base.place("vae", *base.parts)
+    base.is_crowded = memory.is_crowded(base)
+    base.place(*(() if base.is_crowded else ("vae", *base.parts)))
     return base
 
 

@@ -240,7 +240,37 @@ def test_only_what_has_work_to_do_lies_on_the_device(
     monkeypatch.setattr(StableDiffusion, "place", watched)
     train(*flags, "--cache_dir", str(tmp_path / "cache"))
     texts = ("text_encoder", "text_encoder_2")
-    assert placed == [texts, ("vae",), texts, ("unet", *texts) if flags else ("unet",)]
+    trained = ("unet", *texts) if flags else ("unet",)
+    assert placed[:4] == [texts, ("vae",), texts, trained]
+    assert set(placed[4:]) == {trained, (*trained, "vae")}  # where a preview is decoded
+
+
+@of_kinds
+def test_on_a_crowded_card_one_part_follows_the_other_and_pictures_are_the_same(
+    tiny_folders: FolderOf, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of(tiny_folders(kind))
+    placed, pictures = [], []
+    honest = StableDiffusion.place
+
+    def watched(self: StableDiffusion, *names: str) -> None:
+        placed.append(names)
+        honest(self, *names)
+
+    monkeypatch.setattr(StableDiffusion, "place", watched)
+    for is_crowded in (False, True):
+        base.is_crowded = is_crowded
+        base.place(*(() if is_crowded else ("vae", *base.parts)))
+        texts = generate_megaman.drawing.words(base, ["a"], [""])
+        settings = {"width": 32, "height": 32, "num_inference_steps": 1, **texts}
+        generators = [torch.Generator().manual_seed(1)]
+        pipeline = generate_megaman.drawing.pipeline_of(base)
+        pictures += generate_megaman.drawing.draw(base, pipeline, generators=generators, **settings)
+    everything = ("vae", *kind.parts)
+    assert {frozenset(names) for names in placed[:7]} == {frozenset(everything)}
+    encoders = tuple(encoder.part for encoder in kind.encoders)
+    assert placed[7:] == [(), encoders, (), ("unet",), (), ("vae",), ()]
+    assert np.array_equal(*map(np.asarray, pictures))
 
 
 # ---------------------------------------------------------------- text encoders in training

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from megaman.common.console import Exit, UserError
+from megaman.common.kinds import UNET
 from megaman.model.stable_diffusion import StableDiffusion, of_kind
 from megaman.model.text import Text
 
@@ -51,7 +52,8 @@ def words(
 ) -> Mapping[str, Tensor | None]:
     """Prompts and what to keep away from, as a pipeline takes them: equally long."""
     longest = max(base.ids_of(texts).shape[1] for texts in (prompts, negatives))
-    return as_settings(*(base.embed(texts, longest) for texts in (prompts, negatives)))
+    with base.at_work(*base.encoders):
+        return as_settings(*(base.embed(texts, longest) for texts in (prompts, negatives)))
 
 
 def as_settings(text: Text, negative: Text) -> Mapping[str, Tensor | None]:
@@ -111,11 +113,12 @@ def draw_or_none(
     if base.has_zero_snr:
         settings["guidance_rescale"] = GUIDANCE_RESCALE
     settings |= {"latents": noise, "generator": list(generators), "output_type": "latent"}
-    latents = pipeline(**settings).images
+    with base.at_work(UNET):
+        latents = pipeline(**settings).images
     pictures: list[Image.Image | None] = []
-    with torch.no_grad():
+    with base.at_work("vae"), torch.no_grad():
         for latent in latents.split(1):
-            scaled = latent.to(base.vae.device, torch.float32) / base.vae.config.scaling_factor
+            scaled = latent.to(base.device, torch.float32) / base.vae.config.scaling_factor
             pixels = base.vae.decode(scaled, return_dict=False)[0][0]
             if not pixels.isfinite().all():
                 pictures.append(None)

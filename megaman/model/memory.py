@@ -175,6 +175,15 @@ def card_gib(device: torch.device) -> float | None:
 
 
 # ---------------------------------------------------------------- drawing
+CROWDED = 0.45  # of a card: where a base's parts take more, no room is left for the VAE's work
+
+
+def is_crowded(base: StableDiffusion) -> bool:
+    """Whether the card hardly holds more than one of the base's parts at a time."""
+    card = card_gib(base.device)
+    parts = (base.vae, *base.parts.values())
+    size = sum(each.numel() * each.element_size() for part in parts for each in part.parameters())
+    return card is not None and size / GIB > CROWDED * card
 
 
 class BatchLimit:

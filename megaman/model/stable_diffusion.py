@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class StableDiffusion:
     device: torch.device  # where it computes; parts that are not needed there lie on the CPU
     max_chunks: int = 1  # of 75 tokens, that are read of a text
     reads_weights: bool = False  # A1111's (word:1.3) and [word] in texts
+    is_crowded: bool = False  # whether the device holds hardly more than one part at a time
+    placed: tuple[str, ...] = ()  # the parts that lie on the device
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -136,8 +138,22 @@ class StableDiffusion:
         parts = {"vae": self.vae, **self.parts}
         for name in sorted(parts, key=lambda name: name in names):  # room is made first
             parts[name].to(self.device if name in names else "cpu")
+        self.placed = names
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def at_work(self, *names: str) -> Iterator[None]:
+        """Inside the block these parts lie on the device: beside what lies there, or, on a device that is
+        crowded, instead of it.
+        """
+        before = self.placed
+        both = tuple(dict.fromkeys((*before, *names)))
+        self.place(*(names if self.is_crowded else both))
+        try:
+            yield
+        finally:
+            self.place(*before)
 
     def drop_encoders(self) -> None:
         """Forgets the text encoders, which take no part in a training step unless they are trained."""

@@ -107,7 +107,6 @@ def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> l
         return kwargs
 
     wrapper = unet.__dict__.pop("forward", None)  # accelerate's, under fp16: its float32 would be fed back
-    base.vae.to(unet.device)
     unet.eval()
     try:
         for i in range(1, len(text)):
@@ -121,6 +120,4 @@ def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> l
         unet.train()
         if wrapper is not None:
             unet.forward = wrapper
-        if unet.device.type == "cuda":
-            base.vae.to("cpu")
     return images
