@@ -364,6 +364,8 @@ def generate(cfg: GenerateConfig) -> Path:
     cfg = resolve(cfg, adapter, base)
     jobs = [as_read(job, base) for job in make_jobs(cfg, prompts)]
     check_jobs(jobs, base)
+    base.is_crowded = memory.is_crowded(base, max(job.pixels for job in jobs))
+    base.place(*(() if base.is_crowded else ("vae", *base.parts)))
     for line in [*notes, *notes_on_cuts(jobs, base)]:
         say(line)
     tasks = make_tasks(jobs, candidates, base.digest, about["precision"])
@@ -374,14 +376,12 @@ def generate(cfg: GenerateConfig) -> Path:
 def load_base(
     name: str, adapter: Adapter, cfg: GenerateConfig, device: torch.device, dtype: torch.dtype
 ) -> StableDiffusion:
-    """The base to draw with, on its device. UserError (exit 4) if it can't be loaded."""
+    """The base to draw with, not on its device yet. UserError (exit 4) if it can't be loaded."""
     is_own = canonical_name(name) == adapter.metadata.get("base")
     wanted = trained_as(adapter) if is_own else "auto"
     base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model", wanted=wanted)
     base.max_chunks = cfg.max_tokens // CHUNK
     base.reads_weights = cfg.prompt_weights
-    base.is_crowded = memory.is_crowded(base)
-    base.place(*(() if base.is_crowded else ("vae", *base.parts)))
     return base
 
 

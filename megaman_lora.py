@@ -411,7 +411,7 @@ def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: 
         base.drop_encoders()
     if cfg.base_weights == "int8":
         store_in_int8(base.unet)
-    base.is_crowded = memory.is_crowded(base)
+    base.is_crowded = memory.is_crowded(base, cfg.side_px**2)
     base.place(*base.parts)
     return text
 

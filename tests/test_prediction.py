@@ -15,11 +15,13 @@ from megaman.common.kinds import KINDS, SD1, SD2, XL, Kind
 from megaman.model.drawing import SAMPLERS
 from megaman.model.hub import EMBEDDED_FOLDER
 from megaman.model.prediction import (
+    TELLING_BIAS,
     Prediction,
     Stated,
     asked,
     corrected,
     decide,
+    hinted_in_file,
     resolution_of,
     stated_in_file,
     stated_in_scheduler,
@@ -278,3 +280,15 @@ def test_a_zero_snr_base_is_drawn_with_from_pure_noise_to_its_picture(name: str)
 def test_bases_that_predict_v_may_be_of_another_resolution(kind: Kind, epsilon: int, v: int) -> None:
     assert resolution_of(kind, EPSILON) == resolution_of(kind, Stated()) == epsilon
     assert resolution_of(kind, V) == resolution_of(kind, Stated("v_prediction")) == v
+
+
+@pytest.mark.parametrize(("shift", "side"), [(0.0, 512), (0.2, 768)])
+def test_a_silent_file_of_2_is_trained_at_the_size_that_its_norm_hints_at(
+    tmp_path: Path, shift: float, side: int
+) -> None:
+    bias = shift * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    save_file({TELLING_BIAS: bias}, tmp_path / "a.safetensors")
+    hinted = hinted_in_file(tmp_path / "a.safetensors", Stated())
+    assert resolution_of(SD2, hinted) == side
+    assert resolution_of(SD1, hinted) == 512
+    assert hinted_in_file(tmp_path / "a.safetensors", Stated("epsilon")) == Stated("epsilon")

@@ -5,7 +5,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import get_token, snapshot_download, try_to_load_from_cache
+from huggingface_hub import get_token, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from megaman.common.console import Exit, UserError
@@ -82,6 +82,19 @@ def local_file(name: str, file: str) -> Path:
     if not found.is_file():
         raise FileNotFoundError(file)
     return found
+
+
+def small_file(name: str, file: str) -> Path:
+    """A small file of a base: from this disk, or fetched from the hub. FileNotFoundError if neither has it."""
+    try:
+        return local_file(name, file)
+    except FileNotFoundError:
+        if is_local(name):
+            raise
+    try:
+        return Path(hf_hub_download(hub_id_of(name), file))
+    except Exception as error:  # the hub and its HTTP library raise what they like; loading says why
+        raise FileNotFoundError(file) from error
 
 
 def is_variant_alone(part: Path) -> bool:

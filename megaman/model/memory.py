@@ -175,15 +175,15 @@ def card_gib(device: torch.device) -> float | None:
 
 
 # ---------------------------------------------------------------- drawing
-CROWDED = 0.45  # of a card: where a base's parts take more, no room is left for the VAE's work
+DECODING_GIB = 4.9  # that the VAE takes for a picture of 1024 x 1024, float32
 
 
-def is_crowded(base: StableDiffusion) -> bool:
-    """Whether the card hardly holds more than one of the base's parts at a time."""
+def is_crowded(base: StableDiffusion, pixels: int) -> bool:
+    """Whether the card is too small for all of the base's parts at once and a picture of so many pixels."""
     card = card_gib(base.device)
     parts = (base.vae, *base.parts.values())
     size = sum(each.numel() * each.element_size() for part in parts for each in part.parameters())
-    return card is not None and size / GIB > CROWDED * card
+    return card is not None and size / GIB + DECODING_GIB * pixels / 2**20 > LARGEST_SHARE * card
 
 
 class BatchLimit:

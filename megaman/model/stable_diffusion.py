@@ -34,6 +34,7 @@ from megaman.model.hub import (
     is_local,
     is_variant_alone,
     local_file,
+    small_file,
     why_not_loaded,
 )
 from megaman.model.prediction import Prediction
@@ -183,16 +184,19 @@ class BaseFacts:
 
 
 def peek(name: str) -> BaseFacts:
-    """What this base is, as far as this disk tells; Stable Diffusion 1.x where its configuration is not here
-    yet. UserError (exit 4) that names what a single file is, if it is none of ours.
+    """What this base is, by its configuration, which the hub is asked for if it is not on this disk; Stable
+    Diffusion 1.x where it can't be had. UserError (exit 4) that names what a single file is, if it is none
+    of ours.
     """
     file = Path(name).expanduser()
     if is_local(name) and file.suffix == ".safetensors" and file.is_file():
         kind = kind_in(file)
-        resolution = prediction.resolution_of(kind, prediction.stated_in_file(file))
+        stated = prediction.hinted_in_file(file, prediction.stated_in_file(file))
+        resolution = prediction.resolution_of(kind, stated)
         return BaseFacts(kind, _cell_px(kind.config), clip_tokenizer(), resolution)
     try:
-        folder = local_file(name, "unet/config.json").parents[1]
+        folder = small_file(name, "unet/config.json").parents[1]
+        small_file(name, "vae/config.json")
         unet = _config(folder, "unet")
         kind = kind_of_config(unet)
         cell_px = _cell_px(folder)
