@@ -121,6 +121,7 @@ def test_the_hub_s_refusals_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert result.stderr == ""
     assert "hf_secret" not in result.stdout
     said = json.loads(result.stdout)
+    assert said["peek"] == "Stable Diffusion 1.x, 16, 64"  # the embedded base's, and not 1.5's 64 and 512
     for base in ("base thin", "base thin, hub down"):  # its weights are there as the fp16 variant alone
         assert said.pop(base) == "it was had: StableDiffusion"
     for owner in ("gated", "locked"):

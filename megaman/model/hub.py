@@ -85,7 +85,7 @@ def local_file(name: str, file: str) -> Path:
 
 
 def small_file(name: str, file: str) -> Path:
-    """A small file of a base: from this disk, or fetched from the hub. FileNotFoundError if neither has it."""
+    """A small file of a base, from this disk or from the hub. FileNotFoundError if neither has it."""
     try:
         return local_file(name, file)
     except FileNotFoundError:

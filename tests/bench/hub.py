@@ -124,7 +124,9 @@ def main() -> None:
             ),
             "adapter": hub.download_adapter,
         }
-        said = {
+        known = stable_diffusion.peek(f"{THIN}/it")  # before anything else of it is there
+        said = {"peek": f"{known.kind.name}, {known.cell_px}, {known.resolution}"}
+        said |= {
             f"{what} {owner}": told(ask, owner) for what, ask in asks.items() for owner in (*FAULTS, *FILES)
         }
         server.shutdown()
