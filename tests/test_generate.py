@@ -307,18 +307,21 @@ def test_every_multiple_of_the_stride_is_drawn(
     assert np.abs(pixels(together / name) - pixels(alone / name)).max() <= 1
 
 
-def test_a_picture_is_drawn_as_by_diffusers_pipeline_itself(tiny_base: object) -> None:
+def test_a_picture_is_drawn_as_by_diffusers_pipeline_itself(tiny_base: object, tiny_folder: Path) -> None:
     import torch
+    from diffusers import StableDiffusionPipeline
 
-    from megaman.model.drawing import SAMPLERS, draw, pipeline_of
+    from megaman.model.drawing import SAMPLERS, draw, pipeline_of, words
 
-    settings = {"prompt": ["a", "b"], "num_inference_steps": 3, "width": 48, "height": 32}
-    for sampler in SAMPLERS:
-        pipeline = pipeline_of(tiny_base, sampler)
-        theirs = pipeline(generator=[torch.Generator().manual_seed(i) for i in range(2)], **settings).images
-        ours = draw(
-            tiny_base, pipeline, generators=[torch.Generator().manual_seed(i) for i in range(2)], **settings
-        )
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "width": 48, "height": 32}
+    texts = words(tiny_base, ["a", "b"], ["", "c"])
+    for sampler, scheduler in SAMPLERS.items():
+        pipeline.scheduler = scheduler.from_config(tiny_base.scheduler.config)
+        seeded = [[torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2)]
+        theirs = pipeline(["a", "b"], negative_prompt=["", "c"], generator=seeded[0], **settings).images
+        ours = draw(tiny_base, pipeline_of(tiny_base, sampler), generators=seeded[1], **texts, **settings)
         for mine, other in zip(ours, theirs, strict=True):
             difference = np.asarray(mine).astype(int) - np.asarray(other)
             assert np.abs(difference).max() <= 1, sampler  # latents are decoded one at a time

@@ -72,11 +72,11 @@ def test_a_flag_of_another_trainer_gets_its_true_name(
         ("--in_json", "captions are .txt files"),
         ("--network_module", "leave it out: "),
         ("--clip_skip", "leave it out: it isn't trained with"),
-        ("--text_encoder_lr", "leave it out: only the UNet is trained"),
+        ("--network_train_unet_only", "leave it out: only the UNet is trained"),
         ("--local_rank", "leave it out: accelerate"),
         ("--max_train_samples", "leave it out: all pictures"),
         ("--huber_schedule", "leave it out: "),
-        ("--train_text_encoder", "leave it out: only the UNet is trained"),
+        ("--network_train_text_encoder_only", "leave it out: the UNet is always"),
     ],
 )
 def test_a_flag_of_another_trainer_that_nothing_here_answers_to_gets_the_reason(

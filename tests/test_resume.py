@@ -80,7 +80,7 @@ def bytes_of(weights: Path) -> list[bytes]:
 
 
 @pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("flags", [["--crop", "bucket"], TRICKY], ids=["plain", "tricky"])
+@pytest.mark.parametrize("flags", [TRICKY], ids=["tricky"])
 @EVERY_KIND
 def test_a_run_stopped_three_times_ends_with_the_bytes_of_an_unbroken_one(
     train: Callable[..., Path],

@@ -7,21 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import generate_megaman
 from megaman.common.console import Exit, UserError
 from megaman.model.stable_diffusion import StableDiffusion, load_base, peek
 
 
-def test_a_stable_diffusion_2_is_refused_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"cross_attention_dim": 1024}, "reads text 1024 wide, its text encoder makes another"),
+        ({"cross_attention_dim": 1280}, "it is Stable Diffusion XL's refiner"),
+        ({"in_channels": 9}, "it is an inpainting model: its UNet takes 9 channels, not 4"),
+    ],
+    ids=str,
+)
+def test_a_folder_whose_parts_are_none_of_ours_is_refused_by_what_it_is(
+    tiny_folder: Path, tmp_path: Path, changes: dict[str, int], reason: str
+) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-    config = {**pipeline.text_encoder.config.to_dict(), "hidden_size": 1024, "intermediate_size": 8}
-    pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**config))
-    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "cross_attention_dim": 1024})
-    pipeline.save_pretrained(tmp_path / "sd2")
-    with pytest.raises(UserError, match=r"it is Stable Diffusion 2\.x") as caught:
-        load_base(str(tmp_path / "sd2"), device=torch.device("cpu"), dtype=torch.float32)
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config({**pipeline.unet.config, **changes}))
+    pipeline.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"not a Stable Diffusion 1.x, 2.x or XL: .*{reason}") as caught:
+        load_base(str(tmp_path / "other"), device=torch.device("cpu"), dtype=torch.float32)
     assert caught.value.exit_code == Exit.MODEL
 
 
