@@ -258,7 +258,7 @@ def draw_batches(
     for wanted in by_adapter.values():
         adapter = next(iter(wanted.values())).candidate.adapter
         merged = MergedAdapter(adapter, base.parts, base.kind)
-        for batch in group_into_batches(list(wanted), batch_size, base.unet.device.type):
+        for batch in group_into_batches(list(wanted), batch_size, base.device.type):
             started = time.monotonic()
             images = draw_batch(batch, base, merged, limit)
             seconds = round((time.monotonic() - started) / len(batch), 3)
@@ -305,7 +305,7 @@ def draw_missing(
             records.strip_metadata(output / record.file)
     say(
         f"pictures: {len(missing)} to draw, {len(finished)} already there; {base.name} on "
-        f"{base.unet.device}, {about['precision']}"
+        f"{base.device}, {about['precision']}"
     )
 
     def show() -> None:

@@ -357,14 +357,14 @@ def set_up(cfg: TrainConfig) -> Run:
 
     base, cfg = load_base(cfg, accelerator.device, dtype)
     buckets.check_sizes(data.dataset.buckets, cfg.side_px, base.cell_px, base.name)
-    origins["the base model's weights"] = base.digest
+    origins |= base.origins
     resume.check_resume(checkpoint, cfg, origins)
     with accelerator.main_process_first():
-        encoded = encode_dataset(data.dataset, base, cfg)
+        encoded = encode_dataset(data.dataset, base, cfg).kept_for(cfg.text_encoder_lr > 0)
     origins |= encoded.origins
     resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
-    validation_text = place_for_training(base, cfg, validation_ids)
+    validation_text = place_for_training(base, cfg, validation_ids, accelerator.num_processes)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
     compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
     trainable = checkpoints.trained(base.parts)
@@ -403,15 +403,19 @@ def load_base(
     return base, replace(cfg, snr_gamma=usual if cfg.snr_gamma is None else cfg.snr_gamma)
 
 
-def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor) -> Text:
-    """Reads the validation prompts' tokens, and leaves on the device what a step needs."""
+def place_for_training(
+    base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor, processes: int
+) -> Text:
+    """Reads the validation prompts' tokens, and leaves on the device what a step needs. Several processes
+    share gradients through parameters that may not be moved again.
+    """
     base.place(*base.encoders)
     text = base.embed_ids(validation_ids)
     if not cfg.text_encoder_lr:
         base.drop_encoders()
     if cfg.base_weights == "int8":
         store_in_int8(base.unet)
-    base.is_crowded = memory.is_crowded(base, cfg.side_px**2)
+    base.is_crowded = processes == 1 and memory.is_crowded(base, cfg.side_px**2)
     base.place(*base.parts)
     return text
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from adapted import weights_in
 from conftest import EVERY_KIND, TEXT, crop_of
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import generate_megaman
 import megaman_lora
@@ -363,6 +365,27 @@ def test_a_preview_is_read_with_the_encoders_of_its_step(
     assert torch.equal(*untrained)
 
 
+@pytest.mark.parametrize("base_folder", [XL], indirect=True)
+def test_a_layer_that_nobody_reads_is_carried_along(train: Callable[..., Path], tmp_path: Path) -> None:
+    """kohya trains the last layer of XL's first encoder too, which no gradient reaches."""
+    tensors = load_file(train(*TEXT) / "megaman_lora.safetensors")
+    read = [key for key in tensors if key.startswith("lora_te1_") and "_layers_1_" in key]
+    assert len(read) == 12
+    tensors |= {key.replace("_layers_1_", "_layers_2_"): tensors[key].clone() for key in read}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    trained = []
+    honest = megaman_lora.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megaman_lora, "begin", lambda run: (trained.extend(run.trainable), honest(run)))
+        after = load_file(
+            train(*TEXT, "--init_lora", str(tmp_path / "theirs.safetensors")) / "megaman_lora.safetensors"
+        )
+    assert after.keys() == tensors.keys()
+    assert not any("text_encoder." in name and ".2.self_attn" in name for name in trained)
+    for key in read:
+        assert torch.equal(after[key.replace("_layers_1_", "_layers_2_")], tensors[key])
+
+
 def test_training_goes_on_from_a_file_with_text_layers(train: Callable[..., Path], tmp_path: Path) -> None:
     weights = train(*TEXT)
     kept = weights.parent.rename(tmp_path / "first") / "lora_weights"
@@ -370,6 +393,28 @@ def test_training_goes_on_from_a_file_with_text_layers(train: Callable[..., Path
     before, after = weights_in(kept), weights_in(again)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+def test_a_base_that_predicts_otherwise_now_is_not_gone_on_with(
+    train: Callable[..., Path], tiny_folders: FolderOf, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folders(SD1), tmp_path / "tiny_base")
+    flags = ("--pretrained_model_name", str(folder))
+    train(*flags, "--max_train_steps", "2")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(megaman_lora.UserError, match="what the base predicts was None, now 'v_prediction'"):
+        train(*flags, "--snr_gamma", "5", "--resume_from_checkpoint", "latest")
+
+
+def test_a_run_whose_long_captions_were_cut_tells_how_it_goes_on(
+    train: Callable[..., Path], folder_of_pictures: Path
+) -> None:
+    (folder_of_pictures / "megaman_0.txt").write_text("mega man, " + "robot " * 90, encoding="utf-8")
+    train("--max_tokens", "75", "--max_train_steps", "2")
+    with pytest.raises(megaman_lora.UserError, match="75 tokens were read then, and 150 now; give --max_tok"):
+        train("--resume_from_checkpoint", "latest")
+    train("--max_tokens", "75", "--resume_from_checkpoint", "latest")
 
 
 def test_a_checkpoint_from_before_encoders_could_learn_is_gone_on_with(
@@ -437,6 +482,17 @@ def test_a_base_in_bytes_is_off_by_less_than_a_percent_and_stays_so_in_a_resume(
     train(*flags, "--max_train_steps", "2")
     resumed = weights_in(train(*flags, "--resume_from_checkpoint", "latest"))
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+
+
+@pytest.mark.parametrize("base_folder", [SD1, XL], indirect=True, ids=lambda kind: kind.folder)
+def test_every_module_of_a_base_in_bytes_can_carry_a_lora(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaman.model.int8.SMALLEST_LAYER", 1)
+    flags = ("--lora_targets", "conv", "--max_train_steps", "2")
+    full, rounded = weights_in(train(*flags)), weights_in(train(*flags, "--base_weights", "int8"))
+    assert full.keys() == rounded.keys()
+    assert all(rounded[key].abs().max() > 0 for key in rounded if "lora_B" in key)
 
 
 def test_a_dora_wants_whole_weights(train: Callable[..., Path]) -> None:

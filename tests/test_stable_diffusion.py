@@ -1,5 +1,6 @@
 """What a base is, is found out before anything is trained on it."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,44 @@ def test_a_folder_whose_parts_are_none_of_ours_is_refused_by_what_it_is(
     pipeline.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=f"not a Stable Diffusion 1.x, 2.x or XL: .*{reason}") as caught:
         load_base(str(tmp_path / "other"), device=torch.device("cpu"), dtype=torch.float32)
+    assert caught.value.exit_code == Exit.MODEL
+
+
+OTHERS = {
+    "is Stable Diffusion 3": ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}),
+    "is Flux": ("model_index.json", {"_class_name": "FluxPipeline"}),
+    "is an inpainting model": ("model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"}),
+    "is no Stable Diffusion (PixArt": ("model_index.json", {"_class_name": "PixArtAlphaPipeline"}),
+    "is a model of EDM's noise": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "EDMDPMSolverMultistepScheduler"},
+    ),
+    "is a flow-matching model": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    ),
+    "is Stable Diffusion unCLIP": ("unet/config.json", {"class_embed_type": "projection"}),
+    "is a latent consistency model": ("unet/config.json", {"time_cond_proj_dim": 256}),
+    "is SSD-1B, a distilled": (
+        "unet/config.json",
+        {"cross_attention_dim": 2048, "transformer_layers_per_block": [0, 2, 4]},
+    ),
+    "is a model whose VAE has means": ("vae/config.json", {"latents_mean": [0.1, 0.2, 0.3, 0.4]}),
+}
+
+
+@pytest.mark.parametrize("told", OTHERS)
+def test_a_folder_of_another_model_is_named_before_anything_is_loaded(
+    tiny_folder: Path, tmp_path: Path, told: str
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "other")
+    name, changes = OTHERS[told]
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(UserError) as caught:
+        loaded(folder)
+    assert str(caught.value).startswith(f"{folder}: {told}")
     assert caught.value.exit_code == Exit.MODEL
 
 

@@ -1,6 +1,7 @@
 """Texts in chunks of 75 tokens, the encoders' states, and what each word weighs."""
 
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -430,3 +431,10 @@ def test_weights_that_leave_no_mean_leave_numbers() -> None:
     weights = torch.tensor([1.0, -1.0] * 38 + [0.0]).reshape(1, 1, 77)
     found = weighted(text, weights).states
     assert torch.equal(found, weights.reshape(1, 77, 1).expand(1, 77, 4))
+
+
+def test_rows_of_brackets_cost_no_time() -> None:
+    started = time.monotonic()
+    for text in ("(" * 30_000 + "a", "(" * 15_000 + "a" + ")" * 15_000, "[(" * 10_000 + "a)]" * 10_000):
+        assert "a" in "".join(words for words, _ in weights_of(text))
+    assert time.monotonic() - started < 5

@@ -294,7 +294,7 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
         aside = "must not lie in --output_dir, which a later run moves aside"
         require(not within, f"--cache_dir {self.cache_dir}: {aside}")
         whole = self.base_weights == "full" or not self.use_dora
-        require(whole, "--base_weights int8: a DoRA needs the base's own weights; leave --use_dora out")
+        require(whole, "--base_weights int8: a DoRA needs the base's own weights; leave one of the two out")
         varies = self.shuffle_tags or self.keep_tags == 1
         require(varies, f"--keep_tags {self.keep_tags}: must be given with --shuffle_tags")
         reads = self.text_encoder_lr > 0 or self.text_encoder_stop == 1

@@ -37,7 +37,7 @@ UNSAFE_TO_PASTE = re.compile(
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
 SCENE = (
     *("prompt", "negative_prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale"),
-    *("scheduler", "base_model", "precision"),
+    *("scheduler", "base_model", "precision", "max_tokens", "words"),
 )
 
 

@@ -47,8 +47,9 @@ class InitLora:
         check_kind(self.kind, kind, what, "Name a base of its kind with --pretrained_model_name.")
         lost = sum(part not in parts for part, _ in self.layers)
         if lost:
-            reason = f"changes {lost} modules of the text encoder too, which this training would lose"
-            raise UserError(f"--init_lora {self.path}: {reason}; take one of the UNet alone.", Exit.MODEL)
+            reason = f"changes {lost} modules of text encoders too, which this training would lose"
+            remedy = "take one of the UNet alone, or train them too (--text_encoder_lr)"
+            raise UserError(f"--init_lora {self.path}: {reason}; {remedy}.", Exit.MODEL)
 
     def module_names(self, part: Component, model: nn.Module) -> list[str] | None:
         """The paths of just the modules of a part that the adapter changes; None if it leaves the part as it

@@ -120,6 +120,15 @@ def inject(
         reset_dora(model)
         if init is not None and earlier is not None:
             init.copy_weights(part, model)
+        _freeze_unread(part, model, kind)
+
+
+def _freeze_unread(part: str, model: nn.Module, kind: Kind) -> None:
+    """Lets the LoRAs of layers that nobody reads stay as they are: an earlier adapter may hold some."""
+    wanted = set(targets_of(part, model, "conv", kind))
+    for name, module in lora_modules(model).items():
+        if part != UNET and name not in wanted:
+            module.requires_grad_(False)
 
 
 def _begin(

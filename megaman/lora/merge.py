@@ -38,7 +38,7 @@ class MergedAdapter:
             weight = homes.get(component, {}).get(_plain(underscored(name)))
             if weight is not None:
                 _check_fit(weight, name, layer)
-                self.targets.append((weight, weight.detach().clone(), layer))
+                self.targets.append((weight, weight.detach().cpu().clone(), layer))  # room on the device
                 self.counts[component] += 1
             elif _acts(layer):  # ComfyUI writes what it found unchanged too, the text encoder's embeddings
                 homeless.append(f"{component} module {name[:100]!r}")  # among it
@@ -57,7 +57,7 @@ class MergedAdapter:
             if scale == 0:
                 weight.copy_(original)
             else:
-                base = original.float()
+                base = original.to(weight.device).float()
                 weight.copy_((base + scale * layer.change(base)).to(original.dtype))
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megaman.common.kinds import SD1, SD2, XL, Kind
 
@@ -41,6 +42,7 @@ DISTILLED = {
     (2, 4): "SSD-1B, a distilled Stable Diffusion XL",
     (1, 2): "Vega, a distilled Stable Diffusion XL",
 }  # by their depths
+XL_DEPTHS = [1, 2, 10]  # of its transformers, as folders tell them
 UNKNOWN = "no Stable Diffusion that is known here"
 RELATIVES = {
     r"^edm_vpred\.sigma_max$": "CosXL",
@@ -48,6 +50,25 @@ RELATIVES = {
     r"^control_model\.": "a ControlNet",
     r"^cond_stage_model\.roberta\.": "AltDiffusion",
 }  # by a pattern of keys; for files with a UNet that looks like ours
+OTHER_CLASSES = {
+    r"StableDiffusion3": "Stable Diffusion 3",
+    r"Flux": "Flux",
+    r"Inpaint": "an inpainting model",
+    r"InstructPix2Pix": "InstructPix2Pix",
+    r"Depth2Img": "a depth model",
+    r"Upscale": "an upscaler",
+    r"UnCLIP|ImageVariation": "Stable Diffusion unCLIP",
+    r"LatentConsistency": "a latent consistency model",
+    r"ControlNet": "a ControlNet",
+    r"^(?!.*(StableDiffusion|AltDiffusion))": "no Stable Diffusion",
+}  # by a pattern of the pipeline that a folder names
+OTHER_SCHEDULERS = {r"^EDM": "a model of EDM's noise (Playground 2.5)", r"Flow": "a flow-matching model"}
+OTHER_SETTINGS = {
+    "class_embed_type": "Stable Diffusion unCLIP or another model that wants a class",
+    "num_class_embeds": "a model that wants a class",
+    "time_cond_proj_dim": "a latent consistency model",
+    "encoder_hid_dim_type": "a model that reads more than text",
+}  # of a UNet's configuration; those of ours have none
 STRANGERS = {
     r"joint_blocks\.": "Stable Diffusion 3",
     r"double_blocks\.|single_transformer_blocks\.": "Flux",
@@ -133,3 +154,24 @@ def _stranger(shapes: Shapes) -> str:
         return name
     only_vae = all(key.startswith(VAE_KEY) for key in shapes)
     return "a VAE alone" if shapes and only_vae else UNKNOWN
+
+
+def other_pipeline(name: str) -> str | None:
+    """What a folder is that names this class of diffusers for its pipeline; None if it may be ours."""
+    return next((told for pattern, told in OTHER_CLASSES.items() if re.search(pattern, name)), None)
+
+
+def other_parts(unet: Mapping[str, Any], scheduler: Mapping[str, Any], vae: Mapping[str, Any]) -> str | None:
+    """What a folder is with parts of these configurations; None if they may be ours."""
+    name = str(scheduler.get("_class_name"))
+    for pattern, told in OTHER_SCHEDULERS.items():
+        if re.search(pattern, name):
+            return told
+    if vae.get("latents_mean"):
+        return "a model whose VAE has means of its own (Playground 2.5)"
+    depths = unet.get("transformer_layers_per_block")
+    if unet.get("cross_attention_dim") == XL.text_width and depths not in (None, XL_DEPTHS):
+        return DISTILLED.get(
+            tuple(depths[1:]) if isinstance(depths, list) else (), "a distilled or altered XL"
+        )
+    return next((told for key, told in OTHER_SETTINGS.items() if unet.get(key) is not None), None)

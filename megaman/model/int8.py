@@ -23,6 +23,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…,in) -> (…,out)."""
+        if self.weight.is_floating_point():  # PEFT makes its own layers of the class that it wraps
+            return super().forward(x)
         return _Linear.apply(x, self.weight, self.factors, self.bias)
 
 
@@ -33,6 +35,8 @@ class Int8Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,in,h,w) -> (B,out,h',w')."""
+        if self.weight.is_floating_point():  # as above
+            return super().forward(x)
         return _Conv2d.apply(x, self.weight, self.factors, self.bias, (self.stride, self.padding))
 
 

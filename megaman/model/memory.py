@@ -111,7 +111,7 @@ class Estimate:
     step: float  # what is kept of the pictures between forward and backward
     checkpointed: float  # the same with --gradient_checkpointing
     is_checkpointed: bool
-    has_bytes: bool  # whether the base is in int8 already
+    has_bytes: bool  # whether the base is in int8 already, or can't be
 
     @property
     def total(self) -> float:
@@ -165,7 +165,7 @@ def estimate_of(base: StableDiffusion, trained: Iterable[Tensor], cfg: TrainConf
         step=scale * kind.step_gib,
         checkpointed=scale * kind.checkpointed_gib,
         is_checkpointed=cfg.gradient_checkpointing,
-        has_bytes=cfg.base_weights == "int8",
+        has_bytes=cfg.base_weights == "int8" or cfg.use_dora,
     )
 
 

@@ -157,7 +157,7 @@ def decide(stated: Stated | Prediction, wanted: Wanted, ask: Callable[[], str | 
         problem = getattr(stated, "problem", None)
         if problem is not None:
             raise UserError(f"{problem}. Name the right one with {FLAG}.", Exit.MODEL)
-        found = stated.type or ("v_prediction" if ask() == "v_prediction" else "epsilon")
+        found = stated.type or _answer(ask())
     if found == "epsilon" and stated.zero_snr:
         way_out = f"Leave out {FLAG} epsilon" if wanted == "epsilon" else f"Name {FLAG} v_prediction"
         raise UserError(
@@ -166,6 +166,12 @@ def decide(stated: Stated | Prediction, wanted: Wanted, ask: Callable[[], str | 
             Exit.MODEL,
         )
     return Prediction(found, stated.zero_snr)
+
+
+def _answer(said: str | None) -> PredictionType:
+    if said is None:
+        say(f"note: the base, asked what it predicts, overflows; taken for epsilon ({FLAG} says otherwise)")
+    return "v_prediction" if said == "v_prediction" else "epsilon"
 
 
 def corrected(config: Mapping[str, Any], prediction: Prediction) -> DDPMScheduler:

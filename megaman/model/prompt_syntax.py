@@ -11,6 +11,7 @@ JOINED = re.compile(r"\bAND\b")
 Piece = tuple[str, float]  # words, and how much they weigh
 BREAK: Piece = ("BREAK", -1.0)  # the mark of a new chunk among the pieces: no words
 HEAVIEST = 100.0  # a weight's limit, with either sign: the states of half precision overflow somewhere beyond
+DEEPEST = 64  # brackets within brackets: HEAVIEST is reached before, and a row of them takes no time
 FACTOR = {"(": 1.1, "[": 1 / 1.1}  # of a bracket without a number
 _SYNTAX = re.compile(
     r"""\\[()\[\]]  # a bracket that is meant as one
@@ -64,7 +65,7 @@ def weights_of(text: str) -> list[Piece]:
         end = found.end()
         sign = found[0]
         closes = {")": "(", "]": "["}.get(sign[-1]) if sign[0] != "\\" else None
-        if sign in opened:
+        if sign in opened and len(opened[sign]) < DEEPEST:
             opened[sign].append(len(pieces))
         elif closes is not None and opened[closes]:
             factor = FACTOR[closes] if found["weight"] is None else float(found["weight"])

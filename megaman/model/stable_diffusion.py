@@ -21,7 +21,7 @@ from megaman.common.console import Exit, UserError, say
 from megaman.common.kinds import SD1, SD2, UNET, XL, Kind, kind_of_width
 from megaman.config.train import EMBEDDED, PredictionType
 from megaman.model import prediction
-from megaman.model.detection import OTHER_INPUTS, OTHER_WIDTHS
+from megaman.model.detection import OTHER_INPUTS, OTHER_WIDTHS, other_parts, other_pipeline
 from megaman.model.hub import (
     BASE_FLAG,
     EMBEDDED_FOLDER,
@@ -104,6 +104,14 @@ class StableDiffusion:
         """Whether its schedule ends in noise alone (zero terminal signal-to-noise ratio)."""
         return bool(self.scheduler.config.get("rescale_betas_zero_snr"))
 
+    @property
+    def origins(self) -> dict[str, Any]:
+        """What a resume must find unchanged; None where it is as it is with most bases."""
+        zero = " on a schedule that ends in noise alone" if self.has_zero_snr else ""
+        told = f"{self.prediction_type}{zero}"
+        predicts = None if told == "epsilon" else told
+        return {"the base model's weights": self.digest, "what the base predicts": predicts}
+
     def ids_of(self, texts: Sequence[str], at_least: int = 1) -> Tensor:
         """Tokens of texts, (N,C,77): each in as many chunks as the longest has, and at least so many."""
         return self._tokens_of(texts, at_least)[0]
@@ -138,7 +146,8 @@ class StableDiffusion:
         """
         parts = {"vae": self.vae, **self.parts}
         for name in sorted(parts, key=lambda name: name in names):  # room is made first
-            parts[name].to(self.device if name in names else "cpu")
+            if (name in names) != (name in self.placed):
+                parts[name].to(self.device if name in names else "cpu")
         self.placed = names
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -287,9 +296,9 @@ def _prediction_of(base: StableDiffusion, file: Path | None, wanted: PredictionT
     """What the base predicts: by the user's word, by its files, or by asking it."""
 
     def ask() -> str | None:
-        base.place(*base.parts)
-        with torch.no_grad():
-            text = base.embed([""])
+        base.place(*base.encoders)
+        text = base.embed([""])
+        base.place(UNET)
         side = base.native_resolution
         sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=base.device)
         return prediction.asked(base.unet, text.states, base.scheduler, conditions(text, sizes))
@@ -376,6 +385,23 @@ def _variant_parts(folder: Path) -> dict[str, nn.Module]:
     }
 
 
+def _refuse_pipeline(name: str, place: Path) -> None:
+    """UserError (exit 4) that names what a folder, or the hub's index, is by its pipeline, if it is none of
+    ours.
+    """
+    index = place / "model_index.json" if place.is_dir() else place
+    named = json.loads(index.read_bytes()).get("_class_name")
+    if told := other_pipeline(str(named)):
+        raise UserError(f"{name}: is {told} ({str(named)[:60]}), which this tool does not train.", Exit.MODEL)
+
+
+def _refuse_parts(name: str, folder: Path) -> None:
+    """UserError (exit 4) that names what a folder is by its parts, if it is none of ours."""
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes())
+    if told := other_parts(_config(folder, "unet"), scheduler, _config(folder, "vae")):
+        raise UserError(f"{name}: is {told}, which this tool does not train.", Exit.MODEL)
+
+
 def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionPipeline, Path | None]:
     """The parts of a base, and the single file that they come from, if they do."""
     diffusers_logging.disable_progress_bar()  # of loading only: the bars of a download stay
@@ -393,7 +419,9 @@ def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionP
     try:
         if isinstance(source, Path) and kind is not None:
             return load_file(source, kind, dtype), source
+        _refuse_pipeline(name, small_file(name, "model_index.json") if isinstance(source, str) else source)
         folder = source if isinstance(source, Path) else _download(source)
+        _refuse_parts(name, folder)
         kind = kind_of_config(_config(folder, "unet"))
         loaded = pipeline_class(kind).from_pretrained(
             str(folder),
@@ -403,5 +431,7 @@ def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionP
             **_variant_parts(folder),
         )
         return loaded, None
+    except UserError:
+        raise
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like
         raise UserError(why_not_loaded(name, source, error, flag=flag), Exit.MODEL) from error

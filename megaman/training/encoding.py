@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from megaman.common.console import Exit, UserError
 from megaman.data.buckets import Crop
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
+
+CHUNKS = "chunks of 75 tokens that are read of captions"  # one of a run's origins
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ class EncodedDataset:
     def origins(self) -> dict[str, Any]:
         """What a resume must find unchanged beside the pictures: None where it is as it always was."""
         chunks = self.ids.shape[1]
-        return {"chunks of 75 tokens that are read of captions": chunks if chunks > 1 else None}
+        return {CHUNKS: chunks if chunks > 1 else None}
+
+    def kept_for(self, trains_text: bool) -> "EncodedDataset":
+        """The same; where captions are read anew in each step, what was encoded of them waits on the CPU."""
+        return replace(self, text=self.text.to("cpu")) if trains_text else self
 
     def shape_of(self, index: int) -> torch.Size:
         """The latents' shape (C,h,w) of one of the N: the same for all its crops."""

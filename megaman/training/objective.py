@@ -106,8 +106,8 @@ def make_batch(
         timesteps=torch.stack([example.timestep for example in drawn]).to(device),
         text=read([example.text_row for example in drawn]),
         sizes=encoded.sizes[crops],
-        class_text=read(class_rows) if class_rows else encoded.text[:0],
-        class_text_of_base=encoded.text[class_rows],
+        class_text=read(class_rows) if class_rows else encoded.text[:0].to(device),
+        class_text_of_base=encoded.text[class_rows].to(device),
         class_of=torch.tensor(asking, dtype=torch.long, device=device),
     )
 
@@ -119,7 +119,7 @@ def validation_batch(
     count = len(timesteps)
     noise = torch.randn((count, *encoded.shape_of(index)), generator=generator_of(0, "held out", index))
     crop_row, text_row = encoded.crop_rows[index][0], encoded.text_rows[index][0]
-    nothing = encoded.text[:0]
+    nothing = encoded.text[:0].to(encoded.device)
     return Batch(
         latents=encoded.means[crop_row].expand(count, -1, -1, -1),
         noise=noise.to(encoded.device),

@@ -11,6 +11,7 @@ import torch
 
 from megaman.common.console import Exit, UserError, command_of, say, shell_quoted
 from megaman.common.files import write_text
+from megaman.common.kinds import CHUNK
 from megaman.common.output_folder import (
     ADAPTER_FILE,
     OutputLock,
@@ -23,6 +24,7 @@ from megaman.common.signals import StopRequest, after_this_step
 from megaman.config.train import TrainConfig, decisive
 from megaman.training import checkpoints
 from megaman.training.checkpoints import Checkpoint
+from megaman.training.encoding import CHUNKS
 from megaman.training.sampler import ORDER
 
 DECIDED_BY_THE_BASE = ("--snr_gamma",)  # where the user names none
@@ -89,6 +91,13 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
             f"{checkpoint.path}: can't be resumed: pictures, captions or repeats in {cfg.data_dir} were "
             f"changed since ({numbers}). Undo that, or leave --resume_from_checkpoint out."
             + _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir),
+            Exit.STATE,
+        )
+    if then.get(CHUNKS) != now.get(CHUNKS):
+        read, fill = then.get(CHUNKS) or 1, now.get(CHUNKS) or 1
+        raise UserError(
+            f"{checkpoint.path}: can't be resumed: of captions {CHUNK * read} tokens were read then, and "
+            f"{CHUNK * fill} now; give --max_tokens {CHUNK * read}, as it was.",
             Exit.STATE,
         )
     checkpoints.check_same(checkpoint.path, then, now)

@@ -39,7 +39,7 @@ def describe_plan(cfg: TrainConfig, sampler: Sampler) -> list[str]:
     lines = [
         f"plan: {steps} steps of {sampler.step_size} pictures = {seen} seen, {seen / len(sampler):.1f} passes"
         f" over {len(sampler)}{repeated}; rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, learning rate "
-        f"{cfg.learning_rate:g}"
+        f"{cfg.learning_rate:g}{f', of text encoders {cfg.text_encoder_lr:g}' if cfg.text_encoder_lr else ''}"
     ]
     small = sum(len(set(bucket)) < sampler.step_size for bucket in sampler.buckets)
     if small:
@@ -79,7 +79,7 @@ def peak_rates(cfg: TrainConfig) -> list[float]:
 
 def text_encoder_stop_at(cfg: TrainConfig) -> int:
     """The step (counted from 0) from which on the text encoders stay as they are."""
-    return round(cfg.text_encoder_stop * cfg.max_train_steps)
+    return max(1, round(cfg.text_encoder_stop * cfg.max_train_steps))
 
 
 def _half_cosine(progress: float) -> float:
