@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch a model
 os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = tempfile.mkdtemp(prefix="megaman_cache_")
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # test_gpu.py gives them back to its own processes
+GPUS = os.environ.setdefault("GPUS_OF_THE_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit equality is promised on a CPU
 
 from megaman.common.console import quiet_libraries  # noqa: E402

@@ -13,7 +13,7 @@ from bench.bench_learning import HELD_OUT, change, embedded_base, encoded_folder
 from conftest import GPUS, ROOT
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-if GPUS is not None:
+if GPUS != "all":
     ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = GPUS
 
 

@@ -601,11 +601,11 @@ def test_a_run_of_the_unet_alone_refuses_to_lose_an_encoder(
     adapter = adapter_of(trained(bases, kind), kind)
     write_adapter(adapter, tmp_path)
     count = len(adapter.layers) - len(adapter.only(UNET).layers)
-    with pytest.raises(UserError, match=f"changes {count} modules of the text encoder too") as raised:
+    with pytest.raises(UserError, match=f"changes {count} modules of text encoders too") as raised:
         read_init_lora(str(tmp_path))
     assert raised.value.exit_code == 4
     init = read_init_lora(str(tmp_path), kind.parts)
-    with pytest.raises(UserError, match=f"changes {count} modules of the text encoder too"):
+    with pytest.raises(UserError, match=f"changes {count} modules of text encoders too"):
         inject(
             {UNET: copy.deepcopy(bases[kind][UNET])}, TrainConfig(), kind, partial(generator_of, SEED), init
         )

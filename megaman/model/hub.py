@@ -4,8 +4,9 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import get_token, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import get_session, get_token, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from megaman.common.console import Exit, UserError
@@ -24,6 +25,7 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_sd"
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
 }  # deleted from the hub in September 2024
+PATIENCE_S = 10  # with the hub, for a few kilobytes
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 ADDRESS = re.compile(r"https?://.*")
 HUB_PAGE = re.compile(
@@ -84,17 +86,23 @@ def local_file(name: str, file: str) -> Path:
     return found
 
 
-def small_file(name: str, file: str) -> Path:
-    """A small file of a base, from this disk or from the hub. FileNotFoundError if neither has it."""
+def small_json(name: str, file: str) -> dict[str, Any]:
+    """A configuration of a base, from this disk or from the hub, which is asked once. FileNotFoundError if
+    neither has it; ValueError if it is damaged.
+    """
     try:
-        return local_file(name, file)
+        return json.loads(local_file(name, file).read_bytes())
     except FileNotFoundError:
         if is_local(name):
             raise
     try:
-        return Path(hf_hub_download(hub_id_of(name), file))
+        token = get_token()
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        answer = get_session().get(hf_hub_url(hub_id_of(name), file), headers=headers, timeout=PATIENCE_S)
+        answer.raise_for_status()
     except Exception as error:  # the hub and its HTTP library raise what they like; loading says why
         raise FileNotFoundError(file) from error
+    return json.loads(answer.content)
 
 
 def is_variant_alone(part: Path) -> bool:

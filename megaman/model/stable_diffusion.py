@@ -34,7 +34,7 @@ from megaman.model.hub import (
     is_local,
     is_variant_alone,
     local_file,
-    small_file,
+    small_json,
     why_not_loaded,
 )
 from megaman.model.prediction import Prediction
@@ -204,12 +204,11 @@ def peek(name: str) -> BaseFacts:
         resolution = prediction.resolution_of(kind, stated)
         return BaseFacts(kind, _cell_px(kind.config), clip_tokenizer(), resolution)
     try:
-        folder = small_file(name, "unet/config.json").parents[1]
-        small_file(name, "vae/config.json")
-        unet = _config(folder, "unet")
+        unet, vae = (small_json(name, f"{part}/config.json") for part in ("unet", "vae"))
         kind = kind_of_config(unet)
-        cell_px = _cell_px(folder)
-        resolution = unet["sample_size"] * 2 ** (len(_config(folder, "vae")["block_out_channels"]) - 1)
+        stride = 2 ** (len(vae["block_out_channels"]) - 1)
+        cell_px = stride * 2 ** (len(unet["block_out_channels"]) - 1)
+        resolution = unet["sample_size"] * stride
     except (OSError, ValueError, KeyError, TypeError):
         kind = SD1
         cell_px = _cell_px(SD1.config)
@@ -385,12 +384,9 @@ def _variant_parts(folder: Path) -> dict[str, nn.Module]:
     }
 
 
-def _refuse_pipeline(name: str, place: Path) -> None:
-    """UserError (exit 4) that names what a folder, or the hub's index, is by its pipeline, if it is none of
-    ours.
-    """
-    index = place / "model_index.json" if place.is_dir() else place
-    named = json.loads(index.read_bytes()).get("_class_name")
+def _refuse_pipeline(name: str, index: Mapping[str, Any]) -> None:
+    """UserError (exit 4) that names what a base is by the pipeline in its index, if it is none of ours."""
+    named = index.get("_class_name")
     if told := other_pipeline(str(named)):
         raise UserError(f"{name}: is {told} ({str(named)[:60]}), which this tool does not train.", Exit.MODEL)
 
@@ -419,7 +415,8 @@ def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionP
     try:
         if isinstance(source, Path) and kind is not None:
             return load_file(source, kind, dtype), source
-        _refuse_pipeline(name, small_file(name, "model_index.json") if isinstance(source, str) else source)
+        with contextlib.suppress(FileNotFoundError):  # of which loading tells more
+            _refuse_pipeline(name, small_json(name, "model_index.json"))
         folder = source if isinstance(source, Path) else _download(source)
         _refuse_parts(name, folder)
         kind = kind_of_config(_config(folder, "unet"))
