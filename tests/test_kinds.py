@@ -24,7 +24,12 @@ from megaman.data.buckets import Bucket, Crop, fit_of
 from megaman.model import stable_diffusion
 from megaman.model.stable_diffusion import StableDiffusion, conditions, load_base, peek
 from megaman.training.encoding import CaptionReader, encode
-from megaman.training.objective import make_batch, preserving_losses
+from megaman.training.objective import (
+    denoising_losses,
+    make_batch,
+    preserving_losses,
+    validation_batch,
+)
 from megaman.training.sampler import Position
 
 FolderOf = Callable[[Kind], Path]
@@ -159,6 +164,26 @@ def test_the_users_word_on_the_prediction_is_trained_told_and_drawn_with(
     )
     generate_megaman.generate(cfg)
     assert seen == ["v_prediction"]
+
+
+@EVERY_KIND
+def test_learning_lowers_the_loss(train_flags: list[str]) -> None:
+    run = megaman_lora.set_up(megaman_lora.read_config([*train_flags, "--validation_split", "0"])[0])
+
+    def loss() -> float:
+        with torch.no_grad():
+            batches = [
+                validation_batch(run.encoded, index, [200, 500, 800], run.captions.now) for index in range(6)
+            ]
+            losses = [denoising_losses(run.base.unet, batch, run.base.scheduler, 0) for batch in batches]
+        return torch.cat(losses).mean().item()
+
+    before = loss()
+    for step in range(40):
+        megaman_lora.forward_backward(run, run.data.sampler.batch(step), step)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    assert loss() < 0.97 * before
 
 
 # ---------------------------------------------------------------- sizes
