@@ -487,9 +487,11 @@ def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside the block nothing is dropped out."""
     for part in parts.values():
         part.eval()
-    yield
-    for part in parts.values():
-        part.train()
+    try:
+        yield
+    finally:
+        for part in parts.values():
+            part.train()
 
 
 def apply_memory_plan(run: Run) -> None:

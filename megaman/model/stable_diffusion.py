@@ -68,12 +68,12 @@ class StableDiffusion:
     @property
     def stride(self) -> int:
         """Pixels a latent cell: 8 for Stable Diffusion 1.5."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return _halvings(self.vae.config)
 
     @property
     def cell_px(self) -> int:
         """The sides of training sizes are multiples of it: the UNet halves the latents so often."""
-        return self.stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return _cell_px(self.unet.config, self.vae.config)
 
     def nearest_px(self, side: int) -> int:
         """The side nearest to this one that can be drawn: the UNet pads what it can't halve evenly, so every
@@ -146,9 +146,12 @@ class StableDiffusion:
         """
         parts = {"vae": self.vae, **self.parts}
         for name in sorted(parts, key=lambda name: name in names):  # room is made first
-            if (name in names) != (name in self.placed):
-                parts[name].to(self.device if name in names else "cpu")
-        self.placed = names
+            if name in self.placed and name not in names:
+                parts[name].to("cpu")
+                self.placed = tuple(each for each in self.placed if each != name)
+            elif name in names and name not in self.placed:
+                parts[name].to(self.device)  # which may have no room: then it is not noted
+                self.placed = (*self.placed, name)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -202,16 +205,15 @@ def peek(name: str) -> BaseFacts:
         kind = kind_in(file)
         stated = prediction.hinted_in_file(file, prediction.stated_in_file(file))
         resolution = prediction.resolution_of(kind, stated)
-        return BaseFacts(kind, _cell_px(kind.config), clip_tokenizer(), resolution)
+        return BaseFacts(kind, _cell_px(*_shipped(kind)), clip_tokenizer(), resolution)
     try:
         unet, vae = (small_json(name, f"{part}/config.json") for part in ("unet", "vae"))
         kind = kind_of_config(unet)
-        stride = 2 ** (len(vae["block_out_channels"]) - 1)
-        cell_px = stride * 2 ** (len(unet["block_out_channels"]) - 1)
-        resolution = unet["sample_size"] * stride
+        cell_px = _cell_px(unet, vae)
+        resolution = unet["sample_size"] * _halvings(vae)
     except (OSError, ValueError, KeyError, TypeError):
         kind = SD1
-        cell_px = _cell_px(SD1.config)
+        cell_px = _cell_px(*_shipped(SD1))
         resolution = SD1.resolution
     for part in ("tokenizer/vocab.json", "tokenizer/tokenizer.json"):
         with contextlib.suppress(OSError, ValueError):
@@ -224,10 +226,19 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
     return json.loads((folder / part / "config.json").read_bytes())
 
 
-def _cell_px(folder: Path) -> int:
-    """The cell of a base by the configurations in its folder."""
-    halvings = [len(_config(folder, part)["block_out_channels"]) - 1 for part in ("vae", "unet")]
-    return 2 ** sum(halvings)
+def _shipped(kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configurations of a kind's UNet and VAE."""
+    return _config(kind.config, "unet"), _config(kind.config, "vae")
+
+
+def _halvings(config: Mapping[str, Any]) -> int:
+    """How many times smaller a UNet or a VAE makes its input, along a side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _cell_px(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+    """The cell of a base with these configurations, see StableDiffusion."""
+    return _halvings(unet) * _halvings(vae)
 
 
 def kind_of_config(unet: Mapping[str, Any]) -> Kind:
