@@ -170,6 +170,7 @@ class StableDiffusion:
 
     def drop_encoders(self) -> None:
         """Forgets the text encoders, which take no part in a training step unless they are trained."""
+        self.placed = tuple(name for name in self.placed if name not in self.encoders)
         self.encoders = {}
 
 
