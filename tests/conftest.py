@@ -30,15 +30,8 @@ from megaman.common.console import quiet_libraries  # noqa: E402
 quiet_libraries()
 
 import torch  # noqa: E402
-from diffusers import (  # noqa: E402
-    AutoencoderKL,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
 from PIL import Image  # noqa: E402
 from tiny_models import save_tiny  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 import megaman_lora  # noqa: E402
 from megaman.common.kinds import SD1, SD2, XL, Kind  # noqa: E402
@@ -46,7 +39,6 @@ from megaman.data.buckets import (  # noqa: E402
     Bucket,
     Crop,
 )
-from megaman.model.hub import EMBEDDED_FOLDER  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
 from megaman.training import validation  # noqa: E402
 
@@ -81,57 +73,10 @@ def all_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def save_tiny_base(folder: Path, tokenizer: CLIPTokenizer | None = None) -> Path:
-    """Writes a diffusers folder of Stable Diffusion's shape with random weights: stride 2, 32 px, text 24
-    wide; a step takes milliseconds. tokenizer: the embedded base's, if none is given.
-    """
-    torch.manual_seed(0)
-    tokenizer = tokenizer or CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=len(tokenizer) - 2,
-        eos_token_id=len(tokenizer) - 1,
-        pad_token_id=len(tokenizer) - 1,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=32,
-            scaling_factor=0.5,
-        ),
-        text_encoder=CLIPTextModel(text_config),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=24,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ),
-        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base on the disk."""
-    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny_base")
+    return save_tiny(SD1, tmp_path_factory.mktemp("base") / "tiny_base")
 
 
 @pytest.fixture(scope="session")

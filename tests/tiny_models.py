@@ -3,6 +3,7 @@ milliseconds, built as the kinds are (linear projections, two encoders, sizes, v
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,6 +53,33 @@ def vae(scaling_factor: float) -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=scaling_factor,
+    )
+
+
+def sd1_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """As 1.x is built."""
+    torch.manual_seed(0)
+    own_vae = vae(0.5)
+    encoder = text_encoder(tokenizer, WIDTHS[SD1.name], 1, "quick_gelu")
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTHS[SD1.name],
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return StableDiffusionPipeline(
+        vae=own_vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDPMScheduler(**BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -129,10 +157,6 @@ def save_tiny(kind: Kind, folder: Path, tokenizer: CLIPTokenizer | None = None, 
     given. blocks: of XL's UNet.
     """
     tokenizer = tokenizer or CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer")
-    if kind is SD1:
-        from conftest import save_tiny_base
-
-        return save_tiny_base(folder, tokenizer)
-    pipeline = sd2_pipeline(tokenizer) if kind is SD2 else xl_pipeline(tokenizer, blocks)
-    pipeline.save_pretrained(folder)
+    make = {SD1: sd1_pipeline, SD2: sd2_pipeline, XL: partial(xl_pipeline, blocks=blocks)}[kind]
+    make(tokenizer).save_pretrained(folder)
     return folder

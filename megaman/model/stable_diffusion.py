@@ -152,6 +152,7 @@ class StableDiffusion:
             elif name in names and name not in self.placed:
                 parts[name].to(self.device)  # which may have no room: then it is not noted
                 self.placed = (*self.placed, name)
+        self.placed = names
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

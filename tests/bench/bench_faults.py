@@ -37,11 +37,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked child must not inherit a pool of
 
 import commands  # noqa: E402
 import torch  # noqa: E402
-from conftest import save_tiny_base  # noqa: E402
 from PIL import Image  # noqa: E402
+from tiny_models import save_tiny  # noqa: E402
 
 import megaman_lora  # noqa: E402
 from megaman.common import console, output_folder  # noqa: E402
+from megaman.common.kinds import SD1  # noqa: E402
 from megaman.lora.load import read_adapter  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
 from megaman.training import checkpoints, resume, validation  # noqa: E402
@@ -112,7 +113,7 @@ class Bench:
         if not self.base.exists():
             pid = os.fork()  # drawing random weights here would start torch's threads
             if pid == 0:
-                save_tiny_base(self.base)
+                save_tiny(SD1, self.base)
                 os._exit(0)
             os.waitpid(pid, 0)
         self.data.mkdir(exist_ok=True)
