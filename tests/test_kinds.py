@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import EVERY_KIND, TEXT, crop_of
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import generate_megaman
 import megaman_lora
@@ -21,7 +23,7 @@ from megaman.common.cache import Store
 from megaman.common.kinds import KINDS, SD1, SD2, XL, Kind
 from megaman.config.train import TrainConfig
 from megaman.data.buckets import Bucket, Crop, fit_of
-from megaman.model import stable_diffusion
+from megaman.model import int8, stable_diffusion
 from megaman.model.stable_diffusion import StableDiffusion, conditions, load_base, peek
 from megaman.training.encoding import CaptionReader, encode
 from megaman.training.objective import (
@@ -210,13 +212,36 @@ def test_sizes_of_a_whole_picture_are_those_of_diffusers_pipeline(
     assert torch.equal(encoded.sizes[:1], theirs)
 
 
-def test_large_sizes_survive_half_precision(tiny_folders: FolderOf) -> None:
+def test_large_sizes_survive_half_precision(tiny_folders: FolderOf, tmp_path: Path) -> None:
     base = load_base(str(tiny_folders(XL)), device=torch.device("cpu"), dtype=torch.bfloat16)
+    crop = replace(crop_of(tmp_path, 0.5), whole=(1021, 1023))
+    encoded = encode([[crop]], [["a"]], base, Store(None))
+    assert encoded.sizes.tolist() == [[1023, 1021, 0, 0, 32, 32]]
     sizes = torch.tensor([[1023.0, 1021.0, 0.0, 3.0, 1023.0, 1021.0]])
     added = conditions(base.embed(["a"]), sizes)["added_cond_kwargs"]
     assert torch.equal(added["time_ids"], sizes)
     assert added["text_embeds"].dtype == torch.bfloat16
     assert conditions(base_of(tiny_folders(SD1)).embed(["a"]), sizes) == {}
+
+
+@of_kinds
+def test_a_picture_is_drawn_under_its_own_size(
+    tiny_folders: FolderOf, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of(tiny_folders(kind))
+    told = []
+    honest = base.unet.forward
+
+    def watched(*args: object, added_cond_kwargs: dict | None = None, **kwargs: object) -> object:
+        told.append(added_cond_kwargs and added_cond_kwargs["time_ids"][0].tolist())
+        return honest(*args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    monkeypatch.setattr(base.unet, "forward", watched)
+    texts = generate_megaman.drawing.words(base, ["a"], [""])
+    generators = [torch.Generator().manual_seed(1)]
+    settings = {"width": 64, "height": 48, "num_inference_steps": 1, "generators": generators}
+    generate_megaman.drawing.draw(base, generate_megaman.drawing.pipeline_of(base), **settings, **texts)
+    assert told == [[48, 64, 0, 0, 48, 64] if kind is XL else None]
 
 
 @of_kinds
@@ -298,6 +323,10 @@ def test_on_a_crowded_card_one_part_follows_the_other_and_pictures_are_the_same(
     encoders = tuple(encoder.part for encoder in kind.encoders)
     assert placed[7:] == [(), encoders, (), ("unet",), (), ("vae",), ()]
     assert np.array_equal(*map(np.asarray, pictures))
+    base.place("unet")
+    with base.at_work("vae"):  # as between two steps of a training
+        assert base.placed == ("vae",)
+    assert base.placed == ("unet",)
 
 
 # ---------------------------------------------------------------- text encoders in training
@@ -487,14 +516,36 @@ def test_a_base_in_bytes_trains_alike_with_and_without_recomputing(
     assert seen[2][0] is False
 
 
-def test_a_base_in_bytes_is_off_by_less_than_a_percent_and_stays_so_in_a_resume(
-    tiny_folders: FolderOf, train: Callable[..., Path]
-) -> None:
-    from megaman.model.int8 import store_in_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_of_bytes_compute_with_the_weights_that_these_stand_for(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.Conv2d(64, 128, 1)]
+    stored = nn.ModuleList([*convolutions, nn.Linear(128, 64)]).to(dtype).requires_grad_(False)
+    whole = copy.deepcopy(stored)
+    int8.store_in_int8(stored)
+    for layer, twin in zip(stored, whole, strict=True):
+        assert layer.weight.dtype == torch.int8
+        made = int8.whole(layer.weight, layer.factors, dtype)
+        half_a_step = 0.5 * layer.factors.max() + twin.weight.abs().max() * torch.finfo(dtype).eps
+        assert (made - twin.weight).abs().max() <= half_a_step
+        twin.weight.data = made
+    x = torch.randn(2, 32, 8, 8, dtype=dtype, requires_grad=True)
+    results = []
+    for first, second, last in (stored, whole):
+        out = last(second(first(x).relu()).flatten(2).transpose(1, 2))
+        (gradient,) = torch.autograd.grad(out.square().sum(), x)
+        results.append((out, gradient))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
+
+def test_a_base_in_bytes_is_off_by_a_percent_and_stays_so_in_a_resume(
+    tiny_folders: FolderOf, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "SMALLEST_LAYER", 1)
     base = base_of(tiny_folders(XL))
     rounded = copy.deepcopy(base.unet)
-    store_in_int8(rounded)
+    int8.store_in_int8(rounded)
     noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
     text, sizes = base.embed(["mega man"]), torch.full((1, 6), 32.0)
     with torch.no_grad():
@@ -513,7 +564,7 @@ def test_a_base_in_bytes_is_off_by_less_than_a_percent_and_stays_so_in_a_resume(
 def test_every_module_of_a_base_in_bytes_can_carry_a_lora(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaman.model.int8.SMALLEST_LAYER", 1)
+    monkeypatch.setattr(int8, "SMALLEST_LAYER", 1)
     flags = ("--lora_targets", "conv", "--max_train_steps", "2")
     full, rounded = weights_in(train(*flags)), weights_in(train(*flags, "--base_weights", "int8"))
     assert full.keys() == rounded.keys()
