@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapters import unet_output
 
-from megaman.common.kinds import SD1
+from megaman.common.kinds import SD1, SD2, XL, Kind
 from megaman.config.train import TrainConfig
 from megaman.lora.formats import kohya_tensors
 from megaman.lora.injection import TARGETS, adapter_of, lora_modules
@@ -213,8 +213,16 @@ def kohyas_modules(unet: UNet2DConditionModel) -> dict[str, torch.Size]:
     return found
 
 
-def ldm_modules() -> dict[str, tuple[int, ...]]:
-    """Stable Diffusion 1.5's UNet as CompVis' code builds it: its modules and the shapes of their weights."""
+def ldm_modules(kind: Kind) -> dict[str, tuple[int, ...]]:
+    """The blocks of the kind's UNet as the code that it was trained with builds it (CompVis', Stability's): its
+    linear and convolution modules, and the shapes of their weights.
+    """
+    widths, depths, text = {
+        SD1: ((320, 640, 1280, 1280), (1, 1, 1, 0), 768),
+        SD2: ((320, 640, 1280, 1280), (1, 1, 1, 0), 1024),
+        XL: ((320, 640, 1280), (0, 2, 10), 2048),
+    }[kind]
+    one_by_one = (1, 1) if kind is SD1 else ()
     found: dict[str, tuple[int, ...]] = {}
 
     def resnet(at: str, before: int, after: int) -> None:
@@ -224,38 +232,40 @@ def ldm_modules() -> dict[str, tuple[int, ...]]:
         if before != after:
             found[f"{at}.skip_connection"] = (after, before, 1, 1)
 
-    def transformer(at: str, width: int) -> None:
-        found[f"{at}.proj_in"] = found[f"{at}.proj_out"] = (width, width, 1, 1)
-        block = f"{at}.transformer_blocks.0"
-        for attention, source in (("attn1", width), ("attn2", 768)):
-            for part in ("to_q", "to_k", "to_v", "to_out.0"):
-                is_text = part in ("to_k", "to_v")
-                found[f"{block}.{attention}.{part}"] = (width, source if is_text else width)
-        found[f"{block}.ff.net.0.proj"] = (8 * width, width)
-        found[f"{block}.ff.net.2"] = (width, 4 * width)
+    def transformer(at: str, width: int, depth: int) -> None:
+        found[f"{at}.proj_in"] = found[f"{at}.proj_out"] = (width, width, *one_by_one)
+        for number in range(depth):
+            block = f"{at}.transformer_blocks.{number}"
+            for attention, source in (("attn1", width), ("attn2", text)):
+                for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                    is_text = part in ("to_k", "to_v")
+                    found[f"{block}.{attention}.{part}"] = (width, source if is_text else width)
+            found[f"{block}.ff.net.0.proj"] = (8 * width, width)
+            found[f"{block}.ff.net.2"] = (width, 4 * width)
 
-    widths, number, skips, last = (320, 640, 1280, 1280), 1, [320], 320
-    for level, width in enumerate(widths):
+    number, skips, last = 1, [320], 320
+    for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         for _ in range(2):
             resnet(f"input_blocks.{number}.0", last, width)
-            if level < 3:
-                transformer(f"input_blocks.{number}.1", width)
+            if depth:
+                transformer(f"input_blocks.{number}.1", width, depth)
             number, last = number + 1, width
             skips.append(width)
-        if level < 3:
+        if level < len(widths) - 1:
             found[f"input_blocks.{number}.0.op"] = (width, width, 3, 3)
             number += 1
             skips.append(width)
     resnet("middle_block.0", last, last)
-    transformer("middle_block.1", last)
+    transformer("middle_block.1", last, depths[-1] or depths[-2])
     resnet("middle_block.2", last, last)
-    for number in range(12):
-        level, width = 3 - number // 3, widths[3 - number // 3]
+    for number in range(3 * len(widths)):
+        level = len(widths) - 1 - number // 3
+        width, depth = widths[level], depths[level]
         resnet(f"output_blocks.{number}.0", last + skips.pop(), width)
-        if level < 3:
-            transformer(f"output_blocks.{number}.1", width)
+        if depth:
+            transformer(f"output_blocks.{number}.1", width, depth)
         if number % 3 == 2 and level > 0:
-            found[f"output_blocks.{number}.{2 if level < 3 else 1}.conv"] = (width, width, 3, 3)
+            found[f"output_blocks.{number}.{2 if depth else 1}.conv"] = (width, width, 3, 3)
         last = width
     return found
 
@@ -335,7 +345,7 @@ def test_on_sd15_every_key_names_a_module_for_kohya_a1111_and_comfyui(
     assert len(modules) == COUNTS[targets]
     parts = (".lora_down.weight", ".lora_up.weight", ".alpha")
     assert tensors.keys() == {module + part for module in modules for part in parts}
-    kohya, ldm = kohyas_modules(sd15), ldm_modules()
+    kohya, ldm = kohyas_modules(sd15), ldm_modules(SD1)
     a1111 = {f"diffusion_model.{name}".replace(".", "_"): shape for name, shape in ldm.items()}
     comfyui = comfyuis_dictionary(ldm)
     assert len(comfyui) == len(ldm) == len(kohya) == 192 + 80 + 6

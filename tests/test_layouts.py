@@ -39,7 +39,7 @@ AROUND = {
 def ldm_names() -> dict[str, str]:
     """Every linear and convolution module of Stable Diffusion 1.5: diffusers' underscored name, LDM's."""
     inside = {
-        key.removeprefix("lora_unet_"): name for key, name in comfyuis_dictionary(ldm_modules()).items()
+        key.removeprefix("lora_unet_"): name for key, name in comfyuis_dictionary(ldm_modules(SD1)).items()
     }
     return inside | {underscored(name): ldm for ldm, name in AROUND.items()}
 
@@ -60,7 +60,7 @@ def test_every_module_of_sd15_has_just_one_name_in_ldm(sd15: UNet2DConditionMode
     assert dotted.keys() == shapes.keys()
     assert {underscored(name): ldm for name, ldm in dotted.items()} == names
     assert {underscored(diffusers_name(underscored(ldm))): ldm for ldm in names.values()} == names
-    sizes = ldm_modules()
+    sizes = ldm_modules(SD1)
     assert all(tuple(shapes[name]) == sizes[ldm] for name, ldm in dotted.items() if ldm in sizes)
 
 

@@ -9,7 +9,7 @@ from functools import cache, partial
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_interop import a1111s_name, comfyuis_dictionary, kohyas_modules, shape_of
+from test_interop import a1111s_name, comfyuis_dictionary, kohyas_modules, ldm_modules, shape_of
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from megaman.common.kinds import KINDS, SD1, SD2, UNET, XL, Kind
@@ -146,73 +146,21 @@ def test_peft_wraps_just_these_of_xl() -> None:
 # ---------------------------------------------------------------- names
 
 
-def ldm_modules(kind: Kind) -> Shapes:
-    """The kind's UNet as the code that it was trained with builds it (CompVis', Stability's): its linear and
-    convolution modules, and the shapes of their weights.
-    """
-    widths, depths, text = {
-        SD1: ((320, 640, 1280, 1280), (1, 1, 1, 0), 768),
-        SD2: ((320, 640, 1280, 1280), (1, 1, 1, 0), 1024),
-        XL: ((320, 640, 1280), (0, 2, 10), 2048),
-    }[kind]
-    one_by_one = (1, 1) if kind is SD1 else ()
-    found: Shapes = {
+def whole_ldm(kind: Kind) -> Shapes:
+    """As ldm_modules, with what lies before and behind the blocks."""
+    ends: Shapes = {
         "input_blocks.0.0": (320, 4, 3, 3),
         "time_embed.0": (1280, 320),
         "time_embed.2": (1280, 1280),
         "out.2": (4, 320, 3, 3),
     }
-    if kind is XL:
-        found |= {"label_emb.0.0": (1280, 2816), "label_emb.0.2": (1280, 1280)}
-
-    def resnet(at: str, before: int, after: int) -> None:
-        found[f"{at}.in_layers.2"] = (after, before, 3, 3)
-        found[f"{at}.emb_layers.1"] = (after, 1280)
-        found[f"{at}.out_layers.3"] = (after, after, 3, 3)
-        if before != after:
-            found[f"{at}.skip_connection"] = (after, before, 1, 1)
-
-    def transformer(at: str, width: int, depth: int) -> None:
-        found[f"{at}.proj_in"] = found[f"{at}.proj_out"] = (width, width, *one_by_one)
-        for number in range(depth):
-            block = f"{at}.transformer_blocks.{number}"
-            for attention, source in (("attn1", width), ("attn2", text)):
-                for part in ("to_q", "to_k", "to_v", "to_out.0"):
-                    is_text = part in ("to_k", "to_v")
-                    found[f"{block}.{attention}.{part}"] = (width, source if is_text else width)
-            found[f"{block}.ff.net.0.proj"] = (8 * width, width)
-            found[f"{block}.ff.net.2"] = (width, 4 * width)
-
-    number, skips, last = 1, [320], 320
-    for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        for _ in range(2):
-            resnet(f"input_blocks.{number}.0", last, width)
-            if depth:
-                transformer(f"input_blocks.{number}.1", width, depth)
-            number, last = number + 1, width
-            skips.append(width)
-        if level < len(widths) - 1:
-            found[f"input_blocks.{number}.0.op"] = (width, width, 3, 3)
-            number += 1
-            skips.append(width)
-    resnet("middle_block.0", last, last)
-    transformer("middle_block.1", last, depths[-1] or depths[-2])
-    resnet("middle_block.2", last, last)
-    for number in range(3 * len(widths)):
-        level = len(widths) - 1 - number // 3
-        width, depth = widths[level], depths[level]
-        resnet(f"output_blocks.{number}.0", last + skips.pop(), width)
-        if depth:
-            transformer(f"output_blocks.{number}.1", width, depth)
-        if number % 3 == 2 and level > 0:
-            found[f"output_blocks.{number}.{2 if depth else 1}.conv"] = (width, width, 3, 3)
-        last = width
-    return found
+    added: Shapes = {"label_emb.0.0": (1280, 2816), "label_emb.0.2": (1280, 1280)}
+    return ends | (added if kind is XL else {}) | ldm_modules(kind)
 
 
 @EVERY_KIND
 def test_every_module_has_just_one_name_in_ldm_and_back(kind: Kind) -> None:
-    shapes, wanted = shapes_in(unet_of(kind)), ldm_modules(kind)
+    shapes, wanted = shapes_in(unet_of(kind)), whole_ldm(kind)
     names = {name: ldm_name(name, kind) for name in shapes}
     assert len(shapes) == len(wanted) == (794 if kind is XL else 282)
     assert {names[name]: shape for name, shape in shapes.items()} == wanted
@@ -266,19 +214,19 @@ def kohyas(kind: Kind) -> Shapes:
     if kind is not XL:
         return {name: tuple(shape) for name, shape in kohyas_modules(unet_of(kind)).items()}
     outside = ("input_blocks.0.", "time_embed.", "label_emb.", "out.")
-    ldm = ldm_modules(kind)
+    ldm = whole_ldm(kind)
     return {f"lora_unet_{underscored(name)}": ldm[name] for name in ldm if not name.startswith(outside)}
 
 
 def a1111s(kind: Kind, name: str) -> tuple[int, ...]:
     """What A1111 applies a key to: patterns turn diffusers' names into LDM's; XL's files have those."""
-    table = {f"diffusion_model_{underscored(ldm)}": shape for ldm, shape in ldm_modules(kind).items()}
+    table = {f"diffusion_model_{underscored(ldm)}": shape for ldm, shape in whole_ldm(kind).items()}
     return table[a1111s_name(name).replace("lora_unet", "diffusion_model")]
 
 
 def comfyuis(kind: Kind) -> Shapes:
     """ComfyUI's map: every module of the loaded LDM model under its own name, and under diffusers'."""
-    ldm = ldm_modules(kind)
+    ldm = whole_ldm(kind)
     inside = {name: ldm[name] for name in ldm if name.split(".")[0].endswith(("blocks", "block"))}
     inside.pop("input_blocks.0.0")
     own = {f"lora_unet_{underscored(name)}": shape for name, shape in ldm.items()}
