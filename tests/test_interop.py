@@ -214,8 +214,8 @@ def kohyas_modules(unet: UNet2DConditionModel) -> dict[str, torch.Size]:
 
 
 def ldm_modules(kind: Kind) -> dict[str, tuple[int, ...]]:
-    """The blocks of the kind's UNet as the code that it was trained with builds it (CompVis', Stability's): its
-    linear and convolution modules, and the shapes of their weights.
+    """The blocks of a kind's UNet as the code that it was trained with builds them (CompVis',
+    Stability's): their linear and convolution modules, and the shapes of the weights.
     """
     widths, depths, text = {
         SD1: ((320, 640, 1280, 1280), (1, 1, 1, 0), 768),

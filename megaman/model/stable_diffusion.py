@@ -342,6 +342,7 @@ def _check_parts(name: str, pipeline: DiffusionPipeline) -> None:
         raise UserError(f"{name}: not a Stable Diffusion 1.x, 2.x or XL: {reason}.", Exit.MODEL)
 
 
+ANOTHER_BASE = "Name a Stable Diffusion 1.x, 2.x or XL: those are trained and drawn with."
 LEFT_OUT: dict[str, Any] = {
     "safety_checker": None,
     "requires_safety_checker": False,
@@ -401,14 +402,14 @@ def _refuse_pipeline(name: str, index: Mapping[str, Any]) -> None:
     """UserError (exit 4) that names what a base is by the pipeline in its index, if it is none of ours."""
     named = index.get("_class_name")
     if told := other_pipeline(str(named)):
-        raise UserError(f"{name}: is {told} ({str(named)[:60]}), which this tool does not train.", Exit.MODEL)
+        raise UserError(f"{name}: is {told} ({str(named)[:60]}). {ANOTHER_BASE}", Exit.MODEL)
 
 
 def _refuse_parts(name: str, folder: Path) -> None:
     """UserError (exit 4) that names what a folder is by its parts, if it is none of ours."""
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes())
     if told := other_parts(_config(folder, "unet"), scheduler, _config(folder, "vae")):
-        raise UserError(f"{name}: is {told}, which this tool does not train.", Exit.MODEL)
+        raise UserError(f"{name}: is {told}. {ANOTHER_BASE}", Exit.MODEL)
 
 
 def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionPipeline, Path | None]:
