@@ -52,8 +52,8 @@ from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
-from megaman.lora import init_lora, injection, save
-from megaman.model import compute, memory, stable_diffusion
+from megaman.lora import fused, init_lora, injection, save
+from megaman.model import compute, memory, onednn, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
@@ -74,6 +74,7 @@ from megaman.training.schedule import (
     rates_at,
     text_encoder_stop_at,
 )
+from megaman.training.step import GraphedStep, Step, why_no_graph
 from megaman.training.tracker import SilentTracker, StepResult, Tracker
 from megaman.training.validation import BestCheckpoint
 
@@ -320,6 +321,7 @@ class Run:
     unet: nn.Module  # base.unet as accelerate has prepared it
     trainable: dict[str, nn.Parameter]  # the adapter's, float32
     optimizer: Optimizer
+    step: Step  # how a step is computed
     ema: EMA  # what previews draw and files hold
     origins: dict[str, Any]  # fingerprints of pictures, captions and base
     checkpoint: Checkpoint | None  # that the run resumes from
@@ -366,10 +368,9 @@ def set_up(cfg: TrainConfig) -> Run:
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
     validation_text = place_for_training(base, cfg, validation_ids, accelerator.num_processes)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
-    compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
     trainable = checkpoints.trained(base.parts)
-    unet, optimizer = accelerator.prepare(trained_parts(base), optimizer_of(trainable, cfg))
-    return Run(
+    step = prepared(base, trainable, cfg, accelerator)
+    run = Run(
         cfg=cfg,
         accelerator=accelerator,
         base=base,
@@ -378,15 +379,55 @@ def set_up(cfg: TrainConfig) -> Run:
         captions=CaptionReader(encoded, base, text_encoder_stop_at(cfg) if cfg.text_encoder_lr else 0),
         validation_ids=validation_ids,
         validation_text=validation_text,
-        unet=unet,
+        unet=step.unet,
         trainable=trainable,
-        optimizer=optimizer,
+        optimizer=step.optimizer,
+        step=step,
         ema=EMA(trainable, cfg.ema_decay),
         origins=origins,
         checkpoint=checkpoint,
         memory=MemoryPlan(cfg.train_batch_size, cfg.gradient_checkpointing),
         best=BestCheckpoint(),
     )
+    speed_up(run)
+    return run
+
+
+def prepared(
+    base: StableDiffusion, trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, accelerator: Accelerator
+) -> Step:
+    """How the run computes a step: what accelerate has made of the UNet and the optimizer, with the kernels
+    that were asked for.
+    """
+    compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
+    why = why_no_graph(cfg, accelerator, is_crowded=base.is_crowded) if cfg.cuda_graph else None
+    if why is not None:
+        say(f"note: --cuda_graph is left out: {why}")
+    is_graph = cfg.cuda_graph and why is None
+    optimizer = optimizer_of(trainable, cfg, is_graph)
+    unet, optimizer = accelerator.prepare(trained_parts(base), optimizer)
+    kind = GraphedStep if is_graph else Step
+    return kind(unet, base.scheduler, cfg, accelerator, trainable, optimizer)
+
+
+def speed_up(run: Run) -> None:
+    """Puts faster ways of computing the same in place, where they fit: of the LoRA layers, and, on a CPU, of
+    the frozen ones, which are measured on an example of the run.
+    """
+    if run.cfg.compile:
+        return  # what is compiled is fused by the compiler
+    unet = run.base.unet
+    for part in run.base.parts.values():
+        fused.fuse(part)
+    if run.accelerator.device.type == "cpu":
+        batch = objective.validation_batch(
+            run.encoded, 0, validation.TIMESTEPS[:1] * run.memory.batch, run.captions.now
+        )
+        onednn.lay_out(
+            unet,
+            lambda: objective.denoising_losses(unet, batch, run.base.scheduler, snr_gamma=0),
+            keep=fused.layers_read(unet),
+        )
 
 
 def load_base(
@@ -427,13 +468,15 @@ def trained_parts(base: StableDiffusion) -> nn.Module:
     return TrainedParts(base.unet, [*base.encoders.values()]) if base.encoders else base.unet
 
 
-def optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig) -> Optimizer:
-    """The optimizer: a group of the UNet's parameters, one of the text encoders' if they are trained."""
+def optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, recorded: bool) -> Optimizer:
+    """The optimizer: a group of the UNet's parameters, one of the text encoders' if they are trained.
+    recorded: for a CUDA graph.
+    """
     is_of_text = checkpoints.is_of_text
     unets = [parameter for name, parameter in trainable.items() if not is_of_text(name)]
     others = [parameter for name, parameter in trainable.items() if is_of_text(name)]
     groups = [unets, others] if others else [unets]
-    return optim.optimizer_of(cfg.optimizer, groups, peak_rates(cfg), cfg.weight_decay)
+    return optim.optimizer_of(cfg.optimizer, groups, peak_rates(cfg), cfg.weight_decay, recorded=recorded)
 
 
 def encode_dataset(dataset: MegaManDataset, base: StableDiffusion, cfg: TrainConfig) -> EncodedDataset:
@@ -496,7 +539,7 @@ def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
 
 def apply_memory_plan(run: Run) -> None:
     """Clears the gradients and applies the memory plan."""
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none=not run.cfg.cuda_graph)
     if run.memory.checkpointing or run.cfg.gradient_checkpointing:
         run.base.unet.enable_gradient_checkpointing()
 
@@ -599,6 +642,7 @@ def forward_backward(run: Run, positions: Sequence[Position], step: int) -> Step
 
     def shrink() -> None:
         run.memory.shrink(step)
+        run.step.forget()
         apply_memory_plan(run)
 
     if run.accelerator.num_processes > 1:
@@ -611,7 +655,7 @@ def forward_backward(run: Run, positions: Sequence[Position], step: int) -> Step
 
 def accumulate(run: Run, positions: Sequence[Position], step: int) -> list[tuple[Sequence[Position], Tensor]]:
     """One pass over this process's parts of a step; the last one lets the processes share their gradients."""
-    cfg, accelerator, scheduler = run.cfg, run.accelerator, run.base.scheduler
+    cfg, accelerator = run.cfg, run.accelerator
     text_of = partial(run.captions.for_step, step)
     processes = accelerator.num_processes
     shares = micro_batches(positions, accelerator.process_index, processes, run.memory.batch)
@@ -621,11 +665,10 @@ def accumulate(run: Run, positions: Sequence[Position], step: int) -> list[tuple
             used = share or positions[:1]  # a process without a share computes one for nothing: all must meet
             if cfg.lora_dropout:
                 seed_dropout(cfg.seed, used[0].number)
-            batch = objective.make_batch(used, run.encoded, cfg, scheduler, text_of)
-            losses, strayed = objective.training_losses(run.unet, batch, scheduler, cfg.snr_gamma or 0)
+            batch = objective.make_batch(used, run.encoded, cfg, run.base.scheduler, text_of)
             weight = processes / len(positions) if share else 0.0  # times processes, because DDP averages
-            accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
-        parts.append((share, losses.detach()[: len(share)]))
+            losses = run.step.backward(batch, weight)
+        parts.append((share, losses[: len(share)]))
     return parts
 
 
@@ -645,14 +688,10 @@ def train(cfg: TrainConfig) -> Path:
             draw_samples(run, tracker, run.start, stop)  # of the base, or those that a stopped run still owes
         for step in range(run.start, total):
             rates = rates_at(step, cfg)
-            optim.set_learning_rates(run.optimizer, rates)
             positions = run.data.sampler.batch(step)  # a function of the step
             losses = forward_backward(run, positions, step)
-            grad_norm = accelerator.clip_grad_norm_(run.trainable.values(), cfg.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            grad_norm, skipped = run.step.update(rates)
             run.ema.update(step)
-            skipped = accelerator.optimizer_step_was_skipped
             tracker.record(StepResult(step, losses.mean, grad_norm, rates, skipped, losses.parts))
 
             done = step + 1

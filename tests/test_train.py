@@ -199,7 +199,9 @@ def test_twenty_overflowed_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     def record(number: int, was_skipped: bool) -> None:
         norm = torch.tensor(float("inf") if was_skipped else 1.0)
         examples = [([Position(number, 0)], torch.tensor([0.5]))]
-        watcher.record(StepResult(number, torch.tensor(0.5), norm, [1e-4], was_skipped, examples))
+        watcher.record(
+            StepResult(number, torch.tensor(0.5), norm, [1e-4], torch.tensor(was_skipped), examples)
+        )
 
     for number, was_skipped in enumerate([True] * 19 + [False] + [True] * 19):
         record(number, was_skipped)
@@ -400,7 +402,9 @@ def test_one_process_may_train_in_one_precision_after_another(train: Callable[..
 
 def test_a_skipped_steps_gradient_is_no_number_in_the_metrics(tmp_path: Path) -> None:
     watcher = Tracker(RunFolder(tmp_path), range(1), ["a.png"], 1, logging_dir=tmp_path / "logs")
-    watcher.record(StepResult(0, torch.tensor(0.5), torch.tensor(float("inf")), [1e-4], True, []))
+    watcher.record(
+        StepResult(0, torch.tensor(0.5), torch.tensor(float("inf")), [1e-4], torch.tensor(True), [])
+    )
     watcher.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
 

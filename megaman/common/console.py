@@ -63,6 +63,7 @@ REQUIRED = frozenset(
         "jinja2",
         "numpy",
         "peft",
+        "psutil",
         "safetensors",
         "tensorboard",
         "torch",

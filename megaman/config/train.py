@@ -229,6 +229,9 @@ class PrecisionFlags:
     compile: bool = flag(
         False, "compile the UNet's blocks: a wait at first; equal to rounding, also after a resume"
     )
+    cuda_graph: bool = flag(
+        False, "record a step once and replay it as one CUDA graph: no waiting for Python between kernels"
+    )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,14 @@ class Int8Linear(nn.Linear):
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.factors, self.bias)
 
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, without a gradient."""
+        return functional.linear(x, whole(self.weight, self.factors, x.dtype), self.bias)
+
+    def gradient_to_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """Of the output's gradient (…,out): the input's, of this shape (…,in)."""
+        return (grad @ whole(self.weight, self.factors, grad.dtype)).reshape(shape)
+
 
 class Int8Conv2d(nn.Conv2d):
     """A frozen convolution whose weight (out,in,kh,kw) is int8; factors (out,1,1,1) float32."""

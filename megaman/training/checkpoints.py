@@ -122,6 +122,7 @@ def _kept(value: Tensor | float) -> Tensor:
 def restore(parameters: Parameters, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Puts a checkpoint's tensors back into parameters and optimizer. UserError (exit 7) unless each fits."""
     left = dict(tensors)
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
     for number, group in enumerate(optimizer.param_groups):
         start = _group_key(number)
         for key in [key for key in left if key.startswith(start)]:
@@ -134,20 +135,20 @@ def restore(parameters: Parameters, optimizer: Optimizer, tensors: Mapping[str, 
         parameter.copy_(value)
         moments = [key for key in left if key.partition(".")[2] == name]
         optimizer.state[parameter] = {
-            key.partition(".")[0]: _placed(left.pop(key), parameter) for key in moments
+            key.partition(".")[0]: _placed(left.pop(key), parameter, is_fused) for key in moments
         }
     if left:
         raise UserError(f"the checkpoint does not fit this adapter: nothing is named {next(iter(left))}",
                         Exit.STATE)  # fmt: skip
 
 
-def _placed(moment: Tensor, parameter: Tensor) -> Tensor | float:
-    """Where a moment belongs: Adam's step count stays a CPU tensor, plain numbers stay numbers, all else goes
-    to the parameter's device.
+def _placed(moment: Tensor, parameter: Tensor, is_fused: bool) -> Tensor | float:
+    """Where a moment belongs: Adam's step count stays a CPU tensor, unless one kernel does all of a step;
+    plain numbers stay numbers, all else goes to the parameter's device.
     """
     if moment.dtype in PLAIN_NUMBER_DTYPES:
         return moment.item()
-    return moment if moment.ndim == 0 else moment.to(parameter.device)
+    return moment if moment.ndim == 0 and not is_fused else moment.to(parameter.device)
 
 
 # ---------------------------------------------------------------- writing

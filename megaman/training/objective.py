@@ -38,6 +38,21 @@ class Batch:
     class_text_of_base: Text
     class_of: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, in an order that `of` knows."""
+        texts = (self.text, self.class_text, self.class_text_of_base)
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        own = [self.latents, self.noise, self.timesteps, self.sizes, self.class_of]
+        return [*own, *(text.states for text in texts), *pooled]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Batch":
+        """A batch of what `tensors` has given."""
+        latents, noise, timesteps, sizes, class_of, *rest = tensors
+        pooled: Sequence[Any] = rest[3:] or [None] * 3
+        texts = [Text(*both) for both in zip(rest[:3], pooled, strict=True)]
+        return cls(latents, noise, timesteps, texts[0], sizes, texts[1], texts[2], class_of)
+
 
 @dataclass(frozen=True)
 class ExampleDraw:

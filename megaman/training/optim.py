@@ -17,14 +17,26 @@ PRODIGY_SMALLEST_RATE = 0.1  # Prodigy finds the rate itself and takes ours as a
 
 
 def optimizer_of(
-    name: OptimizerName, groups: Sequence[Sequence[Tensor]], rates: Sequence[float], weight_decay: float
+    name: OptimizerName,
+    groups: Sequence[Sequence[Tensor]],
+    rates: Sequence[float],
+    weight_decay: float,
+    *,
+    recorded: bool = False,
 ) -> Optimizer:
     """The optimizer of these groups of parameters, each with its own rate. UserError (exit 2) if its package
-    is missing.
+    is missing. recorded: AdamW as a CUDA graph takes it, all its numbers in tensors on the device.
     """
     rate = rates[0]
     own: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
     parameters = [{"params": list(group), "lr": lr} for group, lr in zip(groups, rates, strict=True)]
+    if name == "adamw" and recorded:
+        device = groups[0][0].device
+        for group in parameters:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+        return torch.optim.AdamW(
+            parameters, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
+        )
     if name == "adamw":
         return torch.optim.AdamW(parameters, **own)
     if name == "adafactor":

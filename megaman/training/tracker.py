@@ -37,7 +37,7 @@ class StepResult:
     loss: Tensor  # the mean over all its examples, on all processes
     grad_norm: Tensor
     learning_rates: Sequence[float]  # the UNet's and, if they are trained, the text encoders'
-    was_skipped: bool  # by fp16's scaler, after an overflow
+    was_skipped: Tensor  # bool; by fp16's scaler, after an overflow
     examples: Sequence[tuple[Sequence[Position], Tensor]]  # this process's, with the loss of each
 
 
@@ -56,7 +56,6 @@ class SilentTracker:
         that aren't finite.
         """
         self.unread.append(step)
-        self._count_skips(step)
         done = step.number + 1
         if done % STEPS_A_LINE == 0 or done == self.total:
             self._tell(step, *self.check())
@@ -87,10 +86,13 @@ class SilentTracker:
         """
         if not self.unread:
             return 0.0, 0.0
-        numbers = [torch.stack([step.loss.float(), step.grad_norm.float()]) for step in self.unread]
+        told = [(step.loss, step.grad_norm, step.was_skipped) for step in self.unread]
+        device = told[0][0].device
+        numbers = [torch.stack([each.to(device, torch.float32) for each in three]) for three in told]
         rows = torch.stack(numbers).tolist()  # the one device wait per log line
-        for step, (loss, norm) in zip(self.unread, rows, strict=True):
-            if not math.isfinite(loss) or not (math.isfinite(norm) or step.was_skipped):
+        for step, (loss, norm, was_skipped) in zip(self.unread, rows, strict=True):
+            self._count_skips(step, bool(was_skipped))
+            if not math.isfinite(loss) or not (math.isfinite(norm) or was_skipped):
                 what = "gradient" if math.isfinite(loss) else "loss"
                 raise UserError(
                     f"the {what} is not finite at step {step.number + 1} ({self._suspects(step)}); nothing "
@@ -98,11 +100,11 @@ class SilentTracker:
                     Exit.NUMBERS,
                 )
         self.unread.clear()
-        return sum(loss for loss, _ in rows) / len(rows), rows[-1][1]
+        return sum(loss for loss, *_ in rows) / len(rows), rows[-1][1]
 
-    def _count_skips(self, step: StepResult) -> None:
+    def _count_skips(self, step: StepResult, was_skipped: bool) -> None:
         """UserError (exit 5) when fp16's scaler no longer recovers."""
-        self.skips = self.skips + 1 if step.was_skipped else 0
+        self.skips = self.skips + 1 if was_skipped else 0
         if self.skips >= SKIPS_IN_A_ROW:
             raise UserError(
                 f"{self.skips} steps in a row overflowed in fp16, up to step {step.number + 1} "

@@ -1,0 +1,246 @@
+"""A frozen UNet's convolutions and linear layers on a CPU, their weights in the order in which it computes.
+
+torch keeps a weight in its own order, and oneDNN, which computes on CPUs, lays it out at every call: that
+takes longer than the product itself where a large weight meets few latent cells. Here it is laid out once for
+each direction, and torch's copy is given up. The operators are private ones: what they make is compared with
+torch's own, to the bit, before any layer is changed. Where they are missing, no faster or not equal, torch's
+layers stay, so this changes no number.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+LEAST_GAIN = 0.04  # of a layer's time both ways: below it, the memory is worth more
+LARGEST_SHARE = 0.5  # of the memory that is free: the second copy of the weights takes no more
+FEWEST_CHANNELS = 16  # of fewer are the UNet's first and last layers, by which a base is known
+PRECISIONS = (torch.float32, torch.bfloat16)
+TRIES = 2  # of which the faster counts
+
+
+@dataclass
+class _Layouts:
+    """One weight, for both directions; opaque to all but oneDNN."""
+
+    onward: Tensor
+    back: Tensor | None = None  # for the gradient to the input: made when one is first asked for
+    plain: Tensor | None = None  # torch's own, kept where only that gives the gradient
+
+
+class _LaidOut:
+    """What both kinds of layers have in common."""
+
+    layouts: _Layouts
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in torch's order; made anew at every look, of the same bits."""
+        kept = self.layouts
+        return kept.onward.to_dense() if kept.plain is None else kept.plain
+
+    def take(self, layouts: _Layouts) -> None:
+        """Gives up torch's weight; what walks a model's parameters does not meet the layouts."""
+        layer: Any = self
+        del layer._parameters["weight"]
+        self.__dict__["layouts"] = layouts
+
+
+class LaidOutLinear(_LaidOut, nn.Linear):  # type: ignore[override]  # weight is a property here
+    """A frozen linear layer, see above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…,in) -> (…,out)."""
+        return _Product.apply(x, self)
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, without a gradient."""
+        return _linear(x, self.layouts.onward, self.bias)
+
+    def gradient_to_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """Of the output's gradient (…,out): the input's, of this shape (…,in)."""
+        kept = self.layouts
+        if kept.back is None:
+            kept.back = _linear_layout(self.weight.t().contiguous(), shape.numel() // shape[-1])
+        return _linear(grad.contiguous(), kept.back, None)
+
+
+class LaidOutConv2d(_LaidOut, nn.Conv2d):  # type: ignore[override]
+    """A frozen convolution, see above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,in,h,w) -> (B,out,h',w')."""
+        return _Product.apply(x, self)
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, without a gradient."""
+        return _conv(x, self.layouts.onward, self.bias, self)
+
+    def gradient_to_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """Of the output's gradient (B,out,h',w'): the input's, of this shape (B,in,h,w)."""
+        kept = self.layouts
+        if kept.plain is not None:
+            return conv2d_input(shape, kept.plain, grad, self.stride, self.padding)
+        if kept.back is None:
+            turned = self.weight.flip(2, 3).transpose(0, 1).contiguous()
+            kept.back = _conv_layout(turned, self, grad.shape)
+        return _conv(grad, kept.back, None, self)
+
+
+class _Product(torch.autograd.Function):
+    """Keeps nothing of the input: a frozen layer's gradient does not need it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.gradient_to_input(grad, ctx.shape), None
+
+
+# ---------------------------------------------------------------- the private operators
+
+
+def _linear_layout(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def _linear(x: Tensor, layout: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "")
+
+
+def _conv_layout(weight: Tensor, like: nn.Conv2d, shape: torch.Size) -> Tensor:
+    """A weight (out,in,k,k) laid out for inputs of this shape; others are taken too."""
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    return reorder(weight.to_mkldnn(), *_window(like), [*shape])
+
+
+def _conv(x: Tensor, layout: Tensor, bias: Tensor | None, like: nn.Conv2d) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(x, layout, bias, *_window(like), "none", [], "")
+
+
+def _window(like: Any) -> tuple[Any, ...]:
+    """A convolution's, as the operators take it."""
+    return [*like.padding], [*like.stride], [*like.dilation], like.groups
+
+
+def laid_out(layer: Any, shape: torch.Size) -> _Layouts:
+    """A layer's weight laid out for inputs of this shape."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Linear):
+        return _Layouts(_linear_layout(weight, shape.numel() // shape[-1]))
+    is_strided = max(layer.stride) > 1
+    return _Layouts(_conv_layout(weight.contiguous(), layer, shape), plain=weight if is_strided else None)
+
+
+LAID_OUT: dict[type, type] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}
+
+
+def can_be_laid_out(layer: nn.Module) -> bool:
+    """Whether a layer is a frozen one of a form that the operators know; whose gradient is a product of the
+    same form: padded by half of the window, a step of one or without a gradient of that form.
+    """
+    known: Any = layer
+    if type(layer) not in LAID_OUT or known.weight.requires_grad or known.weight.dtype not in PRECISIONS:
+        return False
+    if isinstance(layer, nn.Linear):
+        return True
+    halves = tuple(side // 2 for side in known.kernel_size)
+    is_usual = known.padding == halves and known.groups == 1 and known.dilation == (1, 1)
+    return is_usual and known.padding_mode == "zeros" and min(known.weight.shape[:2]) >= FEWEST_CHANNELS
+
+
+# ---------------------------------------------------------------- whether it gains
+
+
+@torch.no_grad()
+def lay_out(unet: nn.Module, run: Callable[[], object], keep: Collection[nn.Module] = ()) -> int:
+    """Lays out the weights of a frozen UNet's layers, where that is faster; returns how many.
+
+    run: one pass through the UNet, as in training, which shows what each layer is given. keep: layers whose
+    weights others read in each step. Layers of one form and input are measured once.
+    """
+    layers: list[Any] = [each for each in unet.modules() if can_be_laid_out(each) and each not in set(keep)]
+    free = psutil.virtual_memory().available
+    if sum(each.weight.nbytes for each in layers) > LARGEST_SHARE * free:
+        return 0
+    model: Any = unet
+    model.to(memory_format=torch.channels_last)
+    gains: dict[object, bool] = {}
+    count = 0
+    for layer, shape in _shapes(layers, run).items():
+        form = (type(layer), layer.weight.shape, getattr(layer, "stride", None), shape)
+        try:
+            layouts = laid_out(layer, shape)
+            if form not in gains:
+                gains[form] = _gains(layer, layouts, shape)
+        except (RuntimeError, NotImplementedError, AttributeError, TypeError):  # they are private, and go
+            return count
+        if gains[form]:
+            layer.__class__ = LAID_OUT[type(layer)]
+            layer.take(layouts)
+            count += 1
+    return count
+
+
+def _shapes(layers: Collection[Any], run: Callable[[], object]) -> dict[Any, torch.Size]:
+    """The shape of what each layer is given in a pass; not of those that it leaves out."""
+    shapes: dict[Any, torch.Size] = {}
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        shapes[layer] = given[0].shape
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def _gains(layer: Any, layouts: _Layouts, shape: torch.Size) -> bool:
+    """Whether the layer is faster so, both ways together, and gives the same bits."""
+    like: Any = copy.copy(layer)  # its twin, with parameters of its own
+    like._parameters = dict(layer._parameters)
+    like.__class__ = LAID_OUT[type(layer)]
+    like.take(layouts)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(layer.weight.dtype)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    plain_s, made = _timed(lambda: layer(x))
+    grad = torch.randn(made.shape, generator=generator).to(made.dtype)
+    if grad.ndim == 4:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    plain_back_s, expected = _timed(lambda: _plain_gradient(layer, grad, shape))
+    onward_s, product = _timed(lambda: like.product(x))
+    like.gradient_to_input(grad, shape)  # lays out
+    back_s, gradient = _timed(lambda: like.gradient_to_input(grad, shape))
+    is_equal = torch.equal(product, made) and torch.equal(gradient, expected)
+    return is_equal and onward_s + back_s < (1 - LEAST_GAIN) * (plain_s + plain_back_s)
+
+
+def _plain_gradient(layer: Any, grad: Tensor, shape: torch.Size) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return grad @ layer.weight
+    return conv2d_input(shape, layer.weight, grad, layer.stride, layer.padding)
+
+
+def _timed(compute: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """Seconds that it takes, of the faster try, and its result."""
+    seconds = []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        result = compute()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds), result

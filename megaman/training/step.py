@@ -1,0 +1,111 @@
+"""A training step's two halves on the device: losses with their gradients, and what is made of those."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megaman.config.train import TrainConfig
+from megaman.training import objective
+from megaman.training.graph import CudaRecorder, Replayed
+from megaman.training.objective import Batch
+from megaman.training.optim import set_learning_rates
+
+
+@dataclass
+class Step:
+    """How a run computes a step: kernel by kernel, as Python calls them."""
+
+    unet: nn.Module  # as accelerate has prepared it
+    scheduler: DDPMScheduler
+    cfg: TrainConfig
+    accelerator: Accelerator
+    trainable: Mapping[str, nn.Parameter]
+    optimizer: Optimizer
+
+    def backward(self, batch: Batch, weight: float) -> Tensor:
+        """The loss of each example (B,); the gradients of their sum, times a weight, are added up."""
+        losses, strayed = objective.training_losses(self.unet, batch, self.scheduler, self.cfg.snr_gamma or 0)
+        self.accelerator.backward(weight * (losses.sum() + self.cfg.preserve_weight * strayed.sum()))
+        return losses.detach()
+
+    def update(self, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The gradients' norm, and whether fp16's scaler left the step out; tensors of one number.
+
+        Clips the gradients, takes the optimizer's step at these rates of its groups, and clears them.
+        """
+        set_learning_rates(self.optimizer, rates)
+        norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.cfg.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, torch.tensor(self.accelerator.optimizer_step_was_skipped)
+
+    def forget(self) -> None:
+        """To be called when how the UNet computes has changed."""
+
+
+@dataclass
+class GraphedStep(Step):
+    """The same as CUDA graphs. Its optimizer is AdamW, fused, with its rates in tensors."""
+
+    def __post_init__(self) -> None:
+        recorder = CudaRecorder()
+        self.replayed_backward = Replayed(self._backward, recorder)
+        self.replayed_update = Replayed(self._update, recorder)
+        for parameter in self.trainable.values():
+            parameter.grad = torch.zeros_like(parameter)  # where all recordings add theirs
+
+    def backward(self, batch: Batch, weight: float) -> Tensor:
+        """See `Step`."""
+        (losses,) = self.replayed_backward(batch.tensors(), weight)
+        return losses
+
+    def update(self, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """See `Step`."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"].fill_(rate)
+        norm, was_skipped = self.replayed_update([])
+        return norm, was_skipped
+
+    def forget(self) -> None:
+        """See `Step`."""
+        self.replayed_backward.forget()
+
+    def _backward(self, *arguments: Any) -> list[Tensor]:
+        *tensors, weight = arguments
+        return [super().backward(Batch.of(tensors), weight)]
+
+    def _update(self) -> list[Tensor]:
+        parameters = [*self.trainable.values()]
+        optimizer: Any = self.optimizer
+        inner, scaler = optimizer.optimizer, self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(inner)
+        norm = nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm)
+        if scaler is None:
+            inner.step()
+            was_skipped = torch.zeros((), dtype=torch.bool, device=norm.device)
+        else:
+            scaler.step(inner)  # a fused optimizer looks on the device whether to step
+            scaler.update()
+            was_skipped = norm.isfinite().logical_not()
+        torch._foreach_zero_([each.grad for each in parameters if each.grad is not None])
+        return [norm, was_skipped]
+
+
+def why_no_graph(cfg: TrainConfig, accelerator: Accelerator, *, is_crowded: bool) -> str | None:
+    """Why a run can't be recorded; None if it can."""
+    reasons = {
+        "it needs an NVIDIA card": accelerator.device.type != "cuda",
+        "several processes share their gradients": accelerator.num_processes > 1,
+        "only --optimizer adamw can be": cfg.optimizer != "adamw",
+        "captions are read anew in each step (--text_encoder_lr)": cfg.text_encoder_lr > 0,
+        "--lora_dropout draws anew in each step": cfg.lora_dropout > 0,
+        "the card is too small to keep the UNet in its place": is_crowded,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
