@@ -33,7 +33,7 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -318,20 +318,29 @@ class Run:
     captions: CaptionReader
     validation_ids: Tensor  # (1+P,C,77): tokens of the empty caption, then of the validation prompts
     validation_text: Text  # what the base reads in them
-    unet: nn.Module  # base.unet as accelerate has prepared it
-    trainable: dict[str, nn.Parameter]  # the adapter's, float32
-    optimizer: Optimizer
     step: Step  # how a step is computed
     ema: EMA  # what previews draw and files hold
     origins: dict[str, Any]  # fingerprints of pictures, captions and base
     checkpoint: Checkpoint | None  # that the run resumes from
     memory: MemoryPlan
-    best: BestCheckpoint  # the smallest loss on the pictures that are held out
+    best: BestCheckpoint = field(
+        default_factory=BestCheckpoint
+    )  # the smallest loss on the pictures that are held out
 
     @property
     def folder(self) -> RunFolder:
         """Where everything goes."""
         return RunFolder(Path(self.cfg.output_dir))
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """The adapter's parameters, float32."""
+        return self.step.trainable
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """As accelerate has prepared it."""
+        return self.step.optimizer
 
     @property
     def start(self) -> int:
@@ -379,15 +388,11 @@ def set_up(cfg: TrainConfig) -> Run:
         captions=CaptionReader(encoded, base, text_encoder_stop_at(cfg) if cfg.text_encoder_lr else 0),
         validation_ids=validation_ids,
         validation_text=validation_text,
-        unet=step.unet,
-        trainable=trainable,
-        optimizer=step.optimizer,
         step=step,
         ema=EMA(trainable, cfg.ema_decay),
         origins=origins,
         checkpoint=checkpoint,
         memory=MemoryPlan(cfg.train_batch_size, cfg.gradient_checkpointing),
-        best=BestCheckpoint(),
     )
     speed_up(run)
     return run
@@ -615,7 +620,7 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
         if better is not None:
             say(better)
     tracker.close()
-    run.unet = run.base.unet  # lets go of DDP's wrapper
+    run.step.unet = run.base.unet  # lets go of DDP's wrapper
     compute.end(run.accelerator)
     return weights
 
@@ -661,7 +666,7 @@ def accumulate(run: Run, positions: Sequence[Position], step: int) -> list[tuple
     shares = micro_batches(positions, accelerator.process_index, processes, run.memory.batch)
     parts = []
     for number, share in enumerate(shares, 1):
-        with nullcontext() if number == len(shares) else accelerator.no_sync(run.unet):
+        with nullcontext() if number == len(shares) else accelerator.no_sync(run.step.unet):
             used = share or positions[:1]  # a process without a share computes one for nothing: all must meet
             if cfg.lora_dropout:
                 seed_dropout(cfg.seed, used[0].number)
