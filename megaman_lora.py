@@ -424,15 +424,11 @@ def speed_up(run: Run) -> None:
     unet = run.base.unet
     for part in run.base.parts.values():
         fused.fuse(part)
-    if run.accelerator.device.type == "cpu":
-        batch = objective.validation_batch(
-            run.encoded, 0, validation.TIMESTEPS[:1] * run.memory.batch, run.captions.now
-        )
-        onednn.lay_out(
-            unet,
-            lambda: objective.denoising_losses(unet, batch, run.base.scheduler, snr_gamma=0),
-            keep=fused.layers_read(unet),
-        )
+    if run.accelerator.device.type == "cpu" and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
+        times = validation.TIMESTEPS[:1] * run.memory.batch
+        batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
+        example = partial(objective.predictions, unet, batch, run.base.scheduler)
+        onednn.lay_out(unet, example, keep=fused.layers_read(unet))
 
 
 def load_base(

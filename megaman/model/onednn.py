@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
 LEAST_GAIN = 0.04  # of a layer's time both ways: below it, the memory is worth more
@@ -31,7 +32,6 @@ class _Layouts:
 
     onward: Tensor
     back: Tensor | None = None  # for the gradient to the input: made when one is first asked for
-    plain: Tensor | None = None  # torch's own, kept where only that gives the gradient
 
 
 class _LaidOut:
@@ -42,8 +42,8 @@ class _LaidOut:
     @property
     def weight(self) -> Tensor:
         """The weight in torch's order; made anew at every look, of the same bits."""
-        kept = self.layouts
-        return kept.onward.to_dense() if kept.plain is None else kept.plain
+        whole = self.layouts.onward.to_dense()
+        return whole.clone(memory_format=torch.channels_last) if whole.ndim == 4 else whole
 
     def take(self, layouts: _Layouts) -> None:
         """Gives up torch's weight; what walks a model's parameters does not meet the layouts."""
@@ -51,20 +51,38 @@ class _LaidOut:
         del layer._parameters["weight"]
         self.__dict__["layouts"] = layouts
 
-
-class LaidOutLinear(_LaidOut, nn.Linear):  # type: ignore[override]  # weight is a property here
-    """A frozen linear layer, see above."""
-
     def forward(self, x: Tensor) -> Tensor:
-        """(…,in) -> (…,out)."""
+        """As the class that it was made of."""
         return _Product.apply(x, self)
 
     def product(self, x: Tensor) -> Tensor:
         """As `forward`, without a gradient."""
-        return _linear(x, self.layouts.onward, self.bias)
+        return _proven(self, "product", x.shape, lambda: self._fast(x), lambda: _plain(self, x))
 
     def gradient_to_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """Of the output's gradient (…,out): the input's, of this shape (…,in)."""
+        """Of the output's gradient: the input's, of this shape."""
+        return _proven(
+            self,
+            "gradient",
+            shape,
+            lambda: self._fast_gradient(grad, shape),
+            lambda: _plain_gradient(self, grad, shape),
+        )
+
+    def _fast(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _fast_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        raise NotImplementedError
+
+
+class LaidOutLinear(_LaidOut, nn.Linear):  # type: ignore[override]
+    """A frozen linear layer, (…,in) -> (…,out); see above."""
+
+    def _fast(self, x: Tensor) -> Tensor:
+        return _linear(x, self.layouts.onward, self.bias)
+
+    def _fast_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         kept = self.layouts
         if kept.back is None:
             kept.back = _linear_layout(self.weight.t().contiguous(), shape.numel() // shape[-1])
@@ -72,21 +90,13 @@ class LaidOutLinear(_LaidOut, nn.Linear):  # type: ignore[override]  # weight is
 
 
 class LaidOutConv2d(_LaidOut, nn.Conv2d):  # type: ignore[override]
-    """A frozen convolution, see above."""
+    """A frozen convolution of single steps, (B,in,h,w) -> (B,out,h,w); see above."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,in,h,w) -> (B,out,h',w')."""
-        return _Product.apply(x, self)
-
-    def product(self, x: Tensor) -> Tensor:
-        """As `forward`, without a gradient."""
+    def _fast(self, x: Tensor) -> Tensor:
         return _conv(x, self.layouts.onward, self.bias, self)
 
-    def gradient_to_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """Of the output's gradient (B,out,h',w'): the input's, of this shape (B,in,h,w)."""
+    def _fast_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         kept = self.layouts
-        if kept.plain is not None:
-            return conv2d_input(shape, kept.plain, grad, self.stride, self.padding)
         if kept.back is None:
             turned = self.weight.flip(2, 3).transpose(0, 1).contiguous()
             kept.back = _conv_layout(turned, self, grad.shape)
@@ -97,13 +107,44 @@ class _Product(torch.autograd.Function):
     """Keeps nothing of the input: a frozen layer's gradient does not need it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: _LaidOut) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
         return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.gradient_to_input(grad, ctx.shape), None
+
+
+_PROOFS: dict[object, bool] = {}  # by form of layer, direction and input: whether the bits are torch's own
+
+
+def _form(layer: Any, what: str, shape: torch.Size) -> tuple[object, ...]:
+    """All that decides how oneDNN computes."""
+    sizes = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else _sizes(layer)
+    dtype = layer.layouts.onward.dtype
+    return (sizes, layer.bias is None, what, shape, dtype, torch.get_num_threads())
+
+
+def _sizes(layer: nn.Conv2d) -> tuple[object, ...]:
+    return layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """To the bit, and lying alike: the next operator's rounding may depend on that."""
+    return one.stride() == other.stride() and torch.equal(one, other)
+
+
+def _proven(
+    layer: _LaidOut, what: str, shape: torch.Size, fast: Callable[[], Tensor], plain: Callable[[], Tensor]
+) -> Tensor:
+    """What the faster way makes, where it is known to make torch's own bits; found out at the first call."""
+    form = _form(layer, what, shape)
+    if form not in _PROOFS:
+        made = plain()
+        _PROOFS[form] = _is_same(fast(), made)
+        return made
+    return fast() if _PROOFS[form] else plain()
 
 
 # ---------------------------------------------------------------- the private operators
@@ -138,16 +179,15 @@ def laid_out(layer: Any, shape: torch.Size) -> _Layouts:
     weight = layer.weight.detach()
     if isinstance(layer, nn.Linear):
         return _Layouts(_linear_layout(weight, shape.numel() // shape[-1]))
-    is_strided = max(layer.stride) > 1
-    return _Layouts(_conv_layout(weight.contiguous(), layer, shape), plain=weight if is_strided else None)
+    return _Layouts(_conv_layout(weight.contiguous(), layer, shape))
 
 
 LAID_OUT: dict[type, type] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}
 
 
 def can_be_laid_out(layer: nn.Module) -> bool:
-    """Whether a layer is a frozen one of a form that the operators know; whose gradient is a product of the
-    same form: padded by half of the window, a step of one or without a gradient of that form.
+    """Whether a layer is a frozen one of a form that the operators know, and whose gradient is a product of
+    the same form. A convolution that steps over cells is none: the UNet has two or three.
     """
     known: Any = layer
     if type(layer) not in LAID_OUT or known.weight.requires_grad or known.weight.dtype not in PRECISIONS:
@@ -155,11 +195,16 @@ def can_be_laid_out(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Linear):
         return True
     halves = tuple(side // 2 for side in known.kernel_size)
-    is_usual = known.padding == halves and known.groups == 1 and known.dilation == (1, 1)
+    is_usual = known.padding == halves and known.groups == 1 and known.dilation == known.stride == (1, 1)
     return is_usual and known.padding_mode == "zeros" and min(known.weight.shape[:2]) >= FEWEST_CHANNELS
 
 
 # ---------------------------------------------------------------- whether it gains
+
+
+def as_channels_last(unet: Any) -> None:
+    """Lets cells lie beside each other, channel by channel: the order for which weights are laid out."""
+    unet.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -169,12 +214,11 @@ def lay_out(unet: nn.Module, run: Callable[[], object], keep: Collection[nn.Modu
     run: one pass through the UNet, as in training, which shows what each layer is given. keep: layers whose
     weights others read in each step. Layers of one form and input are measured once.
     """
+    as_channels_last(unet)
     layers: list[Any] = [each for each in unet.modules() if can_be_laid_out(each) and each not in set(keep)]
     free = psutil.virtual_memory().available
     if sum(each.weight.nbytes for each in layers) > LARGEST_SHARE * free:
         return 0
-    model: Any = unet
-    model.to(memory_format=torch.channels_last)
     gains: dict[object, bool] = {}
     count = 0
     for layer, shape in _shapes(layers, run).items():
@@ -223,11 +267,16 @@ def _gains(layer: Any, layouts: _Layouts, shape: torch.Size) -> bool:
     if grad.ndim == 4:
         grad = grad.contiguous(memory_format=torch.channels_last)
     plain_back_s, expected = _timed(lambda: _plain_gradient(layer, grad, shape))
-    onward_s, product = _timed(lambda: like.product(x))
-    like.gradient_to_input(grad, shape)  # lays out
-    back_s, gradient = _timed(lambda: like.gradient_to_input(grad, shape))
-    is_equal = torch.equal(product, made) and torch.equal(gradient, expected)
+    onward_s, product = _timed(lambda: like._fast(x))
+    back_s, gradient = _timed(lambda: like._fast_gradient(grad, shape))
+    is_equal = _is_same(product, made) and _is_same(gradient, expected)
     return is_equal and onward_s + back_s < (1 - LEAST_GAIN) * (plain_s + plain_back_s)
+
+
+def _plain(layer: Any, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return functional.linear(x, layer.weight, layer.bias)
+    return functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
 
 
 def _plain_gradient(layer: Any, grad: Tensor, shape: torch.Size) -> Tensor:

@@ -150,11 +150,15 @@ def validation_batch(
 # ---------------------------------------------------------------- losses
 
 
+def predictions(unet: nn.Module, batch: Batch, scheduler: DDPMScheduler) -> Tensor:
+    """What the UNet predicts of each example, (B,C,h,w) float32."""
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    return _predicted(unet, noisy, batch.timesteps, batch.text, batch.sizes)
+
+
 def denoising_losses(unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
     """The weighted squared error of each example, (B,) float32."""
-    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    predicted = _predicted(unet, noisy, batch.timesteps, batch.text, batch.sizes)
-    squared = (predicted - _target(batch, scheduler)).square().mean(dim=(1, 2, 3))
+    squared = (predictions(unet, batch, scheduler) - _target(batch, scheduler)).square().mean(dim=(1, 2, 3))
     return squared * min_snr_weights(batch.timesteps, scheduler, snr_gamma)
 
 
