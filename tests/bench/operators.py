@@ -33,9 +33,9 @@ WIDTHS = {
 }  # fmt: skip  # bytes of an element, by the profiler's names of types
 VIEWS = frozenset(
     (
-        "as_strided", "view", "_unsafe_view", "_reshape_alias", "expand", "t", "transpose", "permute", "slice",
-        "select", "unsqueeze", "squeeze", "detach", "alias", "empty", "empty_strided", "empty_like", "resize_",
-        "item", "_local_scalar_dense", "is_nonzero",
+        "as_strided", "view", "_unsafe_view", "_reshape_alias", "expand", "t", "transpose", "permute",
+        "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "empty", "empty_strided", "empty_like",
+        "resize_", "item", "_local_scalar_dense", "is_nonzero",
     )
 )  # fmt: skip  # of aten: they compute nothing, or make room only
 SIDES = {"cpu": 1536, "cuda": 8192}  # of the square matrices whose product is timed
