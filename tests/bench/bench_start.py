@@ -124,9 +124,8 @@ def imports_of(setting: Setting, output: Path, flags: str) -> dict[str, Any]:
         if found is not None:
             own[found[3].split(".")[0]] += int(found[1])
             whole[found[3]] = int(found[2]) / 1e6
-    longest = sorted(
-        ((s, name) for name, s in whole.items() if name.split(".")[0] in LIBRARIES), reverse=True
-    )
+    named = [name for name in whole if name.split(".")[0] in LIBRARIES]
+    longest = sorted(named, key=lambda name: -whole[name])[:ROWS]
     return {
         "all": round(own.total() / 1e6, 2),
         "libraries": {name: round(us / 1e6, 3) for name, us in own.most_common(ROWS)},

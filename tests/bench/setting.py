@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -96,18 +97,29 @@ def setting_of(flags: argparse.Namespace) -> Setting:
 
 
 def base_at(kind: str, work: Path) -> str:
-    """A base of this name, as --pretrained_model_name takes it, written where it isn't there yet."""
+    """A base of this name, as --pretrained_model_name takes it, written where it isn't there yet by a process
+    of its own, whose memory nobody inherits.
+    """
     if kind == "embedded":
         return EMBEDDED
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    tests = ROOT / "tests"
+    build = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tests)!r}]; from bench.setting import build; "
+    build += f"build({kind!r}, {str(work)!r})"
+    told = subprocess.run([sys.executable, "-c", build], stdout=subprocess.PIPE, text=True, check=True)
+    return told.stdout.splitlines()[-1]
+
+
+def build(kind: str, work: str) -> None:
+    """Writes a base where it isn't there yet, and prints where."""
+    folder = Path(work, TINY)
     if kind == TINY:
         from tiny_models import save_tiny
 
-        folder = work / TINY
-        return str(folder if (folder / "model_index.json").exists() else save_tiny(SD1, folder))
+        print(folder if (folder / "model_index.json").exists() else save_tiny(SD1, folder))
+        return
     from bench.bench_true_size import save_random_base
 
-    return str(save_random_base(next(each for each in KINDS if each.folder == kind), work))
+    print(save_random_base(next(each for each in KINDS if each.folder == kind), Path(work)))
 
 
 def pictures_at(work: Path, count: int) -> Path:

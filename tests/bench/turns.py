@@ -28,6 +28,7 @@ import megaman_lora
 sys.argv = [{script!r}, "--serve", {settings!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
+START, TURNS = 0.55, 0.8  # shares of the time by whose end all are ready, and the last turn is over
 Answers = Mapping[str, Callable[..., Any]]
 
 
@@ -39,12 +40,17 @@ class Deadline:
     """Until when something may take; for ever, if no seconds are given."""
 
     def __init__(self, seconds: float | None) -> None:
-        self.end = math.inf if seconds is None else time.monotonic() + seconds
+        self.seconds = math.inf if seconds is None else seconds
+        self.end = time.monotonic() + self.seconds
 
     @property
     def left(self) -> float:
         """Seconds; never less than 0."""
         return max(0.0, self.end - time.monotonic())
+
+    def part(self, share: float) -> "Deadline":
+        """The deadline of a first share of it."""
+        return Deadline(self.left - (1 - share) * self.seconds if math.isfinite(self.seconds) else None)
 
 
 class Worker:
@@ -128,7 +134,9 @@ class Contest:
         self.failed: dict[str, str] = {}
 
     def start(self, starters: Mapping[str, Callable[[], Worker]], *, together: bool) -> None:
-        """Starts all, one when the one before is ready, or together."""
+        """Starts all, one when the one before is ready, or together. Who is not ready in half of the time has
+        failed.
+        """
         for name, starter in starters.items():
             self.workers[name] = starter()
             if not together:
@@ -137,7 +145,7 @@ class Contest:
             self._meet(name)
 
     def _meet(self, name: str) -> None:
-        facts = self._of(name, lambda worker: worker.answer(self.deadline))
+        facts = self._of(name, lambda worker: worker.answer(self.deadline.part(START)))
         if facts is not None:
             self.facts[name] = facts
 
@@ -157,13 +165,13 @@ class Contest:
 
     def turns(self, rounds: int, question: str, **arguments: Any) -> dict[str, list[float]]:
         """The answers of each to a question, asked in turn, round after round. Ends early, after a whole
-        round, if another would not fit into the time that is left.
+        round, if another would not fit into the time that is left for turns.
         """
         answers: dict[str, list[float]] = {name: [] for name in self.workers}
         longest = 0.0
         for _ in range(rounds):
             began = time.monotonic()
-            if self.deadline.left < 2 * longest:
+            if longest and self.deadline.part(TURNS).left < 1.5 * longest:
                 break
             for name in [*self.workers]:
                 answer = self.ask(name, question, **arguments)
