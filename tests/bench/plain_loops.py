@@ -87,7 +87,7 @@ def target_of(base: StableDiffusion, latents: Tensor, noise: Tensor, timesteps: 
     return noise
 
 
-def diffusers_loop(setting: Setting, cfg: TrainConfig) -> tuple[Step, str]:
+def diffusers_loop(setting: Setting, cfg: TrainConfig) -> tuple[Step, torch.dtype]:
     """One step of loop A, and its precision."""
     precision = "no" if setting.device == "cpu" else setting.precision
     accelerator, dtype = accelerator_of(setting, precision), DTYPES[precision]
@@ -134,7 +134,7 @@ def diffusers_loop(setting: Setting, cfg: TrainConfig) -> tuple[Step, str]:
             optimizer.zero_grad()
         loss.detach().item()
 
-    return step, precision
+    return step, dtype
 
 
 class BesideLayer(nn.Module):
@@ -160,7 +160,7 @@ class BesideLayer(nn.Module):
         return self.frozen(x) + self.up(self.down(x)) * self.multiplier * self.scale
 
 
-def kohya_loop(setting: Setting, cfg: TrainConfig) -> tuple[Step, str]:
+def kohya_loop(setting: Setting, cfg: TrainConfig) -> tuple[Step, torch.dtype]:
     """One step of loop B, and its precision: the one asked for, but that accelerate has no fp16 on a CPU."""
     precision = "bf16" if (setting.device, setting.precision) == ("cpu", "fp16") else setting.precision
     accelerator, dtype = accelerator_of(setting, precision), DTYPES[precision]
@@ -202,7 +202,7 @@ def kohya_loop(setting: Setting, cfg: TrainConfig) -> tuple[Step, str]:
             optimizer.zero_grad(set_to_none=True)
         loss.detach().item()
 
-    return step, precision
+    return step, dtype
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ import megaman_lora
 sys.argv = [{script!r}, "--serve", {settings!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
-START, TURNS = 0.55, 0.8  # shares of the time by whose end all are ready, and the last turn is over
+START, TURNS = 0.6, 0.85  # shares of the time by whose end all are ready, and the last turn is over
 Answers = Mapping[str, Callable[..., Any]]
 
 
@@ -134,8 +134,8 @@ class Contest:
         self.failed: dict[str, str] = {}
 
     def start(self, starters: Mapping[str, Callable[[], Worker]], *, together: bool) -> None:
-        """Starts all, one when the one before is ready, or together. Who is not ready in half of the time has
-        failed.
+        """Starts all, one when the one before is ready, or together. Who is not ready by START of the
+        time has failed.
         """
         for name, starter in starters.items():
             self.workers[name] = starter()
