@@ -26,7 +26,8 @@ FORMS = ("", "--cuda_graph", "--compile", "--gradient_checkpointing", "--attenti
 FLAGS = (*(f"--flags={form}" for form in FORMS), "--rounds", "6", "--steps", "5")
 CARD = ("--kind", "sd1", "--resolution", "512")
 ENDING_S = 8  # kept back to write the files, and for a part to tell what it has before it is stopped
-LEAST_S = 15  # no part begins with less
+IMPORTS_S = 12  # before a bench begins to count its own time
+LEAST_S = 30  # no part begins with less
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def started(part: Part, work: Path, limit_s: float, log: Path, device: str) -> s
     """The part's process, the first of a group of its own."""
     words = [word.replace("{work}", str(work)) for word in part.command]
     if part.can_stop:
-        words.append(f"--limit_s={limit_s - ENDING_S:.0f}")
+        words.append(f"--limit_s={max(1, limit_s - ENDING_S - IMPORTS_S):.0f}")
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     with log.open("w") as errors:
         return subprocess.Popen(
