@@ -8,6 +8,7 @@ It fixes the picture, the noise, the timestep and the dropped caption; the learn
 step. So a run that is stopped goes on to the very bits of one that was not.
 """
 
+import gc
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words of its own
@@ -29,6 +30,7 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
     with console.reported():
         CONFIG, CHOSEN = read_config(sys.argv[1:])
         first_start.answer_first_start(CONFIG, CHOSEN)
+    gc.disable()  # a fifth of the time that the imports below take is a search for garbage among modules
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -78,6 +80,10 @@ from megaman.training.schedule import (
 )
 from megaman.training.tracker import SilentTracker, StepResult, Tracker
 from megaman.training.validation import BestCheckpoint
+
+if __name__ == "__main__":
+    gc.freeze()  # modules stay
+    gc.enable()
 
 
 def with_init_lora(cfg: TrainConfig, chosen: Collection[str] = ()) -> TrainConfig:
