@@ -99,6 +99,9 @@ TENSORS = Codec(".safetensors", _read_tensors, _write_tensors)
 # ---------------------------------------------------------------- the store
 
 
+_told: set[Path | None] = set()  # folders that can't be written to, as the user knows
+
+
 class Store:
     """The cache on disk. Without a folder, nothing is remembered.
 
@@ -148,7 +151,9 @@ class Store:
             if path.exists():  # another process was quicker; Windows does not replace what is being read
                 return
             self.is_writable = False
-            say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
+            if self.folder not in _told:
+                _told.add(self.folder)
+                say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
 
     def _is_ours(self) -> bool:
         """Whether the entries' folder bears our mark. FileExistsError if it holds anything without."""

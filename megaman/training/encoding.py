@@ -139,6 +139,11 @@ class Batch:
         }
 
 
+def at_once(device: torch.device, on_card: int) -> int:
+    """How many of one size are encoded together. on_card: where there is a card."""
+    return max(1, on_card) if device.type == "cuda" else 1
+
+
 def _cut(sizes: Sequence[Any], most: Callable[[Any], int]) -> list[list[int]]:
     """The rows of equal sizes together, in their order, in parts of at most so many."""
     rows_of: dict[Any, list[int]] = {}
@@ -155,8 +160,7 @@ def _text_batches(texts: Sequence[str], base: StableDiffusion, store: Store) -> 
     digests = [remembered_digest(encoder, part, base.origin, store) for part, encoder in encoders]
     ids = [base.ids_of([text]) for text in texts]
     keys = [key_of("text", *digests, own.tolist()) for own in ids]
-    most = BATCH_TEXTS if base.device.type == "cuda" else 1
-    parts = _cut([own.shape[1] for own in ids], lambda _: most)
+    parts = _cut([own.shape[1] for own in ids], lambda _: at_once(base.device, BATCH_TEXTS))
     return [
         Batch(rows, [keys[row] for row in rows], partial(_read, [texts[row] for row in rows], base))
         for rows in parts
@@ -177,10 +181,9 @@ def _picture_batches(views: Sequence[Crop], base: StableDiffusion, store: Store)
     vae = remembered_digest(base.vae, "vae", base.origin, store)
     keys = [key_of("latents", vae, crop.key) for crop in views]
     limit = BatchLimit("take a smaller --resolution. What was encoded is kept.")
-    is_card = base.device.type == "cuda"
     parts = _cut(
         [crop.bucket for crop in views],
-        lambda size: max(1, BATCH_PX // (size.width * size.height)) if is_card else 1,
+        lambda size: at_once(base.device, BATCH_PX // (size.width * size.height)),
     )
     return [
         Batch(
