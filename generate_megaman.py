@@ -7,6 +7,7 @@ A picture is decided by its job alone (prompt, seed, size, settings, adapter, ba
 interrupted run keeps what is finished.
 """
 
+import gc
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words of its own
@@ -28,6 +29,7 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
     with console.reported():
         CONFIG = read_config(sys.argv[1:])
         gallery.answer_gallery_only(CONFIG)
+    gc.disable()  # a fifth of the time that the imports below take is a search for garbage among modules
 
 import itertools
 import time
@@ -70,6 +72,10 @@ from megaman.model.hub import canonical_name, download_adapter, is_local
 from megaman.model.prompt_syntax import has_weights, notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import notes_on_length
+
+if __name__ == "__main__":
+    gc.freeze()  # modules stay
+    gc.enable()
 
 GUIDANCE = 7.5  # where neither the user nor the adapter says another
 PIXELS_AT_ONCE = {"cuda": 2**20}  # four pictures of 512 px on a card

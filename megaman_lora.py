@@ -8,6 +8,7 @@ It fixes the picture, the noise, the timestep and the dropped caption; the learn
 step. So a run that is stopped goes on to the very bits of one that was not.
 """
 
+import gc
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words of its own
@@ -29,6 +30,7 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
     with console.reported():
         CONFIG, CHOSEN = read_config(sys.argv[1:])
         first_start.answer_first_start(CONFIG, CHOSEN)
+    gc.disable()  # a fifth of the time that the imports below take is a search for garbage among modules
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -41,6 +43,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import CLIPTokenizer
@@ -60,6 +63,7 @@ from megaman.model.memory import MemoryPlan
 from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
 from megaman.model.text import Text, notes_on_length
+from megaman.model.weights import remembered_digest
 from megaman.training import checkpoints, encoding, objective, optim, resume, validation
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.encoding import CaptionReader, EncodedDataset
@@ -77,6 +81,10 @@ from megaman.training.schedule import (
 from megaman.training.step import GraphedStep, Step, why_no_graph
 from megaman.training.tracker import SilentTracker, StepResult, Tracker
 from megaman.training.validation import BestCheckpoint
+
+if __name__ == "__main__":
+    gc.freeze()  # modules stay
+    gc.enable()
 
 
 def with_init_lora(cfg: TrainConfig, chosen: Collection[str] = ()) -> TrainConfig:
@@ -323,9 +331,8 @@ class Run:
     origins: dict[str, Any]  # fingerprints of pictures, captions and base
     checkpoint: Checkpoint | None  # that the run resumes from
     memory: MemoryPlan
-    best: BestCheckpoint = field(
-        default_factory=BestCheckpoint
-    )  # the smallest loss on the pictures that are held out
+    drawn_with: str | None  # the weights of the base, where the first previews are the base's own
+    best: BestCheckpoint = field(default_factory=BestCheckpoint)  # the smallest loss on what is held out
 
     @property
     def folder(self) -> RunFolder:
@@ -370,11 +377,11 @@ def set_up(cfg: TrainConfig) -> Run:
     buckets.check_sizes(data.dataset.buckets, cfg.side_px, base.cell_px, base.name)
     origins |= base.origins
     resume.check_resume(checkpoint, cfg, origins)
-    with accelerator.main_process_first():
-        encoded = encode_dataset(data.dataset, base, cfg).kept_for(cfg.text_encoder_lr > 0)
+    encoded = encode_dataset(data.dataset, base, cfg, accelerator).kept_for(cfg.text_encoder_lr > 0)
     origins |= encoded.origins
     resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
+    drawn_with = first_drawn_with(base, cfg) if accelerator.is_main_process and not checkpoint else None
     validation_text = place_for_training(base, cfg, validation_ids, accelerator.num_processes)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
     trainable = checkpoints.trained(base.parts)
@@ -393,6 +400,7 @@ def set_up(cfg: TrainConfig) -> Run:
         origins=origins,
         checkpoint=checkpoint,
         memory=MemoryPlan(cfg.train_batch_size, cfg.gradient_checkpointing),
+        drawn_with=drawn_with,
     )
     speed_up(run)
     return run
@@ -445,6 +453,17 @@ def load_base(
     return base, replace(cfg, snr_gamma=usual if cfg.snr_gamma is None else cfg.snr_gamma)
 
 
+def first_drawn_with(base: StableDiffusion, cfg: TrainConfig) -> str | None:
+    """A digest of the weights that the samples at step 0 are drawn with; None where an adapter has a part in
+    them already. B = 0 has none; a DoRA's lengths are rounded.
+    """
+    if cfg.init_lora is not None or cfg.use_dora:
+        return None
+    store = open_store(cfg)
+    parts = {"unet": base.unet, "vae": base.vae}
+    return key_of(*(remembered_digest(part, name, base.origin, store) for name, part in parts.items()))
+
+
 def place_for_training(
     base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor, processes: int
 ) -> Text:
@@ -480,13 +499,17 @@ def optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, record
     return optim.optimizer_of(cfg.optimizer, groups, peak_rates(cfg), cfg.weight_decay, recorded=recorded)
 
 
-def encode_dataset(dataset: MegaManDataset, base: StableDiffusion, cfg: TrainConfig) -> EncodedDataset:
-    """The dataset as latents and text states, from the cache where it was encoded before."""
+def encode_dataset(
+    dataset: MegaManDataset, base: StableDiffusion, cfg: TrainConfig, accelerator: Accelerator
+) -> EncodedDataset:
+    """The dataset as latents and text states, from the cache where it was encoded before. Several processes
+    share the work.
+    """
     store = open_store(cfg)
     crops = [dataset.crops(index) for index in range(len(dataset))]
     texts = [dataset.texts(index) for index in range(len(dataset))]
     class_texts = dataset.class_texts(cfg.preserve_class if cfg.preserve_weight else [])
-    encoded = encoding.encode(crops, texts, base, store, class_texts)
+    encoded = encoding.encode(crops, texts, base, store, class_texts, accelerator)
     say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
     store.prune()
     return encoded
@@ -598,9 +621,20 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
     if run.accelerator.is_main_process:
         cfg = run.cfg
         look = validation.Look(cfg.side_px, cfg.validation_guidance_scale, cfg.seed)
-        with run.ema.swapped_in(), at_rest(run.base.parts):
-            text = run.base.embed_ids(run.validation_ids) if run.base.encoders else run.validation_text
-            images = validation.draw_previews(run.base, text, look, step, stop)
+
+        def drawn() -> list[Image]:
+            with run.ema.swapped_in(), at_rest(run.base.parts):
+                text = run.base.embed_ids(run.validation_ids) if run.base.encoders else run.validation_text
+                return validation.draw_previews(run.base, text, look, step, stop)
+
+        if step == 0 and run.drawn_with is not None:
+            kernels = f"{cfg.attention} {cfg.compile} {cfg.base_weights}"
+            key = validation.key_of_base_previews(
+                run.drawn_with, run.base, run.validation_text, look, kernels
+            )
+            images = validation.kept_previews(key, open_store(cfg), drawn)
+        else:
+            images = drawn()
         if images:
             tracker.show_samples(step, cfg.validation_prompt, images)
 

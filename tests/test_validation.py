@@ -3,18 +3,25 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from adapted import weights_in
 from conftest import EVERY_KIND
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import megaman_lora
+from megaman.common.cache import Store
+from megaman.common.signals import StopRequest
+from megaman.model.stable_diffusion import StableDiffusion
+from megaman.model.text import Text
+from megaman.training import validation
 from megaman.training.checkpoints import STATE_FILE, latest_checkpoint
 from megaman.training.tracker import Tracker
-from megaman.training.validation import BestCheckpoint, held_out
+from megaman.training.validation import BestCheckpoint, Look, held_out
 from megaman_lora import MegaManDataset, sampler_of
 
 
@@ -140,3 +147,74 @@ def test_only_what_was_measured_at_a_checkpoint_can_be_best() -> None:
     best.note_measured(8, 0.5)
     best.note_saved(8)
     assert (best.step, best.loss) == (4, 0.3)
+
+
+# ---------------------------------------------------------------- sample pictures
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps at which sample pictures were really drawn."""
+    steps = []
+    honest = validation.draw_previews
+
+    def noted(
+        base: StableDiffusion, text: Text, look: Look, step: int, stop: StopRequest
+    ) -> list[Image.Image]:
+        steps.append(step)
+        return honest(base, text, look, step, stop)
+
+    monkeypatch.setattr(validation, "draw_previews", noted)
+    return steps
+
+
+def first_samples(weights: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((weights.parent / "samples" / "step-000000").glob("*.png"))]
+
+
+def test_the_bases_own_samples_are_drawn_once_and_come_out_the_same(
+    train: Callable[..., Path], tmp_path: Path, drawn: list[int]
+) -> None:
+    flags = ["--max_train_steps", "1", "--validation_prompt", "mega man", "a robot"]
+    flags += ["--cache_dir", str(tmp_path / "cache")]
+    first = first_samples(train(*flags))
+    assert (drawn, len(first)) == ([0, 1], 2)
+    assert first_samples(train(*flags, "--learning_rate", "1e-3", "--lora_rank", "2")) == first
+    assert drawn == [0, 1, 1]
+    assert len({*first, *first_samples(train(*flags, "--seed", "7"))}) == 4
+    assert drawn == [0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("flag", ["--use_dora", "--init_lora"])
+def test_samples_that_an_adapter_has_a_part_in_are_always_drawn(
+    train: Callable[..., Path], finished: Path, drawn: list[int], flag: str
+) -> None:
+    value = [str(finished / "lora_weights")] if flag == "--init_lora" else []
+    for _ in range(2):
+        train("--max_train_steps", "1", flag, *value)
+    assert drawn == [0, 1] * 2
+
+
+def test_whatever_decides_the_bases_samples_is_in_their_key(plain: StableDiffusion) -> None:
+    text, look = plain.embed(["", "mega man"]), Look(32, 7.5, 42)
+    other = plain.embed(["", "a robot"])
+    half = replace(plain, unet=UNet2DConditionModel.from_config(plain.unet.config).half())
+    predicts = DDPMScheduler.from_config(plain.scheduler.config, prediction_type="v_prediction")
+    cases = [
+        ("a", plain, text, look, "auto"), ("b", plain, text, look, "auto"), ("a", plain, other, look, "auto"),
+        ("a", plain, text, Look(40, 7.5, 42), "auto"), ("a", plain, text, Look(32, 5.0, 42), "auto"),
+        ("a", plain, text, Look(32, 7.5, 43), "auto"), ("a", plain, text, look, "xformers"),
+        ("a", half, text, look, "auto"), ("a", replace(plain, scheduler=predicts), text, look, "auto"),
+    ]  # fmt: skip
+    keys = [validation.key_of_base_previews(*case) for case in cases]
+    assert len({*keys}) == len(cases)
+    assert validation.key_of_base_previews(*cases[0]) == keys[0]
+
+
+def test_samples_that_were_stopped_or_found_no_memory_are_not_kept(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 6), "red")
+    answers = iter([[], [picture, picture]])
+    store = Store(tmp_path)
+    for expected in (0, 2, 2):
+        kept = validation.kept_previews("a" * 64, store, lambda: next(answers))
+        assert [each.tobytes() for each in kept] == [picture.tobytes()] * expected

@@ -99,6 +99,9 @@ TENSORS = Codec(".safetensors", _read_tensors, _write_tensors)
 # ---------------------------------------------------------------- the store
 
 
+_told: set[Path | None] = set()  # folders that can't be written to, as the user knows
+
+
 class Store:
     """The cache on disk. Without a folder, nothing is remembered.
 
@@ -111,29 +114,31 @@ class Store:
         self.is_writable = True
         self.hits = self.misses = 0
 
-    def facts(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns (JSON's types), made only if it is not there yet."""
-        return self._remembered(key, make, JSON)
+    def facts(self, key: str, make: Callable[[], Any], *, is_counted: bool = True) -> Any:
+        """What `make` returns (JSON's types), made only if it is not there yet. Nothing (None, empty) is not
+        kept.
+        """
+        return self._remembered(key, make, JSON, is_counted)
 
-    def tensors(self, key: str, make: Callable[[], dict[str, T]]) -> dict[str, T]:
-        """What `make` returns, made only if it is not there yet. On the CPU."""
-        return self._remembered(key, make, TENSORS)
+    def tensors(self, key: str, make: Callable[[], dict[str, T]], *, is_counted: bool = True) -> dict[str, T]:
+        """What `make` returns, made only if it is not there yet. On the CPU. No tensors are not kept."""
+        return self._remembered(key, make, TENSORS, is_counted)
 
-    def _remembered(self, key: str, make: Callable[[], Any], codec: Codec) -> Any:
+    def _remembered(self, key: str, make: Callable[[], Any], codec: Codec, is_counted: bool) -> Any:
         if self.entries is None:
             return make()
         path = self.entries / key[:2] / f"{key}{codec.suffix}"
         try:
             found = codec.read(path)
         except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain
-            self.misses += 1
+            self.misses += is_counted
         else:
             with contextlib.suppress(OSError):  # another user's
                 os.utime(path)  # what is used stays longest
-            self.hits += 1
+            self.hits += is_counted
             return found
         made = make()
-        if self.is_writable:
+        if made and self.is_writable:
             self._keep(path, made, codec)
         return made
 
@@ -146,7 +151,9 @@ class Store:
             if path.exists():  # another process was quicker; Windows does not replace what is being read
                 return
             self.is_writable = False
-            say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
+            if self.folder not in _told:
+                _told.add(self.folder)
+                say(f"cache: {self.folder} can't be written to ({error.strerror}); nothing new is kept")
 
     def _is_ours(self) -> bool:
         """Whether the entries' folder bears our mark. FileExistsError if it holds anything without."""

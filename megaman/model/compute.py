@@ -3,17 +3,22 @@ accelerate.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, KwargsHandler
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object
 from diffusers import UNet2DConditionModel
 
-from megaman.common.console import Exit, UserError, say
+from megaman.common.console import Exit, UserError, is_out_of_memory, say
 from megaman.config.train import Attention
+
+T = TypeVar("T")
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -51,6 +56,13 @@ def _has_nvidia_card() -> bool:
 
 def _cuda_remedy() -> str:
     return "README, «Windows with an NVIDIA card», has the line that installs torch with CUDA."
+
+
+def digits_of(device: torch.device) -> str:
+    """What decides a computation's last digits beside its numbers: libraries, device and threads."""
+    is_card = device.type == "cuda"
+    kind = torch.cuda.get_device_name(device) if is_card else torch.backends.cpu.get_cpu_capability()
+    return f"{torch.__version__} {diffusers.__version__} {device.type} {kind} {torch.get_num_threads()}"
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -115,6 +127,37 @@ def is_agreed(asked: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return asked
     return accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item() > 0
+
+
+def said_by_all(fact: T, accelerator: Accelerator | None) -> list[T]:
+    """What each process says, in their order. Several wait for each other here."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return [fact]
+    return gather_object([fact])
+
+
+@contextmanager
+def failing_together(accelerator: Accelerator | None) -> Iterator[None]:
+    """Inside the block a process may fail alone, by a UserError or for want of memory: then all of them end,
+    with its exit code, and the first one says why. Several wait for each other at its end.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        yield
+        return
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = (error.problems, error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = ((f"process {accelerator.process_index} is out of memory",), Exit.RESOURCES)
+    problems = [each for each in said_by_all(problem, accelerator) if each is not None]
+    if problems:
+        if accelerator.is_main_process:
+            raise UserError(*problems[0])
+        raise SystemExit(problems[0][1])
 
 
 # ---------------------------------------------------------------- kernels

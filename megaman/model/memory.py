@@ -186,10 +186,18 @@ def is_crowded(base: StableDiffusion, pixels: int) -> bool:
     return card is not None and size / GIB + DECODING_GIB * pixels / 2**20 > LARGEST_SHARE * card
 
 
-class BatchLimit:
-    """How many pictures are drawn at a time: as many as wanted, until memory runs out."""
+SMALLER_PICTURES = (
+    "take smaller ones (--height and --width) or half precision (--mixed_precision fp16). What was drawn is "
+    "kept."
+)
 
-    def __init__(self) -> None:
+
+class BatchLimit:
+    """How many pictures are drawn, or encoded, at a time: as many as wanted, until memory runs out."""
+
+    def __init__(self, remedy: str = SMALLER_PICTURES) -> None:
+        """remedy: what to tell the user when there is no room for a single one."""
+        self.remedy = remedy
         self.pixels: int | None = None  # at a time, once more were known to be too many
 
     def drawn(self, batch: Sequence[S], draw: Callable[[Sequence[S]], list[T]], pixels: int) -> list[T]:
@@ -209,10 +217,6 @@ class BatchLimit:
 
     def _halve(self, count: int, pixels: int) -> None:
         if count == 1:
-            raise UserError(
-                "out of memory with one picture at a time; take smaller ones (--height and --width) or half "
-                "precision (--mixed_precision fp16). What was drawn is kept.",
-                Exit.RESOURCES,
-            )
+            raise UserError(f"out of memory with one picture at a time; {self.remedy}", Exit.RESOURCES)
         self.pixels = count // 2 * pixels
         say(f"memory ran out with {count} pictures at a time: {count // 2} now; they come out the same")

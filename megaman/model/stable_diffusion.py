@@ -41,6 +41,7 @@ from megaman.model.prediction import Prediction
 from megaman.model.single_file import kind_in, load_file
 from megaman.model.text import Text, ids_of, read, weighted, weighted_ids_of, widths_of
 from megaman.model.tokenizer import clip_tokenizer
+from megaman.model.weights import Origin
 
 
 @dataclass
@@ -55,6 +56,7 @@ class StableDiffusion:
     tokenizer: CLIPTokenizer  # one for all encoders
     scheduler: DDPMScheduler
     device: torch.device  # where it computes; parts that are not needed there lie on the CPU
+    origin: Origin | None = None  # the files of its weights
     max_chunks: int = 1  # of 75 tokens, that are read of a text
     reads_weights: bool = False  # A1111's (word:1.3) and [word] in texts
     is_crowded: bool = False  # whether the device holds hardly more than one part at a time
@@ -279,14 +281,12 @@ def load_base(
     UserError (exit 4) if it can't. flag: how the user names another. wanted: what its UNet predicts, if the
     user knows better than what is found out.
     """
-    pipeline, file = _load_pipeline(name, dtype, flag)
+    pipeline, origin = _load_pipeline(name, dtype, flag)
     _check_parts(name, pipeline)
     kind = kind_of_config(pipeline.unet.config)
     encoders = {encoder.part: getattr(pipeline, encoder.part) for encoder in kind.encoders}
-    for part, precision in ((pipeline.vae, torch.float32), (pipeline.unet, dtype)):
-        part.requires_grad_(False).eval().to(precision)
-    for encoder in encoders.values():
-        encoder.requires_grad_(False).eval().to(dtype)
+    for part in (pipeline.vae, pipeline.unet, *encoders.values()):
+        part.requires_grad_(False).eval().to(torch.float32 if part is pipeline.vae else dtype)
     if device.type == "cpu" and dtype == torch.bfloat16:
         pipeline.unet.to(memory_format=torch.channels_last)  # bfloat16 is several times slower without it
     base = StableDiffusion(
@@ -298,14 +298,14 @@ def load_base(
         tokenizer=_own_tokenizer(pipeline.tokenizer, kind),
         scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
         device=device,
+        origin=origin,
     )
-    found = _prediction_of(base, file, wanted)
-    base.scheduler = prediction.corrected(base.scheduler.config, found)
+    base.scheduler = prediction.corrected(base.scheduler.config, _prediction_of(base, origin.source, wanted))
     return base
 
 
-def _prediction_of(base: StableDiffusion, file: Path | None, wanted: PredictionType) -> Prediction:
-    """What the base predicts: by the user's word, by its files, or by asking it."""
+def _prediction_of(base: StableDiffusion, source: Path, wanted: PredictionType) -> Prediction:
+    """What the base predicts: by the user's word, by its folder or file, or by asking it."""
 
     def ask() -> str | None:
         base.place(*base.encoders)
@@ -315,8 +315,8 @@ def _prediction_of(base: StableDiffusion, file: Path | None, wanted: PredictionT
         sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=base.device)
         return prediction.asked(base.unet, text.states, base.scheduler, conditions(text, sizes))
 
-    config = base.scheduler.config
-    stated = prediction.stated_in_scheduler(config) if file is None else prediction.stated_in_file(file)
+    of_file, of_folder = prediction.stated_in_file, prediction.stated_in_scheduler
+    stated = of_file(source) if source.is_file() else of_folder(base.scheduler.config)
     return prediction.decide(stated, wanted, ask)
 
 
@@ -412,8 +412,8 @@ def _refuse_parts(name: str, folder: Path) -> None:
         raise UserError(f"{name}: is {told}. {ANOTHER_BASE}", Exit.MODEL)
 
 
-def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionPipeline, Path | None]:
-    """The parts of a base, and the single file that they come from, if they do."""
+def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionPipeline, Origin]:
+    """The parts of a base, and the folder or single file that they come from."""
     diffusers_logging.disable_progress_bar()  # of loading only: the bars of a download stay
     transformers_logging.disable_progress_bar()
     if name in MOVED:
@@ -428,12 +428,14 @@ def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionP
         kind = kind_in(source) if source.is_file() else None
     try:
         if isinstance(source, Path) and kind is not None:
-            return load_file(source, kind, dtype), source
+            origin = Origin(source)
+            return load_file(source, kind, dtype), origin
         with contextlib.suppress(FileNotFoundError):  # of which loading tells more
             _refuse_pipeline(name, small_json(name, "model_index.json"))
         folder = source if isinstance(source, Path) else _download(source)
         _refuse_parts(name, folder)
         kind = kind_of_config(_config(folder, "unet"))
+        origin = Origin(folder)
         loaded = pipeline_class(kind).from_pretrained(
             str(folder),
             torch_dtype={"vae": torch.float32, "default": dtype},
@@ -441,7 +443,7 @@ def _load_pipeline(name: str, dtype: torch.dtype, flag: str) -> tuple[DiffusionP
             **known_to(kind, {}),
             **_variant_parts(folder),
         )
-        return loaded, None
+        return loaded, origin
     except UserError:
         raise
     except Exception as error:  # diffusers, the hub, safetensors and tokenizers raise what they like

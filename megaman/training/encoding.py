@@ -1,21 +1,26 @@
 """Encoding the dataset with the base's VAE and text encoder, each thing once."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from megaman.common.cache import Store, key_of
 from megaman.common.console import Exit, UserError
 from megaman.data.buckets import Crop
+from megaman.model.compute import failing_together, said_by_all
+from megaman.model.memory import BatchLimit
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
+from megaman.model.weights import remembered_digest
 
+BATCH_PX = 2**20  # encoded at a time on a card, which must hold a picture of 1024 x 1024 anyway
+BATCH_TEXTS = 32
+Entry = dict[str, Tensor]  # of the store
 CHUNKS = "chunks of 75 tokens that are read of captions"  # one of a run's origins
 
 
@@ -68,27 +73,27 @@ def encode(
     base: StableDiffusion,
     store: Store,
     class_captions: Sequence[Sequence[str]] = (),
+    accelerator: Accelerator | None = None,
 ) -> EncodedDataset:
     """Encodes the pictures' crops and captions with the base's VAE and text encoders, equal ones once, first
-    the captions; reads what the store has.
+    the captions; reads what the store has. The processes of an accelerator share the work.
 
     For each of N pictures: its crops, its caption's variants, its class captions.
-    UserError (exit 5) on a non-finite latent.
+    UserError (exit 5) on a non-finite latent, (exit 6) where memory is too small for one picture.
     """
     all_texts, text_rows = _each_once([[""], *captions, *class_captions], str)
     ids = base.ids_of(all_texts)
-    text = _encoded_texts(all_texts, ids.shape[1], base, store)
     views, crop_rows = _each_once(crops, lambda crop: crop.key)
-    vae = _weights_digest(base.vae)
+    texts = _text_batches(all_texts, base, store)
+    pictures = _picture_batches(views, base, store)
+    found = _entries(texts, pictures, store, accelerator)
+    latents = _in_order(pictures, found)
     scaling = base.vae.config.scaling_factor
-    latents = [
-        store.tensors(key_of("latents", vae, crop.key), partial(_posterior, crop, base)) for crop in views
-    ]
     return EncodedDataset(
         [(entry["mean"] * scaling).to(base.device) for entry in latents],
         [(entry["std"] * scaling).to(base.device) for entry in latents],
         torch.tensor([crop.sizes for crop in views], dtype=torch.float32, device=base.device),
-        text,
+        _text_of(_in_order(texts, found), ids.shape[1], base),
         ids,
         crop_rows,
         text_rows[1 : 1 + len(captions)],
@@ -96,30 +101,151 @@ def encode(
     )
 
 
-def _encoded_texts(texts: Sequence[str], chunks: int, base: StableDiffusion, store: Store) -> Text:
+def _text_of(entries: Sequence[Entry], chunks: int, base: StableDiffusion) -> Text:
     """The texts as the base reads them, each in its own number of chunks, filled up with empty ones."""
-    digests = [_weights_digest(encoder) for encoder in base.encoders.values()]
-    rows = []
-    for text in texts:
-        own = base.ids_of([text])
-        key = key_of("text", *digests, own.tolist())
-        rows.append(store.tensors(key, partial(_read, text, base)))
-    empty = rows[0]["states"]  # of one chunk
+    empty = entries[0]["states"]  # of one chunk
     states = [
-        torch.cat([row["states"], *[empty] * (chunks - len(row["states"]) // len(empty))]) for row in rows
+        torch.cat([entry["states"], *[empty] * (chunks - len(entry["states"]) // len(empty))])
+        for entry in entries
     ]
-    pooled = torch.stack([row["pooled"] for row in rows]) if "pooled" in rows[0] else None
+    pooled = torch.stack([entry["pooled"] for entry in entries]) if "pooled" in entries[0] else None
     return Text(torch.stack(states), pooled).to(base.device, base.unet.dtype)
 
 
-def _read(caption: str, base: StableDiffusion) -> dict[str, Tensor]:
-    """One text's, float32 on the CPU: states (L,D), pooled (P,) where the base reads it."""
+# ---------------------------------------------------------------- batches
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size, or texts of one length, that are encoded together.
+
+    A card's last digits depend on how many it computes at once. So batches are cut from all that a dataset
+    holds, whatever the store has of it and whoever encodes them. On a CPU each picture, each text is alone:
+    there the digits depend on it too, and several at once are no faster.
+    """
+
+    rows: Sequence[int]  # of its members, among all
+    keys: Sequence[str]
+    encode: Callable[[], list[Entry]]
+
+    def entries(self, store: Store, *, is_counted: bool) -> dict[str, Entry]:
+        """What is kept of each, by its key. All are encoded if the store lacks one."""
+        made = cache(self.encode)
+
+        def member(place: int) -> Entry:
+            return made()[place]
+
+        return {
+            key: store.tensors(key, partial(member, place), is_counted=is_counted)
+            for place, key in enumerate(self.keys)
+        }
+
+
+def at_once(device: torch.device, on_card: int) -> int:
+    """How many of one size are encoded together. on_card: where there is a card."""
+    return max(1, on_card) if device.type == "cuda" else 1
+
+
+def _cut(sizes: Sequence[Any], most: Callable[[Any], int]) -> list[list[int]]:
+    """The rows of equal sizes together, in their order, in parts of at most so many."""
+    rows_of: dict[Any, list[int]] = {}
+    for row, size in enumerate(sizes):
+        rows_of.setdefault(size, []).append(row)
+    parts = []
+    for size, rows in rows_of.items():
+        parts += [rows[start : start + most(size)] for start in range(0, len(rows), most(size))]
+    return parts
+
+
+def _text_batches(texts: Sequence[str], base: StableDiffusion, store: Store) -> list[Batch]:
+    encoders = base.encoders.items()
+    digests = [remembered_digest(encoder, part, base.origin, store) for part, encoder in encoders]
+    ids = [base.ids_of([text]) for text in texts]
+    keys = [key_of("text", *digests, own.tolist()) for own in ids]
+    parts = _cut([own.shape[1] for own in ids], lambda _: at_once(base.device, BATCH_TEXTS))
+    return [
+        Batch(rows, [keys[row] for row in rows], partial(_read, [texts[row] for row in rows], base))
+        for rows in parts
+    ]
+
+
+def _read(captions: Sequence[str], base: StableDiffusion) -> list[Entry]:
+    """Of each text of a batch, float32 on the CPU: states (L,D), pooled (P,) where the base reads it."""
     base.place(*base.encoders)
-    text = base.embed([caption])
-    pooled = {} if text.pooled is None else {"pooled": text.pooled[0].float().cpu()}
-    return {"states": text.states[0].float().cpu(), **pooled}
+    text = base.embed(captions).to("cpu", torch.float32)
+    entries = [{"states": states} for states in text.states]
+    if text.pooled is not None:
+        entries = [entry | {"pooled": pooled} for entry, pooled in zip(entries, text.pooled, strict=True)]
+    return entries
 
 
+def _picture_batches(views: Sequence[Crop], base: StableDiffusion, store: Store) -> list[Batch]:
+    vae = remembered_digest(base.vae, "vae", base.origin, store)
+    keys = [key_of("latents", vae, crop.key) for crop in views]
+    limit = BatchLimit("take a smaller --resolution. What was encoded is kept.")
+    parts = _cut(
+        [crop.bucket for crop in views],
+        lambda size: at_once(base.device, BATCH_PX // (size.width * size.height)),
+    )
+    return [
+        Batch(
+            rows, [keys[row] for row in rows], partial(_posteriors, [views[row] for row in rows], base, limit)
+        )
+        for rows in parts
+    ]
+
+
+def _posteriors(crops: Sequence[Crop], base: StableDiffusion, limit: BatchLimit) -> list[Entry]:
+    """Of each crop of a batch, float32 on the CPU: mean and std (C,h,w). With fewer at a time where memory
+    runs out.
+    """
+    base.place("vae")
+    size = crops[0].bucket
+    return limit.drawn(crops, partial(_encoded, base), size.width * size.height)
+
+
+def _encoded(base: StableDiffusion, crops: Sequence[Crop]) -> list[Entry]:
+    pixels = torch.stack([crop.pixels() for crop in crops])
+    with torch.no_grad():
+        latent = base.vae.encode(pixels.to(base.vae.device, torch.float32)).latent_dist
+    means, stds = latent.mean.cpu(), latent.std.cpu()
+    for crop, *tensors in zip(crops, means, stds, strict=True):
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise UserError(
+                f"the VAE makes non-finite latents of {crop.path}; remove it or use another base model",
+                Exit.NUMBERS,
+            )
+    return [{"mean": mean, "std": std} for mean, std in zip(means, stds, strict=True)]
+
+
+def _entries(
+    texts: Sequence[Batch], pictures: Sequence[Batch], store: Store, accelerator: Accelerator | None
+) -> dict[str, Entry]:
+    """What is kept of all, by key. Of several processes each encodes its share and takes from the store what
+    the others have put there; what they couldn't put there it encodes too.
+
+    The store counts what all of them found, and what they missed.
+    """
+    rank, processes = (
+        (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    )
+    found: dict[str, Entry] = {}
+    with failing_together(accelerator):
+        for batch in (*texts[rank::processes], *pictures[rank::processes]):  # each moves parts once
+            found |= batch.entries(store, is_counted=True)
+    counts = said_by_all((store.hits, store.misses), accelerator)
+    store.hits, store.misses = (sum(each) for each in zip(*counts, strict=True))
+    for batch in (*texts, *pictures):
+        if not found.keys() >= set(batch.keys):
+            found |= batch.entries(store, is_counted=False)
+    return found
+
+
+def _in_order(batches: Sequence[Batch], found: Mapping[str, Entry]) -> list[Entry]:
+    """What is kept of each, as they came before they were put into batches."""
+    keys = {row: key for batch in batches for row, key in zip(batch.rows, batch.keys, strict=True)}
+    return [found[keys[row]] for row in range(len(keys))]
+
+
+# ---------------------------------------------------------------- captions in a step
 class CaptionReader:
     """How captions are read while it trains: as they were encoded, or anew by encoders in training."""
 
@@ -144,33 +270,6 @@ class CaptionReader:
         if not self.trained_until:
             return self.encoded.text[rows]
         return self.base.read(self.encoded.ids[rows])
-
-
-def _posterior(crop: Crop, base: StableDiffusion) -> dict[str, Tensor]:
-    base.place("vae")
-    with torch.no_grad():
-        latent = base.vae.encode(crop.pixels()[None].to(base.vae.device, torch.float32)).latent_dist
-    made = {"mean": latent.mean[0].cpu(), "std": latent.std[0].cpu()}
-    if not all(tensor.isfinite().all() for tensor in made.values()):
-        raise UserError(
-            f"the VAE makes non-finite latents of {crop.path}; remove it or use another base model",
-            Exit.NUMBERS,
-        )
-    return made
-
-
-def _weights_digest(module: Any) -> str:
-    """Of every bit that decides what a model of diffusers or transformers computes: weights, precision,
-    config.
-    """
-    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-    fixed = {name: value for name, value in config.items() if name[0] != "_" and "version" not in name}
-    total = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(raw.numpy())
-    return total.hexdigest()
 
 
 def _each_once(

@@ -1,16 +1,20 @@
 """What is looked at while it trains: the loss on pictures that are kept out, and sample pictures."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
+from megaman.common.cache import Store, key_of
 from megaman.common.console import UserError, is_out_of_memory, listed, one_line, say
 from megaman.common.output_folder import RunFolder
 from megaman.common.signals import StopRequest
+from megaman.model.compute import digits_of
 from megaman.model.drawing import as_settings, draw, pipeline_of
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
@@ -95,6 +99,32 @@ def draw_previews(base: StableDiffusion, text: Text, look: Look, step: int, stop
         say(f"note: no preview at step {step}: not enough memory for it; the training goes on")
         return []
     return [] if stop else images
+
+
+RECIPE = 1  # raised whenever previews are drawn in another way, which changes a digit
+
+
+def key_of_base_previews(weights: str, base: StableDiffusion, text: Text, look: Look, kernels: str) -> str:
+    """The key in the store of what `draw_previews` makes of a base without an adapter: all that decides a
+    digit of it.
+
+    weights: a digest of the UNet's and the VAE's. kernels: what the user has chosen of them.
+    """
+    states = [each.float().cpu().numpy().tobytes() for each in (text.states, text.pooled) if each is not None]
+    precision = (base.unet.dtype, json.dumps(dict(base.scheduler.config), sort_keys=True, default=str))
+    return key_of(
+        "previews", RECIPE, SAMPLE_STEPS, weights, *states, look, *precision, kernels, digits_of(base.device)
+    )
+
+
+def kept_previews(key: str, store: Store, drawn: Callable[[], list[Image]]) -> list[Image]:
+    """The pictures that `drawn` returns, made only if the store hasn't got them yet."""
+
+    def tensors() -> dict[str, torch.Tensor]:
+        return {f"{number:03}": torch.from_numpy(np.array(image)) for number, image in enumerate(drawn())}
+
+    kept = store.tensors(key, tensors, is_counted=False)
+    return [fromarray(kept[name].numpy()) for name in sorted(kept)]
 
 
 def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> list[Image]:

@@ -254,7 +254,7 @@ def tripwire(place: str, number: int, when: str) -> Prepare:
 
 PHASES = {
     "scan": ("megaman.data.scan:scan", 1, "before"),
-    "cache": ("megaman.training.encoding:_posterior", 3, "after"),
+    "cache": ("megaman.training.encoding:_posteriors", 3, "after"),
     "encoded": ("megaman.training.encoding:encode", 1, "after"),
     "lock": ("megaman.training.resume:claim", 1, "after"),
     "step": ("megaman_lora:accumulate", 5, "before"),
