@@ -32,7 +32,7 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -63,7 +63,6 @@ from megaman.model.text import Text, notes_on_length
 from megaman.training import checkpoints, encoding, objective, optim, resume, validation
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.encoding import CaptionReader, EncodedDataset
-from megaman.training.objective import TrainedParts
 from megaman.training.optim import EMA
 from megaman.training.sampler import Position, Sampler, generator_of, micro_batches, seed_dropout
 from megaman.training.schedule import (
@@ -317,7 +316,6 @@ class Run:
     captions: CaptionReader
     validation_ids: Tensor  # (1+P,C,77): tokens of the empty caption, then of the validation prompts
     validation_text: Text  # what the base reads in them
-    unet: nn.Module  # base.unet as accelerate has prepared it
     trainable: dict[str, nn.Parameter]  # the adapter's, float32
     optimizer: Optimizer
     ema: EMA  # what previews draw and files hold
@@ -345,7 +343,7 @@ class Run:
 def set_up(cfg: TrainConfig) -> Run:
     """Everything before the first step, what is quick and may fail before what is slow. Writes nothing."""
     memory.keep_freed_memory()
-    accelerator, dtype = compute.start(cfg.mixed_precision, rests=cfg.text_encoder_stop < 1)
+    accelerator, dtype = compute.start(cfg.mixed_precision)
     compute.try_out(cfg.attention, cfg.compile, accelerator.device)
     checkpoint = resume.checkpoint_of(cfg.resume_from_checkpoint, RunFolder(Path(cfg.output_dir)))
     init = init_lora.init_of(cfg)
@@ -364,11 +362,12 @@ def set_up(cfg: TrainConfig) -> Run:
     origins |= encoded.origins
     resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
-    validation_text = place_for_training(base, cfg, validation_ids, accelerator.num_processes)
+    validation_text = place_for_training(base, cfg, validation_ids)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
     compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
     trainable = checkpoints.trained(base.parts)
-    unet, optimizer = accelerator.prepare(trained_parts(base), optimizer_of(trainable, cfg))
+    for part in base.parts.values():
+        part.train()
     return Run(
         cfg=cfg,
         accelerator=accelerator,
@@ -378,9 +377,8 @@ def set_up(cfg: TrainConfig) -> Run:
         captions=CaptionReader(encoded, base, text_encoder_stop_at(cfg) if cfg.text_encoder_lr else 0),
         validation_ids=validation_ids,
         validation_text=validation_text,
-        unet=unet,
         trainable=trainable,
-        optimizer=optimizer,
+        optimizer=accelerator.prepare(optimizer_of(trainable, cfg)),
         ema=EMA(trainable, cfg.ema_decay),
         origins=origins,
         checkpoint=checkpoint,
@@ -403,28 +401,17 @@ def load_base(
     return base, replace(cfg, snr_gamma=usual if cfg.snr_gamma is None else cfg.snr_gamma)
 
 
-def place_for_training(
-    base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor, processes: int
-) -> Text:
-    """Reads the validation prompts' tokens, and leaves on the device what a step needs. Several processes
-    share gradients through parameters that may not be moved again.
-    """
+def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor) -> Text:
+    """Reads the validation prompts' tokens, and leaves on the device what a step needs."""
     base.place(*base.encoders)
     text = base.embed_ids(validation_ids)
     if not cfg.text_encoder_lr:
         base.drop_encoders()
     if cfg.base_weights == "int8":
         store_in_int8(base.unet)
-    base.is_crowded = processes == 1 and memory.is_crowded(base, cfg.side_px**2)
+    base.is_crowded = memory.is_crowded(base, cfg.side_px**2)
     base.place(*base.parts)
     return text
-
-
-def trained_parts(base: StableDiffusion) -> nn.Module:
-    """What accelerate is to prepare: the UNet, and text encoders in training with it."""
-    for part in base.parts.values():
-        part.train()
-    return TrainedParts(base.unet, [*base.encoders.values()]) if base.encoders else base.unet
 
 
 def optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig) -> Optimizer:
@@ -572,7 +559,6 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
         if better is not None:
             say(better)
     tracker.close()
-    run.unet = run.base.unet  # lets go of DDP's wrapper
     compute.end(run.accelerator)
     return weights
 
@@ -580,52 +566,57 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
 # ---------------------------------------------------------------- the loop
 
 
+Parts = list[tuple[Sequence[Position], Tensor]]  # of a step, each with its losses (B,)
+
+
 @dataclass(frozen=True)
 class StepLosses:
-    """What a step's examples cost: the parts that this process computed, each with its losses (B,), and the
-    mean over all examples, on all processes.
+    """What a step's examples cost: the parts that this process computed, and the mean over all examples, on
+    all processes.
     """
 
-    parts: list[tuple[Sequence[Position], Tensor]]
+    parts: Parts
     mean: Tensor
 
 
 def forward_backward(run: Run, positions: Sequence[Position], step: int) -> StepLosses:
-    """Forward, loss and backward of a step's examples, in parts that fit into memory: the gradients add up.
+    """Forward, loss and backward of a step's examples, in parts that fit into memory: the gradients add up,
+    over all processes too.
 
-    With less at a time where memory runs out; of one process only: others would wait for the one that
-    retries.
+    With less at a time where memory runs out, in all processes if in one.
     """
+    accelerator = run.accelerator
+
+    def attempt() -> tuple[Parts, list[Tensor], Tensor | None]:
+        parts = accumulate(run, positions, step)
+        total = torch.stack([losses.sum() for _, losses in parts]).sum()
+        gradients = [each.grad for each in run.trainable.values() if each.grad is not None]
+        shared = [*gradients, total]
+        return parts, shared, compute.side_by_side(shared, accelerator)
 
     def shrink() -> None:
         run.memory.shrink(step)
         apply_memory_plan(run)
 
-    if run.accelerator.num_processes > 1:
-        parts = accumulate(run, positions, step)
-    else:
-        parts = memory.retry_with_less_memory(lambda: accumulate(run, positions, step), shrink)
-    total = torch.stack([losses.sum() for _, losses in parts]).sum()
-    return StepLosses(parts, run.accelerator.reduce(total, "sum") / len(positions))
+    is_agreed = partial(compute.is_agreed, accelerator=accelerator)
+    parts, shared, row = memory.retry_with_less_memory(attempt, shrink, is_agreed)
+    compute.add_up(shared, row)
+    return StepLosses(parts, shared[-1] / len(positions))
 
 
-def accumulate(run: Run, positions: Sequence[Position], step: int) -> list[tuple[Sequence[Position], Tensor]]:
-    """One pass over this process's parts of a step; the last one lets the processes share their gradients."""
+def accumulate(run: Run, positions: Sequence[Position], step: int) -> Parts:
+    """One pass over this process's parts of a step, of which it has at least one."""
     cfg, accelerator, scheduler = run.cfg, run.accelerator, run.base.scheduler
     text_of = partial(run.captions.for_step, step)
-    processes = accelerator.num_processes
-    shares = micro_batches(positions, accelerator.process_index, processes, run.memory.batch)
+    shares = micro_batches(positions, accelerator.process_index, accelerator.num_processes, run.memory.batch)
     parts = []
-    for number, share in enumerate(shares, 1):
-        with nullcontext() if number == len(shares) else accelerator.no_sync(run.unet):
-            used = share or positions[:1]  # a process without a share computes one for nothing: all must meet
-            if cfg.lora_dropout:
-                seed_dropout(cfg.seed, used[0].number)
-            batch = objective.make_batch(used, run.encoded, cfg, scheduler, text_of)
-            losses, strayed = objective.training_losses(run.unet, batch, scheduler, cfg.snr_gamma or 0)
-            weight = processes / len(positions) if share else 0.0  # times processes, because DDP averages
-            accelerator.backward(weight * (losses.sum() + cfg.preserve_weight * strayed.sum()))
-        parts.append((share, losses.detach()[: len(share)]))
+    for share in filter(None, shares):  # a process may go without in the last one
+        if cfg.lora_dropout:
+            seed_dropout(cfg.seed, share[0].number)
+        batch = objective.make_batch(share, run.encoded, cfg, scheduler, text_of)
+        losses, strayed = objective.training_losses(run.base.unet, batch, scheduler, cfg.snr_gamma or 0)
+        accelerator.backward(1 / len(positions) * (losses.sum() + cfg.preserve_weight * strayed.sum()))
+        parts.append((share, losses.detach()))
     return parts
 
 

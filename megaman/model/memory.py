@@ -63,23 +63,37 @@ class MemoryPlan:
                 f"out of memory at step {step + 1}, with one picture at a time and --gradient_checkpointing; "
                 "try --resolution 384, --mixed_precision fp16 or --lora_rank 4",
                 Exit.RESOURCES,
+                is_of_all=True,
             )
 
 
-def retry_with_less_memory(attempt: Callable[[], T], shrink: Callable[[], object]) -> T:
+def retry_with_less_memory(
+    attempt: Callable[[], T], shrink: Callable[[], object], is_agreed: Callable[[bool], bool] = bool
+) -> T:
     """What `attempt` returns, tried again each time that memory runs out.
 
     shrink: called before each retry, to drop what is half made and ask for less; UserError where that can't
-    be.
+    be. is_agreed: of several processes, whether any ran out, so that all try again; an attempt must not wait
+    for the others.
     """
     while True:
-        try:
-            return attempt()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
+        made = _tried(attempt)
+        if not is_agreed(not made):
+            return made[0]
+        made.clear()
         shrink()
         _collect()
+
+
+def _tried(attempt: Callable[[], T]) -> list[T]:
+    """What `attempt` returns, alone in a list; an empty one if memory ran out."""
+    try:
+        return [attempt()]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    _collect()  # to tell others of it takes memory too
+    return []
 
 
 def _collect() -> None:
