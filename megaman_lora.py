@@ -58,6 +58,7 @@ from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
 from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
+from megaman.model.recompute import recompute
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
 from megaman.model.text import Text, notes_on_length
 from megaman.training import checkpoints, encoding, objective, optim, resume, validation
@@ -382,7 +383,7 @@ def set_up(cfg: TrainConfig) -> Run:
         ema=EMA(trainable, cfg.ema_decay),
         origins=origins,
         checkpoint=checkpoint,
-        memory=MemoryPlan(cfg.train_batch_size, cfg.gradient_checkpointing),
+        memory=MemoryPlan(cfg.train_batch_size),
         best=BestCheckpoint(),
     )
 
@@ -442,9 +443,6 @@ def begin(run: Run) -> None:
     processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
-    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg)
-    if estimate is not None:
-        say(estimate.line(memory.card_gib(run.accelerator.device)))
     prompts = run.cfg.validation_prompt
     plain = [without_lora_tags(prompt) for prompt in prompts]
     cuts = notes_on_length(run.base.tokenizer, plain, run.base.max_chunks)
@@ -453,6 +451,7 @@ def begin(run: Run) -> None:
     if run.checkpoint is not None:
         restore_checkpoint(run, run.checkpoint)
         say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.checkpoint.path}")
+    plan_memory(run)
     apply_memory_plan(run)
 
 
@@ -467,6 +466,18 @@ def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     scaler = run.accelerator.scaler
     if scaler is not None and checkpoint.run["scaler"]:
         scaler.load_state_dict(checkpoint.run["scaler"])
+
+
+def plan_memory(run: Run) -> None:
+    """Tells what memory the run takes, and takes the least time for it, if --gradient_checkpointing says so
+    and no earlier command has found out what fits.
+    """
+    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch)
+    card = compute.smallest(memory.card_gib(run.accelerator.device), run.accelerator)
+    if run.cfg.gradient_checkpointing and run.memory.recomputed == "nothing":
+        run.memory.recomputed = "all" if estimate is None else estimate.level_for(card)
+    if estimate is not None:
+        say(estimate.line(card, run.memory.recomputed))
 
 
 @contextmanager
@@ -484,8 +495,7 @@ def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
 def apply_memory_plan(run: Run) -> None:
     """Clears the gradients and applies the memory plan."""
     run.optimizer.zero_grad()
-    if run.memory.checkpointing or run.cfg.gradient_checkpointing:
-        run.base.unet.enable_gradient_checkpointing()
+    recompute(run.base.unet, run.memory.recomputed, run.base.encoders.values())
 
 
 def tracker_of(run: Run) -> SilentTracker:
@@ -595,7 +605,7 @@ def forward_backward(run: Run, positions: Sequence[Position], step: int) -> Step
         return parts, shared, compute.side_by_side(shared, accelerator)
 
     def shrink() -> None:
-        run.memory.shrink(step)
+        run.memory.shrink(step, memory.levels_of(run.base, run.cfg))
         apply_memory_plan(run)
 
     is_agreed = partial(compute.is_agreed, accelerator=accelerator)

@@ -13,6 +13,7 @@ import json, os, sys
 import torch
 sys.path[:0] = sys.argv[2:]
 import commands, megaman_lora
+from megaman.model.compute import smallest
 from megaman.training import objective
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
@@ -27,7 +28,7 @@ def starved(unet, batch, *rest):
 objective.denoising_losses = starved
 run = megaman_lora.set_up(megaman_lora.read_config(flags)[0])
 megaman_lora.begin(run)
-found = []
+found = [smallest([8.0, 24.0][rank], run.accelerator), smallest([8.0, None][rank], run.accelerator)]
 for room in (9, 1):
     losses = megaman_lora.forward_backward(run, run.data.sampler.batch(0), 0)
     row = torch.cat([each.grad.flatten() for each in run.trainable.values()])
@@ -56,7 +57,8 @@ def test_processes_agree_on_smaller_batches_where_one_runs_out_of_memory(
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1))
     assert first["found"] == second["found"]  # gradients and losses are of all, to the bit
-    (whole, loss, batch), (halved, same_loss, smaller) = first["found"]
+    card, unknown, (whole, loss, batch), (halved, same_loss, smaller) = first["found"]
+    assert (card, unknown) == (8.0, None)  # what all decide by
     assert (batch, smaller) == (2, 1)
     whole, halved = torch.tensor(whole), torch.tensor(halved)
     assert (whole - halved).abs().max() < 1e-5 * whole.abs().max()

@@ -111,6 +111,14 @@ def is_agreed(asked: bool, accelerator: Accelerator) -> bool:
     return accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item() > 0
 
 
+def smallest(gib: float | None, accelerator: Accelerator) -> float | None:
+    """The least of all processes' cards, so that all decide alike; None unless each has one."""
+    if accelerator.num_processes == 1:
+        return gib
+    each = accelerator.gather(torch.tensor([gib or 0.0], device=accelerator.device))
+    return each.min().item() or None
+
+
 def side_by_side(tensors: Sequence[Tensor], accelerator: Accelerator) -> Tensor | None:
     """A copy of the tensors in one row, for `add_up`; None where one process is alone."""
     return torch.cat([each.flatten() for each in tensors]) if accelerator.num_processes > 1 else None
