@@ -34,7 +34,7 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -61,13 +61,13 @@ from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
 from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
+from megaman.model.recompute import recompute
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
 from megaman.model.text import Text, notes_on_length
 from megaman.model.weights import remembered_digest
 from megaman.training import checkpoints, encoding, objective, optim, resume, validation
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.encoding import CaptionReader, EncodedDataset
-from megaman.training.objective import TrainedParts
 from megaman.training.optim import EMA
 from megaman.training.sampler import Position, Sampler, generator_of, micro_batches, seed_dropout
 from megaman.training.schedule import (
@@ -363,7 +363,7 @@ class Run:
 def set_up(cfg: TrainConfig) -> Run:
     """Everything before the first step, what is quick and may fail before what is slow. Writes nothing."""
     memory.keep_freed_memory()
-    accelerator, dtype = compute.start(cfg.mixed_precision, rests=cfg.text_encoder_stop < 1)
+    accelerator, dtype = compute.start(cfg.mixed_precision)
     compute.try_out(cfg.attention, cfg.compile, accelerator.device)
     checkpoint = resume.checkpoint_of(cfg.resume_from_checkpoint, RunFolder(Path(cfg.output_dir)))
     init = init_lora.init_of(cfg)
@@ -382,7 +382,7 @@ def set_up(cfg: TrainConfig) -> Run:
     resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
     drawn_with = first_drawn_with(base, cfg) if accelerator.is_main_process and not checkpoint else None
-    validation_text = place_for_training(base, cfg, validation_ids, accelerator.num_processes)
+    validation_text = place_for_training(base, cfg, validation_ids)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
     trainable = checkpoints.trained(base.parts)
     step = prepared(base, trainable, cfg, accelerator)
@@ -399,7 +399,7 @@ def set_up(cfg: TrainConfig) -> Run:
         ema=EMA(trainable, cfg.ema_decay),
         origins=origins,
         checkpoint=checkpoint,
-        memory=MemoryPlan(cfg.train_batch_size, cfg.gradient_checkpointing),
+        memory=MemoryPlan(cfg.train_batch_size),
         drawn_with=drawn_with,
     )
     speed_up(run)
@@ -409,18 +409,17 @@ def set_up(cfg: TrainConfig) -> Run:
 def prepared(
     base: StableDiffusion, trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, accelerator: Accelerator
 ) -> Step:
-    """How the run computes a step: what accelerate has made of the UNet and the optimizer, with the kernels
-    that were asked for.
-    """
+    """How the run computes a step, with the kernels that were asked for."""
     compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
     why = why_no_graph(cfg, accelerator, is_crowded=base.is_crowded) if cfg.cuda_graph else None
     if why is not None:
         say(f"note: --cuda_graph is left out: {why}")
     is_graph = cfg.cuda_graph and why is None
-    optimizer = optimizer_of(trainable, cfg, is_graph)
-    unet, optimizer = accelerator.prepare(trained_parts(base), optimizer)
+    for part in base.parts.values():
+        part.train()
+    optimizer = accelerator.prepare(optimizer_of(trainable, cfg, is_graph))
     kind = GraphedStep if is_graph else Step
-    return kind(unet, base.scheduler, cfg, accelerator, trainable, optimizer)
+    return kind(base.unet, base.scheduler, cfg, accelerator, trainable, optimizer)
 
 
 def speed_up(run: Run) -> None:
@@ -464,28 +463,17 @@ def first_drawn_with(base: StableDiffusion, cfg: TrainConfig) -> str | None:
     return key_of(*(remembered_digest(part, name, base.origin, store) for name, part in parts.items()))
 
 
-def place_for_training(
-    base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor, processes: int
-) -> Text:
-    """Reads the validation prompts' tokens, and leaves on the device what a step needs. Several processes
-    share gradients through parameters that may not be moved again.
-    """
+def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor) -> Text:
+    """Reads the validation prompts' tokens, and leaves on the device what a step needs."""
     base.place(*base.encoders)
     text = base.embed_ids(validation_ids)
     if not cfg.text_encoder_lr:
         base.drop_encoders()
     if cfg.base_weights == "int8":
         store_in_int8(base.unet)
-    base.is_crowded = processes == 1 and memory.is_crowded(base, cfg.side_px**2)
+    base.is_crowded = memory.is_crowded(base, cfg.side_px**2)
     base.place(*base.parts)
     return text
-
-
-def trained_parts(base: StableDiffusion) -> nn.Module:
-    """What accelerate is to prepare: the UNet, and text encoders in training with it."""
-    for part in base.parts.values():
-        part.train()
-    return TrainedParts(base.unet, [*base.encoders.values()]) if base.encoders else base.unet
 
 
 def optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, recorded: bool) -> Optimizer:
@@ -522,9 +510,6 @@ def begin(run: Run) -> None:
     processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
-    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg)
-    if estimate is not None:
-        say(estimate.line(memory.card_gib(run.accelerator.device)))
     prompts = run.cfg.validation_prompt
     plain = [without_lora_tags(prompt) for prompt in prompts]
     cuts = notes_on_length(run.base.tokenizer, plain, run.base.max_chunks)
@@ -533,6 +518,7 @@ def begin(run: Run) -> None:
     if run.checkpoint is not None:
         restore_checkpoint(run, run.checkpoint)
         say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.checkpoint.path}")
+    plan_memory(run)
     apply_memory_plan(run)
 
 
@@ -549,6 +535,18 @@ def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
         scaler.load_state_dict(checkpoint.run["scaler"])
 
 
+def plan_memory(run: Run) -> None:
+    """Tells what memory the run takes, and takes the least time for it, if --gradient_checkpointing says so
+    and no earlier command has found out what fits.
+    """
+    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch)
+    card = compute.smallest(memory.card_gib(run.accelerator.device), run.accelerator)
+    if run.cfg.gradient_checkpointing and run.memory.recomputed == "nothing":
+        run.memory.recomputed = "all" if estimate is None else estimate.level_for(card)
+    if estimate is not None:
+        say(estimate.line(card, run.memory.recomputed))
+
+
 @contextmanager
 def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside the block nothing is dropped out."""
@@ -563,9 +561,8 @@ def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
 
 def apply_memory_plan(run: Run) -> None:
     """Clears the gradients and applies the memory plan."""
-    run.optimizer.zero_grad(set_to_none=not run.cfg.cuda_graph)
-    if run.memory.checkpointing or run.cfg.gradient_checkpointing:
-        run.base.unet.enable_gradient_checkpointing()
+    run.step.clear()
+    recompute(run.base.unet, run.memory.recomputed, run.base.encoders.values())
 
 
 def tracker_of(run: Run) -> SilentTracker:
@@ -650,7 +647,6 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
         if better is not None:
             say(better)
     tracker.close()
-    run.step.unet = run.base.unet  # lets go of DDP's wrapper
     compute.end(run.accelerator)
     return weights
 
@@ -658,52 +654,55 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
 # ---------------------------------------------------------------- the loop
 
 
+Parts = list[tuple[Sequence[Position], Tensor]]  # of a step, each with its losses (B,)
+
+
 @dataclass(frozen=True)
 class StepLosses:
-    """What a step's examples cost: the parts that this process computed, each with its losses (B,), and the
-    mean over all examples, on all processes.
+    """What a step's examples cost: the parts that this process computed, and the mean over all examples, on
+    all processes.
     """
 
-    parts: list[tuple[Sequence[Position], Tensor]]
+    parts: Parts
     mean: Tensor
 
 
 def forward_backward(run: Run, positions: Sequence[Position], step: int) -> StepLosses:
-    """Forward, loss and backward of a step's examples, in parts that fit into memory: the gradients add up.
+    """Forward, loss and backward of a step's examples, in parts that fit into memory: the gradients add up,
+    over all processes too.
 
-    With less at a time where memory runs out; of one process only: others would wait for the one that
-    retries.
+    With less at a time where memory runs out, in all processes if in one.
     """
+    accelerator = run.accelerator
+
+    def attempt() -> tuple[Parts, list[Tensor], Tensor | None]:
+        parts = accumulate(run, positions, step)
+        total = torch.stack([losses.sum() for _, losses in parts]).sum()
+        gradients = [each.grad for each in run.trainable.values() if each.grad is not None]
+        shared = [*gradients, total]
+        return parts, shared, compute.side_by_side(shared, accelerator)
 
     def shrink() -> None:
-        run.memory.shrink(step)
-        run.step.forget()
+        run.memory.shrink(step, memory.levels_of(run.base, run.cfg))
         apply_memory_plan(run)
 
-    if run.accelerator.num_processes > 1:
-        parts = accumulate(run, positions, step)
-    else:
-        parts = memory.retry_with_less_memory(lambda: accumulate(run, positions, step), shrink)
-    total = torch.stack([losses.sum() for _, losses in parts]).sum()
-    return StepLosses(parts, run.accelerator.reduce(total, "sum") / len(positions))
+    is_agreed = partial(compute.is_agreed, accelerator=accelerator)
+    parts, shared, row = memory.retry_with_less_memory(attempt, shrink, is_agreed)
+    compute.add_up(shared, row)
+    return StepLosses(parts, shared[-1] / len(positions))
 
 
-def accumulate(run: Run, positions: Sequence[Position], step: int) -> list[tuple[Sequence[Position], Tensor]]:
-    """One pass over this process's parts of a step; the last one lets the processes share their gradients."""
+def accumulate(run: Run, positions: Sequence[Position], step: int) -> Parts:
+    """One pass over this process's parts of a step, of which it has at least one."""
     cfg, accelerator = run.cfg, run.accelerator
     text_of = partial(run.captions.for_step, step)
-    processes = accelerator.num_processes
-    shares = micro_batches(positions, accelerator.process_index, processes, run.memory.batch)
+    shares = micro_batches(positions, accelerator.process_index, accelerator.num_processes, run.memory.batch)
     parts = []
-    for number, share in enumerate(shares, 1):
-        with nullcontext() if number == len(shares) else accelerator.no_sync(run.step.unet):
-            used = share or positions[:1]  # a process without a share computes one for nothing: all must meet
-            if cfg.lora_dropout:
-                seed_dropout(cfg.seed, used[0].number)
-            batch = objective.make_batch(used, run.encoded, cfg, run.base.scheduler, text_of)
-            weight = processes / len(positions) if share else 0.0  # times processes, because DDP averages
-            losses = run.step.backward(batch, weight)
-        parts.append((share, losses[: len(share)]))
+    for share in filter(None, shares):  # a process may go without in the last one
+        if cfg.lora_dropout:
+            seed_dropout(cfg.seed, share[0].number)
+        batch = objective.make_batch(share, run.encoded, cfg, run.base.scheduler, text_of)
+        parts.append((share, run.step.backward(batch, 1 / len(positions))))
     return parts
 
 

@@ -333,7 +333,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_less_and_remembers_it(
             train(*flags)
         told = capsys.readouterr().err
         assert [told.count(f"{batch} at a time now") for batch in (2, 1)] == [1, 1]
-        assert told.count("--gradient_checkpointing is on now") == 1
+        assert told.count("all blocks are recomputed now") == 1
         lean = train(*flags, "--resume_from_checkpoint", "latest")
         assert "ran out" not in capsys.readouterr().err  # it need not find out again
     a, b = (torch.cat([v.flatten() for v in weights_of(folder)]) for folder in (kept(plenty), lean))

@@ -83,12 +83,14 @@ class UserError(Exception):
     """Something the user can fix.
 
     The message says what, where and what to do, in one line; of several problems each has a line.
+    is_of_all: every one of several processes raises it, so that one need tell it.
     """
 
-    def __init__(self, message: str | Sequence[str], exit_code: int) -> None:
+    def __init__(self, message: str | Sequence[str], exit_code: int, *, is_of_all: bool = False) -> None:
         self.problems = (message,) if isinstance(message, str) else tuple(message)
         super().__init__("\n".join(self.problems))
         self.exit_code = exit_code
+        self.is_of_all = is_of_all
 
 
 # ---------------------------------------------------------------- characters that must not be there
@@ -206,7 +208,7 @@ def reported() -> Iterator[None]:
         with at_once():
             yield
     except UserError as error:
-        leave(error.problems, error.exit_code)
+        leave(error.problems, error.exit_code, is_of_all=error.is_of_all)
     except Stopped as stop:
         say(str(stop))
         sys.exit(stop.exit_code)
@@ -236,18 +238,18 @@ def _tell(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def leave(message: str | Sequence[str], exit_code: int) -> NoReturn:
+def leave(message: str | Sequence[str], exit_code: int, *, is_of_all: bool = False) -> NoReturn:
     """Ends the program with one line on stderr, or one of each problem, and an exit code.
 
     Of several processes only the first speaks, unless it may be the only one that is well: a full memory or
-    disk and a NaN are one process's own.
+    disk and a NaN are one process's own, if not is_of_all.
     """
     first, *others = [message] if isinstance(message, str) else message
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         for line in (f"error: {first}", *others):
             say(line)
-    elif exit_code in (Exit.RESOURCES, Exit.NUMBERS):
+    elif exit_code in (Exit.RESOURCES, Exit.NUMBERS) and not is_of_all:
         _tell(_printable(f"error: process {rank}: {first}"))
     sys.exit(exit_code)
 

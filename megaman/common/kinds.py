@@ -2,13 +2,41 @@
 this table; nothing else asks which kind a base is.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 CONFIGS = Path(__file__).parents[1] / "kinds"
 UNET = "unet"
 CHUNK = 75  # tokens of a text that CLIP reads at a time
 V_PREDICTION = "v_prediction"  # diffusers' word for it
+
+Level = Literal[
+    "nothing",
+    "feed-forwards",
+    "largest",
+    "largest and feed-forwards",
+    "two largest",
+    "two largest and feed-forwards",
+    "all",
+]  # what of a UNet is recomputed: its blocks of the largest sizes, whole, and the others' feed-forwards
+
+
+class StepCost(NamedTuple):
+    """What a step of a picture of 1024 x 1024 takes in half precision, counted (bench_memory.py --count): the
+    GiB that it keeps, by what is trained, with the 0.02 to 0.04 more that a card was seen to take; and the
+    computing that is added, in percent.
+    """
+
+    attention: float
+    linear: float  # feed-forwards and projections too
+    conv: float
+    added: float  # where attention is trained
+
+    def gib(self, targets: str) -> float:
+        """What is kept with these --lora_targets."""
+        return {"attention": self.attention, "conv": self.conv}.get(targets, self.linear)
 
 
 @dataclass(frozen=True)
@@ -40,8 +68,7 @@ class Kind:
     version: str  # ss_base_model_version, as kohya writes it
     architecture: str  # modelspec.architecture
     badge: str  # "sd version" in A1111's sidecar
-    step_gib: float  # that a step keeps of a picture of 1024 x 1024 in half precision, counted
-    checkpointed_gib: float  # the same with activations recomputed
+    steps: Mapping[Level, StepCost] = field(hash=False)  # by what is recomputed, from cheap to dear
     implementation: str = "diffusers"  # modelspec.implementation
     of_v: tuple[str, str] | None = (
         None  # version and architecture of those that predict v, if they are others
@@ -100,8 +127,15 @@ SD1 = Kind(
     version="sd_v1",
     architecture="stable-diffusion-v1",
     badge="SD1",
-    step_gib=3.96,
-    checkpointed_gib=0.96,
+    steps={
+        "nothing": StepCost(attention=3.96, linear=4.93, conv=6.03, added=0),
+        "feed-forwards": StepCost(attention=3.04, linear=3.25, conv=4.36, added=8),
+        "largest": StepCost(attention=2.43, linear=3.02, conv=3.68, added=11),
+        "largest and feed-forwards": StepCost(attention=1.98, linear=2.2, conv=2.86, added=16),
+        "two largest": StepCost(attention=1.49, linear=1.83, conv=2.29, added=22),
+        "two largest and feed-forwards": StepCost(attention=1.33, linear=1.55, conv=2.01, added=25),
+        "all": StepCost(attention=0.96, linear=1.2, conv=1.54, added=35),
+    },
 )
 SD2 = Kind(
     name="Stable Diffusion 2.x",
@@ -117,8 +151,15 @@ SD2 = Kind(
     version="sd_v2",
     architecture="stable-diffusion-v2-512",
     badge="SD2",
-    step_gib=3.8,
-    checkpointed_gib=0.82,
+    steps={
+        "nothing": StepCost(attention=3.8, linear=4.77, conv=5.86, added=0),
+        "feed-forwards": StepCost(attention=2.89, linear=3.1, conv=4.19, added=8),
+        "largest": StepCost(attention=2.27, linear=2.86, conv=3.51, added=11),
+        "largest and feed-forwards": StepCost(attention=1.82, linear=2.04, conv=2.69, added=16),
+        "two largest": StepCost(attention=1.33, linear=1.68, conv=2.13, added=22),
+        "two largest and feed-forwards": StepCost(attention=1.17, linear=1.39, conv=1.84, added=25),
+        "all": StepCost(attention=0.82, linear=1.04, conv=1.37, added=35),
+    },
     of_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
 )
 XL = Kind(
@@ -135,8 +176,15 @@ XL = Kind(
     version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base",
     badge="SDXL",
-    step_gib=7.31,
-    checkpointed_gib=0.54,
+    steps={
+        "nothing": StepCost(attention=7.31, linear=9.24, conv=10.23, added=0),
+        "largest": StepCost(attention=7.11, linear=9.03, conv=9.72, added=3),
+        "two largest": StepCost(attention=5.42, linear=6.97, conv=7.3, added=9),
+        "feed-forwards": StepCost(attention=4.97, linear=4.93, conv=5.93, added=16),
+        "largest and feed-forwards": StepCost(attention=4.76, linear=4.79, conv=5.42, added=19),
+        "two largest and feed-forwards": StepCost(attention=3.67, linear=3.74, conv=4.07, added=23),
+        "all": StepCost(attention=0.54, linear=0.62, conv=0.85, added=37),
+    },
     implementation="https://github.com/Stability-AI/generative-models",
 )
 KINDS = (SD1, SD2, XL)

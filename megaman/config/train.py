@@ -221,7 +221,10 @@ class PrecisionFlags:
         "full", "how the frozen UNet is kept: int8 takes half the memory of half precision", before="full"
     )
     gradient_checkpointing: bool = flag(
-        False, "recompute activations: far less memory; a step takes 1.5 to 2 times as long", is_free=True
+        False,
+        "recompute activations: as few as your card needs, or all where its size is unknown; a step takes up "
+        "to twice as long",
+        is_free=True,
     )
     attention: Attention = flag(
         "auto", "attention kernels: auto and sdpa are torch's own, xformers needs an NVIDIA card"

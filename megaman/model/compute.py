@@ -3,7 +3,7 @@ accelerate.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +12,9 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_out_of_memory, say
 from megaman.config.train import Attention
@@ -87,36 +88,29 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[wanted]
 
 
-def new_accelerator(device: torch.device, dtype: torch.dtype, *, rests: bool = False) -> Accelerator:
+def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     """Makes accelerate's Accelerator for this process.
 
     Only fp16 asks anything of it: a gradient scaler. The base is in half precision already, so no
-    autocast. rests: some parameters get no gradients for a part of the run, which processes must expect.
+    autocast.
     """
-    handlers: list[KwargsHandler] = [AutocastKwargs(enabled=False)]
-    if rests:
-        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     AcceleratorState._reset_state()  # a program may train twice, in another precision
     return Accelerator(
         mixed_precision="fp16" if dtype == torch.float16 else "no",
         cpu=device.type == "cpu",
-        kwargs_handlers=handlers,
+        kwargs_handlers=[AutocastKwargs(enabled=False)],
     )
 
 
-def start(mixed_precision: str, *, rests: bool = False) -> tuple[Accelerator, torch.dtype]:
-    """Picks device and precision; returns the Accelerator and the precision of the frozen weights. rests: see
-    `new_accelerator`.
-    """
+def start(mixed_precision: str) -> tuple[Accelerator, torch.dtype]:
+    """Picks device and precision; returns the Accelerator and the precision of the frozen weights."""
     device = pick_device()
     dtype = pick_dtype(mixed_precision, device)
-    return new_accelerator(device, dtype, rests=rests), dtype
+    return new_accelerator(device, dtype), dtype
 
 
 def end(accelerator: Accelerator) -> None:
-    """Frees what accelerate has wrapped, and then the group of processes. The other way round, freeing DDP's
-    wrapper waited for ever in one run of two dozen.
-    """
+    """Waits for all processes, frees what accelerate has wrapped, and then the group of processes."""
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     accelerator.end_training()
@@ -158,6 +152,30 @@ def failing_together(accelerator: Accelerator | None) -> Iterator[None]:
         if accelerator.is_main_process:
             raise UserError(*problems[0])
         raise SystemExit(problems[0][1])
+
+
+def smallest(gib: float | None, accelerator: Accelerator) -> float | None:
+    """The least of all processes' cards, so that all decide alike; None unless each has one."""
+    if accelerator.num_processes == 1:
+        return gib
+    each = accelerator.gather(torch.tensor([gib or 0.0], device=accelerator.device))
+    return each.min().item() or None
+
+
+def side_by_side(tensors: Sequence[Tensor], accelerator: Accelerator) -> Tensor | None:
+    """A copy of the tensors in one row, for `add_up`; None where one process is alone."""
+    return torch.cat([each.flatten() for each in tensors]) if accelerator.num_processes > 1 else None
+
+
+def add_up(tensors: Sequence[Tensor], row: Tensor | None) -> None:
+    """Puts into each tensor the sum of all processes' in its place, by one exchange. row: they in one, from
+    `side_by_side`; None leaves them as they are.
+    """
+    if row is not None:
+        torch.distributed.all_reduce(row)
+        sums = row.split([each.numel() for each in tensors])
+        for each, total in zip(tensors, sums, strict=True):
+            each.copy_(total.view(each.shape))
 
 
 # ---------------------------------------------------------------- kernels

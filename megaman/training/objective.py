@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
@@ -175,7 +174,7 @@ def preserving_losses(
     class_noisy, class_timesteps, class_sizes = (
         rows[asking] for rows in (noisy, batch.timesteps, batch.sizes)
     )
-    plain = unet_in(unet)
+    plain: Any = unet  # torch's types don't know what diffusers hangs on it
     plain.disable_adapters()
     with torch.no_grad():
         from_base = _predicted(plain, class_noisy, class_timesteps, batch.class_text_of_base, class_sizes)
@@ -198,27 +197,6 @@ def training_losses(
         return preserving_losses(unet, batch, scheduler, snr_gamma)
     losses = denoising_losses(unet, batch, scheduler, snr_gamma)
     return losses, losses[:0]
-
-
-class TrainedParts(nn.Module):
-    """A UNet that is called like itself, beside text encoders in training: what several processes share
-    gradients of.
-    """
-
-    def __init__(self, unet: nn.Module, encoders: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.unet = unet
-        self.encoders = nn.ModuleList(encoders)
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        """The UNet's."""
-        return self.unet(*args, **kwargs)
-
-
-def unet_in(prepared: nn.Module) -> Any:
-    """The UNet itself, in whatever accelerate and TrainedParts have put around it."""
-    plain = extract_model_from_parallel(prepared)
-    return plain.unet if isinstance(plain, TrainedParts) else plain
 
 
 def _predicted(unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:

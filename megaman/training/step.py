@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,7 +21,7 @@ from megaman.training.optim import set_learning_rates
 class Step:
     """How a run computes a step: kernel by kernel, as Python calls them."""
 
-    unet: nn.Module  # as accelerate has prepared it
+    unet: UNet2DConditionModel
     scheduler: DDPMScheduler
     cfg: TrainConfig
     accelerator: Accelerator
@@ -45,8 +45,9 @@ class Step:
         self.optimizer.zero_grad()
         return norm, torch.tensor(self.accelerator.optimizer_step_was_skipped)
 
-    def forget(self) -> None:
-        """To be called when how the UNet computes has changed."""
+    def clear(self) -> None:
+        """Clears the gradients, and what is remembered of how the UNet computes, which may change now."""
+        self.optimizer.zero_grad()
 
 
 @dataclass
@@ -60,6 +61,10 @@ class GraphedStep(Step):
         for parameter in self.trainable.values():
             parameter.grad = torch.zeros_like(parameter)  # where all recordings add theirs
 
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [each.grad for each in self.trainable.values() if each.grad is not None]
+
     def backward(self, batch: Batch, weight: float) -> Tensor:
         """See `Step`."""
         (losses,) = self.replayed_backward(batch.tensors(), weight)
@@ -72,9 +77,10 @@ class GraphedStep(Step):
         norm, was_skipped = self.replayed_update([])
         return norm, was_skipped
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """See `Step`."""
         self.replayed_backward.forget()
+        torch._foreach_zero_(self._gradients)
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
         *tensors, weight = arguments
@@ -94,7 +100,7 @@ class GraphedStep(Step):
             scaler.step(inner)  # a fused optimizer looks on the device whether to step
             scaler.update()
             was_skipped = norm.isfinite().logical_not()
-        torch._foreach_zero_([each.grad for each in parameters if each.grad is not None])
+        torch._foreach_zero_(self._gradients)
         return [norm, was_skipped]
 
 

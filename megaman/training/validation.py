@@ -136,7 +136,6 @@ def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> l
         pipeline._interrupt = bool(stop)  # diffusers' own way to leave out the steps that are left
         return kwargs
 
-    wrapper = unet.__dict__.pop("forward", None)  # accelerate's, under fp16: its float32 would be fed back
     unet.eval()
     try:
         for i in range(1, len(text)):
@@ -148,6 +147,4 @@ def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> l
             )  # fmt: skip
     finally:
         unet.train()
-        if wrapper is not None:
-            unet.forward = wrapper
     return images

@@ -33,7 +33,7 @@ from megaman.model import memory  # noqa: E402
 from megaman.model.compute import pick_dtype  # noqa: E402
 from megaman.model.drawing import draw_or_none, pipeline_of, words  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
-from megaman_lora import forward_backward, read_config, set_up  # noqa: E402
+from megaman_lora import apply_memory_plan, forward_backward, read_config, set_up  # noqa: E402
 
 WARM_UP, STEPS = 4, 16
 PICTURES = 4
@@ -75,11 +75,12 @@ def measure_steps(base: Path, resolution: int, flags: list[str]) -> dict[str, An
         started = time.perf_counter()
         run = set_up(read_config([*paths, *data, *sizes, *flags])[0])
         ready = time.perf_counter() - started
-        estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg)
+        estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch)
         loading = torch.cuda.max_memory_allocated() / GIB
         torch.cuda.reset_peak_memory_stats()
         if run.cfg.gradient_checkpointing:
-            run.base.unet.enable_gradient_checkpointing()
+            run.memory.recomputed = "all"  # not as little as this card needs
+        apply_memory_plan(run)
         seconds, losses = [], []
         for number in range(WARM_UP + STEPS):
             started = time.perf_counter()
@@ -96,7 +97,7 @@ def measure_steps(base: Path, resolution: int, flags: list[str]) -> dict[str, An
         "set_up_s": round(ready, 1),
         "set_up_gib": round(loading, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-        "computed_gib": None if estimate is None else round(estimate.total, 2),
+        "computed_gib": None if estimate is None else round(estimate.total(run.memory.recomputed), 2),
         "finite": all(loss == loss and abs(loss) != float("inf") for loss in losses),
     }
 
