@@ -34,8 +34,9 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ from megaman.generation.candidates import (
 )
 from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
+from megaman.generation.saving import Seldom, beside
 from megaman.lora.adapter import Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, memory, stable_diffusion
@@ -297,8 +299,9 @@ def raise_if_overflowed(jobs: Sequence[Job]) -> None:
 def draw_missing(
     tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion, about: dict[str, Any]
 ) -> Path:
-    """Draws the tasks whose pictures are not in the output folder; the page grows with every batch. UserError
-    (exit 5), when all others are drawn, that names those whose numbers overflowed.
+    """Draws the tasks whose pictures are not in the output folder, and saves each batch while the next one is
+    drawn; the page grows meanwhile. UserError (exit 5), when all others are drawn, that names those whose
+    numbers overflowed.
     """
     output = Path(cfg.output_dir)
     earlier = {record.job: record for record in records.read_records(output)}
@@ -314,17 +317,21 @@ def draw_missing(
         f"{base.device}, {about['precision']}"
     )
 
-    def show() -> None:
-        drawn = (finished[task.digest] for task in tasks if task.digest in finished)
-        gallery.show_all(output, [*drawn, *earlier.values()])
+    def known() -> list[records.ImageRecord]:
+        return [*(finished[task.digest] for task in tasks if task.digest in finished), *earlier.values()]
+
+    page = Seldom(lambda: gallery.show(output, known()))
+
+    def keep(batch: Sequence[Drawn]) -> None:
+        for record in save_batch(batch, cfg, about):
+            finished[record.job] = record
+        records.write_records(output, known())
+        page.do()
 
     bar = tqdm(total=len(missing), desc="drawing", unit="picture", dynamic_ncols=True, disable=None)
-    with bar, ExitStack() as at_the_end:
-        at_the_end.callback(show)  # however it ends: what is drawn is shown
+    with bar, beside(at_the_end=lambda: gallery.show_all(output, known())) as do:
         for batch in draw_batches(missing, cfg.batch_size, base):
-            for record in save_batch(batch, cfg, about):
-                finished[record.job] = record
-            show()
+            do(partial(keep, batch))
             bar.update(len(batch))
     raise_if_overflowed([task.job for task in missing if task.digest not in finished])
     return output / GALLERY_PAGE

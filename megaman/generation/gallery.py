@@ -230,7 +230,12 @@ def rebuild(output: Path) -> Path:
     return output / GALLERY_PAGE
 
 
+def show(output: Path, drawn: Sequence[ImageRecord]) -> None:
+    """Writes the gallery's page."""
+    write_text(followed(output / GALLERY_PAGE), render_gallery(drawn, output))
+
+
 def show_all(output: Path, drawn: Sequence[ImageRecord]) -> None:
     """Writes metadata.jsonl and the gallery's page."""
     write_records(output, drawn)
-    write_text(followed(output / GALLERY_PAGE), render_gallery(drawn, output))
+    show(output, drawn)

@@ -99,7 +99,8 @@ FIELDS = frozenset(each.name for each in fields(ImageRecord)) - {"extra"}
 
 def told_of(job: Job) -> dict[str, Any]:
     """A job's or a record's fields but those in which all pictures once were alike, and this one is."""
-    return {name: value for name, value in asdict(job).items() if name not in USUAL or value != USUAL[name]}
+    told = {each.name: getattr(job, each.name) for each in fields(job)}  # asdict copies, six times as slow
+    return {name: value for name, value in told.items() if name not in USUAL or value != USUAL[name]}
 
 
 def job_hash(job: Job, adapter_hash: str, base_hash: str, precision: str) -> str:

@@ -49,10 +49,12 @@ class LoraLayer:
     def delta(self) -> Tensor:
         """B @ A * alpha / rank, float32: (out,in) or (out,in,kh,kw)."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (product * (self.alpha / self.rank)).reshape(self.up.shape[0], *self.down.shape[1:])
+        return product.mul_(self.alpha / self.rank).reshape(self.up.shape[0], *self.down.shape[1:])
 
     def change(self, weight: Tensor) -> Tensor:
-        """What the layer adds to this float32 weight at strength 1, of the weight's shape."""
+        """What the layer adds to this weight at strength 1, float32 and of the weight's shape; nobody else
+        holds it.
+        """
         delta = self.delta().to(weight.device).reshape(weight.shape)
         if self.magnitude is None:
             return delta

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ ANOTHER_BASE = "Name its own with --base_model."
 
 
 class MergedAdapter:
-    """An adapter inside a base's own weights, at any strength.
+    """An adapter inside a base's own weights, at any strength; at 0, with which it begins, not at all.
 
-    The untouched weights are kept, so strength 0 is the base to the bit.
+    The untouched weights are kept from the first other strength on, so strength 0 is the base to the bit.
     """
 
     def __init__(self, adapter: Adapter, parts: Mapping[str, nn.Module], kind: Kind | None) -> None:
         """Raises UserError (exit 4) unless every layer finds its module with the right shape and one acts.
+        Copies no weight.
 
         parts: the base's UNet and text encoders, by their names in pipelines. kind: the base's, if known.
         """
@@ -31,14 +33,16 @@ class MergedAdapter:
             )
         check_kind(adapter.kind, kind, "the adapter", ANOTHER_BASE)
         homes = {part: _weights(model) for part, model in parts.items()}
-        self.targets: list[tuple[Tensor, Tensor, LoraLayer]] = []  # a weight, and what it was
+        self.targets: list[tuple[Tensor, LoraLayer]] = []
+        self.originals: list[Tensor] = []  # what their weights were; on the CPU: a device has less room
+        self.scale: float | None = 0.0  # the strength that the weights have now; None: some have, some not
         self.counts = dict.fromkeys(homes, 0)
         homeless = []
         for (component, name), layer in adapter.layers.items():
             weight = homes.get(component, {}).get(_plain(underscored(name)))
             if weight is not None:
                 _check_fit(weight, name, layer)
-                self.targets.append((weight, weight.detach().cpu().clone(), layer))  # room on the device
+                self.targets.append((weight, layer))
                 self.counts[component] += 1
             elif _acts(layer):  # ComfyUI writes what it found unchanged too, the text encoder's embeddings
                 homeless.append(f"{component} module {name[:100]!r}")  # among it
@@ -52,13 +56,26 @@ class MergedAdapter:
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Weights = base + scale * change, summed in float32; DoRA's change too, as PEFT merges it."""
-        for weight, original, layer in self.targets:
-            if scale == 0:
-                weight.copy_(original)
-            else:
-                base = original.to(weight.device).float()
-                weight.copy_((base + scale * layer.change(base)).to(original.dtype))
+        """Weights = base + scale * change, summed in float32; DoRA's change too, as PEFT merges it. Nothing
+        is done where they have that strength already.
+        """
+        if scale == self.scale:
+            return
+        if not self.originals:
+            self.originals = [weight.detach().to("cpu", copy=True) for weight, _ in self.targets]
+        self.scale = None  # until all have it: memory may run out between two of them
+        for (weight, layer), original in zip(self.targets, self.originals, strict=True):
+            weight.copy_(original if scale == 0 else _merged(original.to(weight.device), layer, scale))
+        self.scale = scale
+
+
+def _merged(weight: Tensor, layer: LoraLayer, scale: float) -> Tensor:
+    """weight + scale * change in float32; of the layer's tensors the small ones go to the weight's device."""
+    magnitude = None if layer.magnitude is None else layer.magnitude.to(weight.device)
+    near = replace(
+        layer, down=layer.down.to(weight.device), up=layer.up.to(weight.device), magnitude=magnitude
+    )
+    return near.change(weight).mul_(scale).add_(weight)  # a half-precision weight adds as its float32
 
 
 def _acts(layer: LoraLayer) -> bool:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from megaman.common.console import Exit, UserError
 from megaman.common.kinds import UNET
+from megaman.model.read_once import text_read_once
 from megaman.model.stable_diffusion import StableDiffusion, of_kind
 from megaman.model.text import Text
 
@@ -113,16 +114,20 @@ def draw_or_none(
     if base.has_zero_snr:
         settings["guidance_rescale"] = GUIDANCE_RESCALE
     settings |= {"latents": noise, "generator": list(generators), "output_type": "latent"}
-    with base.at_work(UNET):
+    with base.at_work(UNET), text_read_once(base.unet):
         latents = pipeline(**settings).images
-    pictures: list[Image.Image | None] = []
     with base.at_work("vae"), torch.no_grad():
-        for latent in latents.split(1):
-            scaled = latent.to(base.device, torch.float32) / base.vae.config.scaling_factor
-            pixels = base.vae.decode(scaled, return_dict=False)[0][0]
-            if not pixels.isfinite().all():
-                pictures.append(None)
-                continue
-            rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-            pictures.append(Image.fromarray(rounded.permute(1, 2, 0).numpy()))
-    return pictures
+        decoded = [_decode(base, latent) for latent in latents.split(1)]  # a card is not waited for yet
+        return [_picture(pixels) if is_whole else None for pixels, is_whole in decoded]
+
+
+def _decode(base: StableDiffusion, latent: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels of a latent (1,C,h,w), (H,W,3) uint8, and whether all were numbers; both on the device."""
+    scaled = latent.to(base.device, torch.float32) / base.vae.config.scaling_factor
+    pixels = base.vae.decode(scaled, return_dict=False)[0][0]
+    rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return rounded.permute(1, 2, 0), pixels.isfinite().all()
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.cpu().numpy())
