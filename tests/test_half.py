@@ -65,7 +65,6 @@ def state_after(output: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[
 
 # ---------------------------------------------------------------- what holds in float32 too
 stop_after = test_resume.stop_after
-test_gradients_are_really_clipped = test_train.test_gradients_are_really_clipped
 test_a_non_finite_loss_stops = test_train.test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved
 test_a_loss_that_is_no_number_names_its_step = (
     test_resume.test_a_loss_that_is_no_number_names_its_step_and_picture_and_touches_no_file
