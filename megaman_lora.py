@@ -455,7 +455,8 @@ def begin(run: Run) -> None:
     processes = run.accelerator.num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"training: {count:,} parameters on {run.accelerator.device}, the base in {precision}{several}")
-    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg)
+    chunks = run.encoded.ids.shape[1]
+    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, chunks)
     if estimate is not None:
         say(estimate.line(memory.card_gib(run.accelerator.device)))
     prompts = run.cfg.validation_prompt
@@ -499,6 +500,9 @@ def apply_memory_plan(run: Run) -> None:
     run.optimizer.zero_grad()
     if run.memory.checkpointing or run.cfg.gradient_checkpointing:
         run.base.unet.enable_gradient_checkpointing()
+        encoders: Mapping[str, Any] = run.base.encoders  # torch's types don't know transformers' methods
+        for encoder in encoders.values():
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def tracker_of(run: Run) -> SilentTracker:

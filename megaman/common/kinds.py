@@ -42,6 +42,7 @@ class Kind:
     badge: str  # "sd version" in A1111's sidecar
     step_gib: float  # that a step keeps of a picture of 1024 x 1024 in half precision, counted
     checkpointed_gib: float  # the same with activations recomputed
+    text_gib: float  # that encoders in training keep of a text of 75 tokens, in half precision, counted
     implementation: str = "diffusers"  # modelspec.implementation
     of_v: tuple[str, str] | None = (
         None  # version and architecture of those that predict v, if they are others
@@ -102,6 +103,7 @@ SD1 = Kind(
     badge="SD1",
     step_gib=3.96,
     checkpointed_gib=0.96,
+    text_gib=0.031,
 )
 SD2 = Kind(
     name="Stable Diffusion 2.x",
@@ -119,6 +121,7 @@ SD2 = Kind(
     badge="SD2",
     step_gib=3.8,
     checkpointed_gib=0.82,
+    text_gib=0.063,
     of_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
 )
 XL = Kind(
@@ -137,6 +140,7 @@ XL = Kind(
     badge="SDXL",
     step_gib=7.31,
     checkpointed_gib=0.54,
+    text_gib=0.136,
     implementation="https://github.com/Stability-AI/generative-models",
 )
 KINDS = (SD1, SD2, XL)

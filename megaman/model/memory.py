@@ -95,6 +95,7 @@ OF_TARGETS = {
     "linear": 1.29,
     "conv": 1.41,
 }  # what a step keeps, counted
+RECOMPUTED_TEXT = 0.15  # of what encoders in training keep, with --gradient_checkpointing
 IN_FLOAT32 = 1.6  # times what half precision keeps: it keeps some of it twice
 BESIDE_GIB = 0.09  # workspaces of the kernels
 BYTES_A_PARAMETER = 16  # of the adapter: itself, its gradient, two moments, float32
@@ -145,9 +146,11 @@ class Estimate:
         return ", then ".join(ways)
 
 
-def estimate_of(base: StableDiffusion, trained: Iterable[Tensor], cfg: TrainConfig) -> Estimate | None:
+def estimate_of(
+    base: StableDiffusion, trained: Iterable[Tensor], cfg: TrainConfig, chunks: int = 1
+) -> Estimate | None:
     """The memory that a run takes; None for a base of another shape than its kind's, which nobody has
-    counted. trained: the adapter's parameters.
+    counted. trained: the adapter's parameters. chunks: of 75 tokens, that the longest caption has.
     """
     kind = kind_of_width(base.unet.config.cross_attention_dim)
     if kind is None:
@@ -156,14 +159,16 @@ def estimate_of(base: StableDiffusion, trained: Iterable[Tensor], cfg: TrainConf
     own = {id(each): each for each in trained}
     frozen = sum(each.numel() * each.element_size() for key, each in parameters.items() if key not in own)
     adapter = sum(each.numel() for each in own.values()) * BYTES_A_PARAMETER
-    pictures = cfg.train_batch_size * (cfg.side_px / 1024) ** 2 * (1 + bool(cfg.preserve_weight))
+    examples = cfg.train_batch_size * (1 + bool(cfg.preserve_weight))
     precision = IN_FLOAT32 if base.unet.dtype == torch.float32 else 1.0
-    scale = pictures * precision * OF_TARGETS[cfg.lora_targets]
+    scale = examples * precision * OF_TARGETS[cfg.lora_targets]
+    size = (cfg.side_px / 1024) ** 2
+    text = chunks * kind.text_gib if cfg.text_encoder_lr else 0.0
     return Estimate(
         base=frozen / GIB,
         adapter=adapter / GIB,
-        step=scale * kind.step_gib,
-        checkpointed=scale * kind.checkpointed_gib,
+        step=scale * (size * kind.step_gib + text),
+        checkpointed=scale * (size * kind.checkpointed_gib + RECOMPUTED_TEXT * text),
         is_checkpointed=cfg.gradient_checkpointing,
         has_bytes=cfg.base_weights == "int8" or cfg.use_dora,
     )
