@@ -539,7 +539,8 @@ def plan_memory(run: Run) -> None:
     """Tells what memory the run takes, and takes the least time for it, if --gradient_checkpointing says so
     and no earlier command has found out what fits.
     """
-    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch)
+    chunks = run.encoded.ids.shape[1]
+    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch, chunks)
     card = compute.smallest(memory.card_gib(run.accelerator.device), run.accelerator)
     if run.cfg.gradient_checkpointing and run.memory.recomputed == "nothing":
         run.memory.recomputed = "all" if estimate is None else estimate.level_for(card)

@@ -1,13 +1,31 @@
-"""How freed memory is used again."""
+"""How freed memory is used again, and what a step is told to take."""
 
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TEXT
+from counted import GIB, base_of_true_shape, encoders_on_meta, peak_bytes, step_of
+
+import megaman_lora
+from megaman.common.kinds import KINDS, SD1, XL, Kind
+from megaman.config.train import TrainConfig
+from megaman.lora.injection import inject
+from megaman.model import compute
+from megaman.model.memory import RECOMPUTED_TEXT, MemoryPlan, estimate_of
+from megaman.model.text import read as text_of
+from megaman.model.tokenizer import clip_tokenizer
+from megaman.training.sampler import generator_of
+
+OFF_BY = 0.1  # how far an estimate may be from the count
 
 FAULTS_OF_FORTY_ROUNDS = """
 import resource, sys, torch
+from megaman.lora.injection import inject
+from megaman.model import compute
 from megaman.model.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
@@ -30,3 +48,59 @@ def test_freed_tensors_make_room_for_the_next_without_new_pages() -> None:
         return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
     assert faults("kept") < 1000 < faults("left alone")
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora_targets": "conv"},
+        {"gradient_checkpointing": True, "text_encoder_lr": 1e-4},
+    ],
+    ids=str,
+)
+def test_the_estimate_is_what_a_step_of_true_size_takes(settings: dict) -> None:
+    cfg = TrainConfig(resolution=512, **settings)
+    base = base_of_true_shape(SD1)
+    run, parameters = step_of(base, cfg, 64)
+    plan = MemoryPlan(1, cfg.gradient_checkpointing)
+    nothing = SimpleNamespace(zero_grad=lambda: None)
+    megaman_lora.apply_memory_plan(SimpleNamespace(base=base, cfg=cfg, memory=plan, optimizer=nothing))
+    estimate = estimate_of(base, parameters, cfg)
+    told = estimate.checkpointed if cfg.gradient_checkpointing else estimate.step
+    assert told == pytest.approx(peak_bytes(run) / GIB, rel=OFF_BY)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.folder)
+def test_encoders_in_training_take_what_the_estimate_adds_for_a_text(kind: Kind) -> None:
+    cfg = TrainConfig(resolution=512, text_encoder_lr=1e-4)
+    unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=kind.text_width), dtype=torch.float16)
+    base = SimpleNamespace(unet=unet, parts={})
+    without = estimate_of(base, [], TrainConfig(resolution=512))
+    added = [estimate_of(base, [], cfg, chunks).step - without.step for chunks in (1, 2)]
+    encoders = encoders_on_meta(kind)
+    inject(encoders, cfg, kind, partial(generator_of, 0))
+    ids = torch.zeros(1, 1, 77, dtype=torch.long, device="meta")
+
+    def read() -> None:
+        text = text_of(ids, encoders, kind, clip_tokenizer())
+        (text.states.float().sum() + (0 if text.pooled is None else text.pooled.float().sum())).backward()
+
+    counted = peak_bytes(read) / GIB
+    assert added == pytest.approx([counted, 2 * counted], rel=OFF_BY)
+    for encoder in encoders.values():
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    assert peak_bytes(read) / GIB == pytest.approx(RECOMPUTED_TEXT * counted, abs=0.1 * counted)
+
+
+@pytest.mark.parametrize("base_folder", [XL], indirect=True)
+def test_encoders_in_training_are_recomputed_too(train_flags: list[str]) -> None:
+    flags = [*train_flags, *TEXT, "--gradient_checkpointing"]
+    run = megaman_lora.set_up(megaman_lora.read_config(flags)[0])
+    assert not any(part.is_gradient_checkpointing for part in run.base.parts.values())
+    megaman_lora.apply_memory_plan(run)
+    assert all(part.is_gradient_checkpointing for part in run.base.parts.values())
+    compute.end(run.accelerator)

@@ -69,6 +69,7 @@ class Kind:
     architecture: str  # modelspec.architecture
     badge: str  # "sd version" in A1111's sidecar
     steps: Mapping[Level, StepCost] = field(hash=False)  # by what is recomputed, from cheap to dear
+    text_gib: float  # that encoders in training keep of a text of 75 tokens, in half precision, counted
     implementation: str = "diffusers"  # modelspec.implementation
     of_v: tuple[str, str] | None = (
         None  # version and architecture of those that predict v, if they are others
@@ -136,6 +137,7 @@ SD1 = Kind(
         "two largest and feed-forwards": StepCost(attention=1.33, linear=1.55, conv=2.01, added=25),
         "all": StepCost(attention=0.96, linear=1.2, conv=1.54, added=35),
     },
+    text_gib=0.031,
 )
 SD2 = Kind(
     name="Stable Diffusion 2.x",
@@ -160,6 +162,7 @@ SD2 = Kind(
         "two largest and feed-forwards": StepCost(attention=1.17, linear=1.39, conv=1.84, added=25),
         "all": StepCost(attention=0.82, linear=1.04, conv=1.37, added=35),
     },
+    text_gib=0.063,
     of_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
 )
 XL = Kind(
@@ -185,6 +188,7 @@ XL = Kind(
         "two largest and feed-forwards": StepCost(attention=3.67, linear=3.74, conv=4.07, added=23),
         "all": StepCost(attention=0.54, linear=0.62, conv=0.85, added=37),
     },
+    text_gib=0.136,
     implementation="https://github.com/Stability-AI/generative-models",
 )
 KINDS = (SD1, SD2, XL)

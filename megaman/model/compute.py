@@ -20,6 +20,9 @@ from megaman.common.console import Exit, UserError, is_out_of_memory, say
 from megaman.config.train import Attention
 
 T = TypeVar("T")
+# Where float16 trains, under a scaler of the gradients. On a CPU it works too, but several times slower than
+# float32, so no user gets it there; tests add "cpu" and run all of that path without a card.
+FP16_DEVICES = frozenset({"cuda"})
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -72,7 +75,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """
     if wanted == "auto":
         wanted = "fp16" if device.type == "cuda" else "no"
-    if wanted == "fp16" and device.type != "cuda":
+    if wanted == "fp16" and device.type not in FP16_DEVICES:
         say(f"mixed_precision: fp16 needs an NVIDIA card; float32 is used on this {device.type}.")
         wanted = "no"
     if wanted == "bf16" and device.type == "mps":
@@ -95,11 +98,15 @@ def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     autocast.
     """
     AcceleratorState._reset_state()  # a program may train twice, in another precision
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="fp16" if dtype == torch.float16 else "no",
         cpu=device.type == "cpu",
         kwargs_handlers=[AutocastKwargs(enabled=False)],
     )
+    if dtype == torch.float16 and accelerator.scaler is None and device.type in FP16_DEVICES:
+        accelerator.scaler = torch.amp.GradScaler(device.type)  # accelerate makes none on a CPU
+        accelerator.native_amp = True  # and wraps no forward there
+    return accelerator
 
 
 def start(mixed_precision: str) -> tuple[Accelerator, torch.dtype]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_out_of_memory, say
-from megaman.common.kinds import Level, kind_of_width
+from megaman.common.kinds import Level, StepCost, kind_of_width
 from megaman.config.train import TrainConfig
 from megaman.model.stable_diffusion import StableDiffusion
 
@@ -120,6 +120,7 @@ def _collect() -> None:
 
 
 # ---------------------------------------------------------------- before the first step
+RECOMPUTED_TEXT = 0.15  # of what encoders in training keep, where everything is recomputed
 IN_FLOAT32 = 1.6  # times what half precision keeps: it keeps some of it twice
 BESIDE_GIB = 0.09  # workspaces of the kernels
 BYTES_A_PARAMETER = 16  # of the adapter: itself, its gradient, two moments, float32
@@ -197,10 +198,11 @@ def levels_of(base: StableDiffusion, cfg: TrainConfig) -> list[Level]:
 
 
 def estimate_of(
-    base: StableDiffusion, trained: Iterable[Tensor], cfg: TrainConfig, batch: int
+    base: StableDiffusion, trained: Iterable[Tensor], cfg: TrainConfig, batch: int, chunks: int = 1
 ) -> Estimate | None:
     """The memory that a run takes with so many pictures at a time; None for a base of another shape than its
-    kind's, which nobody has counted. trained: the adapter's parameters.
+    kind's, which nobody has counted. trained: the adapter's parameters. chunks: of 75 tokens, that
+    the longest caption has.
     """
     kind = kind_of_width(base.unet.config.cross_attention_dim)
     if kind is None:
@@ -209,14 +211,20 @@ def estimate_of(
     own = {id(each): each for each in trained}
     frozen = sum(each.numel() * each.element_size() for key, each in parameters.items() if key not in own)
     adapter = sum(each.numel() for each in own.values()) * BYTES_A_PARAMETER
-    pictures = batch * (cfg.side_px / 1024) ** 2 * (1 + bool(cfg.preserve_weight))
+    examples = batch * (1 + bool(cfg.preserve_weight))
     precision = IN_FLOAT32 if base.unet.dtype == torch.float32 else 1.0
-    scale = pictures * precision
+    size = (cfg.side_px / 1024) ** 2
+    text = chunks * kind.text_gib if cfg.text_encoder_lr else 0.0
     costs = {level: kind.steps[level] for level in levels_of(base, cfg)}
+
+    def gib(level: Level, cost: StepCost) -> float:
+        kept = RECOMPUTED_TEXT * text if level == "all" else text
+        return examples * precision * (size * cost.gib(cfg.lora_targets) + kept)
+
     return Estimate(
         base=frozen / GIB,
         adapter=adapter / GIB,
-        steps={level: scale * cost.gib(cfg.lora_targets) for level, cost in costs.items()},
+        steps={level: gib(level, cost) for level, cost in costs.items()},
         added={level: cost.added for level, cost in costs.items()},
         is_checkpointed=cfg.gradient_checkpointing,
         has_bytes=cfg.base_weights == "int8" or cfg.use_dora,
