@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from megaman.common.kinds import Kind
 from megaman.config.train import TrainConfig
+from megaman.lora.fused import fuse
 from megaman.lora.injection import inject
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
@@ -186,6 +187,8 @@ def step_of(base: StableDiffusion, cfg: TrainConfig, side: int) -> tuple[Callabl
     if not cfg.text_encoder_lr:
         base.drop_encoders()
     inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed))
+    for part in base.parts.values():
+        fuse(part)
     count, asking = cfg.train_batch_size, 1 if cfg.preserve_weight else 0
     pooled = base.unet.config.projection_class_embeddings_input_dim
     ids = torch.zeros(count, 1, 77, dtype=torch.long, device=META)

@@ -19,8 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +31,17 @@ quiet_libraries()
 
 import torch  # noqa: E402
 from bench.bench_true_size import save_random_base  # noqa: E402
-from diffusers import UNet2DConditionModel  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from counted import attention_of_a_card, base_of_true_shape, peak_bytes, step_of  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from megaman.common.kinds import KINDS, UNET, Kind, Level  # noqa: E402
+from megaman.common.kinds import KINDS, Kind, Level  # noqa: E402
 from megaman.config.train import TrainConfig  # noqa: E402
-from megaman.lora import injection  # noqa: E402
 from megaman.model.recompute import recompute  # noqa: E402
 from megaman_lora import Run, apply_memory_plan, forward_backward, read_config, set_up  # noqa: E402
 
 GIB = 2**30
 SIDE_PX = 1024  # of the picture that is counted
+STRIDE = 8  # pixels a latent cell
 ROUNDS = 5
 PICTURES = 4
 
@@ -54,98 +49,20 @@ PICTURES = 4
 # ---------------------------------------------------------------- counting
 
 
-class _Attention(torch.autograd.Function):
-    """What a card's fused attention keeps and gives: inputs, output and a number a row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(B,heads,T,d) -> the same, in the layout that the kernels write."""
-        made = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, made, query.new_empty(query.shape[:3], dtype=torch.float32))
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        """One of each input."""
-        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
-    return _Attention.apply(query, key, value)
-
-
-class Peak(TorchDispatchMode):
-    """Adds up the bytes of all tensors that are made inside it, as long as they live."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        """known: tensors that were there before, such as weights."""
-        super().__init__()
-        self.known = {each.untyped_storage()._cdata for each in known}
-        self.alive: set[int] = set()
-        self.now = self.most = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], _: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        made = func(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor):
-                self._note(each.untyped_storage())
-        return made
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        place = storage._cdata
-        if place not in self.alive and place not in self.known:
-            self.alive.add(place)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._forget, place, storage.nbytes())
-
-    def _forget(self, place: int, size: int) -> None:
-        self.alive.discard(place)
-        self.now -= size
-
-
-def empty_unet(kind: Kind, targets: Any) -> nn.Module:
-    """A kind's UNet in half precision with a LoRA of rank 8, without numbers."""
-    with torch.device("meta"):
-        config = UNet2DConditionModel.load_config(kind.config / UNET)
-        unet = UNet2DConditionModel.from_config(config).half().requires_grad_(False)
-    cfg = TrainConfig(lora_targets=targets)
-    modules = injection.targets_of(UNET, unet, targets, kind)
-    unet.add_adapter(injection.lora_config(cfg, unet, modules), adapter_name=injection.ADAPTER_NAME)
-    for parameter in unet.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return unet.train()
-
-
-def counted(kind: Kind, targets: str, level: Level) -> tuple[float, float]:
+def counted(kind: Kind, targets: Any, level: Level) -> tuple[float, float]:
     """GiB at the peak of a step beside weights and their gradients, and the step's computing in TFLOP."""
-    unet = empty_unet(kind, targets)
-    recompute(unet, level)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float16, device="meta")
-
-    inputs = [empty(1, 4, SIDE_PX // 8, SIDE_PX // 8), empty(1), empty(1, 77, kind.text_width)]
-    added = {"text_embeds": empty(1, 1280), "time_ids": empty(1, 6)} if kind.has_sizes else None
-
-    def step() -> None:
-        made = unet(*inputs, added_cond_kwargs=added, return_dict=False)[0]
-        made.float().square().mean().backward()
-
-    with Peak([*unet.parameters(), *unet.buffers(), *inputs]) as peak:
-        step()
-    with FlopCounterMode(display=False) as computing:  # apart: it keeps some of what it sees
-        step()
-    gradients = sum(each.grad.numel() * 4 for each in unet.parameters() if each.grad is not None)
-    return (peak.most - gradients) / GIB, computing.get_total_flops() / 1e12
+    base = base_of_true_shape(kind)
+    run, parameters = step_of(base, TrainConfig(lora_targets=targets), SIDE_PX // STRIDE)
+    recompute(base.unet, level)
+    peak = peak_bytes(run)
+    with attention_of_a_card(), FlopCounterMode(display=False) as computing:
+        run()
+    gradients = sum(each.numel() * each.element_size() for each in parameters)
+    return (peak - gradients) / GIB, computing.get_total_flops() / 1e12
 
 
 def count(kind: Kind, targets: str) -> dict[str, Any]:
-    """Every level's memory and computing, of which attention itself is left out."""
-    torch.nn.functional.scaled_dot_product_attention = _fused
+    """Every level's memory and computing."""
     found: dict[str, Any] = {}
     for level in kind.steps:
         gib, tflop = counted(kind, targets, level)

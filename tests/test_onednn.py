@@ -1,0 +1,136 @@
+"""Weights laid out once for a CPU: the same bits as torch's own layers, or torch's own layers."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from test_fused import adapted, computed, inputs_of
+from torch import Tensor, nn
+
+from megaman.common.kinds import SD1, XL, Kind
+from megaman.config.train import TrainConfig
+from megaman.lora.fused import fuse, layers_read
+from megaman.model import onednn
+from megaman.model.onednn import LaidOutConv2d, LaidOutLinear, lay_out
+from megaman.model.stable_diffusion import StableDiffusion, load_base
+
+KINDS_OF_LAYERS = (LaidOutConv2d, LaidOutLinear)
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lays out whatever gives the same bits, however long it takes."""
+    monkeypatch.setattr(onednn, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(onednn, "_PROOFS", {})
+    yield
+
+
+def laid_out_in(unet: nn.Module) -> list[Any]:
+    """The layers whose weights were laid out."""
+    return [module for module in unet.modules() if isinstance(module, KINDS_OF_LAYERS)]
+
+
+def run_once(unet: nn.Module) -> Callable[[], object]:
+    """A pass through a UNet."""
+    inputs, added = inputs_of(unet)
+    return lambda: unet(*inputs, added_cond_kwargs=added)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype", onednn.PRECISIONS, ids=str)
+@pytest.mark.parametrize("kind", [SD1, XL], ids=lambda kind: kind.folder)
+def test_predictions_and_gradients_are_torchs_to_the_bit(
+    kind: Kind, dtype: torch.dtype, tiny_folders: Callable[[Kind], Path]
+) -> None:
+    base = load_base(str(tiny_folders(kind)), device=torch.device("cpu"), dtype=dtype)
+    plain = adapted(base.unet, TrainConfig(lora_rank=4, lora_targets="linear"), kind)
+    plain.to(memory_format=torch.channels_last)
+    fuse(plain)
+    fast = deepcopy(plain)
+    count = lay_out(fast, run_once(fast), layers_read(fast))
+    assert count == len(laid_out_in(fast)) > 10
+    assert all(torch.equal(one, other) for one, other in zip(computed(plain), computed(fast), strict=True))
+
+
+@pytest.mark.usefixtures("always")
+def test_other_sizes_and_batches_give_torchs_bits_too(tiny_base: StableDiffusion) -> None:
+    plain = tiny_base.unet.to(memory_format=torch.channels_last)
+    fast = deepcopy(plain)
+    assert lay_out(fast, run_once(fast)) > 10
+    for batch, side in ((1, 8), (3, 8), (1, 12), (2, 16)):
+        latents = torch.randn(batch, 4, side, side, requires_grad=True)
+        states = torch.randn(batch, 77, plain.config.cross_attention_dim)
+        results = []
+        for unet in (plain, fast):
+            made = unet(latents, 500, states).sample
+            results.append((made, *torch.autograd.grad(made.sum(), latents)))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True)), (batch, side)
+
+
+@pytest.mark.usefixtures("always")
+def test_torchs_copy_is_given_up_and_comes_back_at_a_look(tiny_base: StableDiffusion) -> None:
+    weights = {name: each.clone() for name, each in tiny_base.unet.named_parameters()}
+    lay_out(tiny_base.unet, run_once(tiny_base.unet))
+    left = dict(tiny_base.unet.named_parameters())
+    gone = [
+        f"{name}.weight"
+        for name, each in tiny_base.unet.named_modules()
+        if each in laid_out_in(tiny_base.unet)
+    ]
+    assert gone
+    assert left.keys() == weights.keys() - set(gone)
+    for name in gone:
+        layer = tiny_base.unet.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(layer.weight, weights[name])
+        with pytest.raises((AttributeError, KeyError, TypeError)):
+            layer.weight = nn.Parameter(weights[name])
+
+
+@pytest.mark.usefixtures("always")
+def test_layers_of_other_bits_or_in_use_elsewhere_stay_torchs(
+    tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = tiny_base.unet
+    kept = unet.mid_block.resnets[0].conv1
+    real = onednn._conv
+    monkeypatch.setattr(onednn, "_conv", lambda *args: real(*args) + 1e-6)
+    lay_out(unet, run_once(unet), keep=[unet.time_embedding.linear_1])
+    assert type(unet.time_embedding.linear_1) is nn.Linear
+    assert type(kept) is nn.Conv2d
+    assert not any(isinstance(each, LaidOutConv2d) for each in laid_out_in(unet))
+    assert laid_out_in(unet)
+
+
+@pytest.mark.parametrize("missing", ["_linear", "_conv_layout"])
+def test_without_the_private_operators_all_stays_as_it_is(
+    missing: str, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = deepcopy(tiny_base.unet).to(memory_format=torch.channels_last)
+
+    def gone(*_: object) -> Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+
+    monkeypatch.setattr(onednn, missing, gone)
+    lay_out(tiny_base.unet, run_once(tiny_base.unet))
+    inputs, _ = inputs_of(before)
+    assert torch.equal(tiny_base.unet(*inputs).sample, before(*inputs).sample)
+
+
+@pytest.mark.usefixtures("always")
+def test_where_memory_is_short_the_second_copy_is_not_made(
+    tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    assert lay_out(tiny_base.unet, run_once(tiny_base.unet)) == 0
+    assert not laid_out_in(tiny_base.unet)
+
+
+@pytest.mark.usefixtures("always")
+def test_nothing_slower_is_laid_out(tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "LEAST_GAIN", 1.0)
+    assert lay_out(tiny_base.unet, run_once(tiny_base.unet)) == 0
