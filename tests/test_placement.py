@@ -28,6 +28,13 @@ CPU = torch.device("cpu")
 CROWDED_GIB = 1e-3  # no room for two parts
 
 
+def devices_of_work(base: StableDiffusion) -> set[torch.device]:
+    """Where the UNet's weights and the latents lie at each of its calls from now on."""
+    seen = set()
+    base.unet.register_forward_pre_hook(lambda unet, given: seen.update((unet.device, given[0].device)))
+    return seen
+
+
 class Shown(SilentTracker):
     """Keeps what is measured and drawn."""
 
@@ -101,13 +108,13 @@ def test_steps_measuring_and_previews_find_everything_on_the_card(
         assert {value.device for value in run.ema.kept.values()} <= {CARD}
         assert run.base.is_crowded == (gib == CROWDED_GIB)
         assert run.base.vae.device == CPU
-        shown = Shown()
+        shown, devices = Shown(), devices_of_work(run.base)
         run.data = replace(run.data, held_out=frozenset({0}))
         for step in (0, 3) if run.base.encoders else (0,):  # they learn, and rest
             assert megaman_lora.forward_backward(run, run.data.sampler.batch(step), step).mean.device == CARD
         megaman_lora.validate(run, shown, step)
         megaman_lora.draw_samples(run, shown, step, False)
-        assert run.base.unet.device == CARD
+        assert devices == {run.base.unet.device} == {CARD}
         assert run.base.vae.device == CPU
     assert len(shown.losses) == 1
     assert len(shown.pictures) == len(run.cfg.validation_prompt)
@@ -159,9 +166,11 @@ def test_pictures_are_drawn_on_the_card(base_folder: Path, gib: float) -> None:
     with fake_card(gib):
         base.is_crowded = gib == CROWDED_GIB
         base.place(*(() if base.is_crowded else ("vae", *base.parts)))
+        devices = devices_of_work(base)
         merged = MergedAdapter(small_adapter(base), base.parts, base.kind)
         pictures = generate_megaman.render(jobs, base, merged)
         assert [picture.size for picture in pictures] == [(36, 32)] * 2
+        assert devices == {CARD}
         merged.set_scale(0)
 
 
@@ -179,6 +188,7 @@ def test_a_forgotten_way_to_the_card_is_an_error(tiny_folder: Path, tmp_path: Pa
             lambda: torch.randn(3, generator=torch.Generator(), device=CARD),
             lambda: on_card.numpy(),
             lambda: base.vae.encode(torch.zeros(1, 3, 32, 32, device=CARD)),
+            lambda: torch.nn.functional.conv2d(on_cpu[None], on_card[None, None]),
         ):
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()
