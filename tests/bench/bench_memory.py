@@ -11,8 +11,9 @@ step), and torch's own on a card. Prints a line a level, then one JSON line.
 """
 
 import argparse
+import ctypes
+import gc
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -88,9 +89,17 @@ def run_of(base: Path, resolution: int, folder: Path) -> Run:
     return set_up(read_config(flags)[0])
 
 
-def resident_gib() -> float:
-    """The most that this process has held at any time."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def resident_gib(name: str) -> float:
+    """What this process holds (VmRSS), or the most that it has held (VmHWM). Linux."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 2**20
+
+
+def forget_peak() -> None:
+    """Gives all that is free back to the system, and lets VmHWM begin anew. (proc(5), malloc_trim(3).)"""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def timed_step(run: Run, level: Level, number: int) -> float:
@@ -106,15 +115,17 @@ def timed_step(run: Run, level: Level, number: int) -> float:
 
 
 def peak_of(run: Run, level: Level) -> float:
-    """GiB that two steps hold at most above what was held before them; of a process of its own on a CPU."""
+    """GiB that a step holds at most above what was held before them; of a process of its own on a CPU."""
     if not torch.cuda.is_available():
-        before = resident_gib()
-        timed_step(run, level, 0)
+        timed_step(run, level, 0)  # the optimizer's moments and gradients stay
+        forget_peak()
+        before = resident_gib("VmRSS")
         timed_step(run, level, 1)
-        return resident_gib() - before
+        return resident_gib("VmHWM") - before
+    timed_step(run, level, 0)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    timed_step(run, level, 0)
+    timed_step(run, level, 1)
     return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
