@@ -402,7 +402,7 @@ def test_the_class_is_asked_of_the_base_and_answered_by_what_is_trained(
 
 @pytest.mark.parametrize("base_folder", [SD1, XL], indirect=True, ids=lambda kind: kind.folder)
 def test_a_preview_is_read_with_the_encoders_of_its_step(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = []
     honest = megaman_lora.validation.draw_previews
@@ -412,8 +412,8 @@ def test_a_preview_is_read_with_the_encoders_of_its_step(
         return honest(base, text, *rest)
 
     monkeypatch.setattr(megaman_lora.validation, "draw_previews", watched)
-    train(*TEXT)
-    train()
+    train(*TEXT, "--cache_dir", str(tmp_path / "cache"))
+    train("--cache_dir", str(tmp_path / "another"))  # which lacks the first one's samples of the base
     first, last, *untrained = shown
     assert not torch.equal(first, last)
     assert torch.equal(*untrained)

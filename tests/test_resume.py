@@ -396,7 +396,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_picture_and_touches_no_file
 
 
 def test_a_preview_that_is_no_picture_stops_with_its_step(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers import AutoencoderKL
 
@@ -404,7 +404,7 @@ def test_a_preview_that_is_no_picture_stops_with_its_step(
     nan = float("nan")
     monkeypatch.setattr(AutoencoderKL, "decode", lambda *args, **kwargs: (honest(*args, **kwargs)[0] * nan,))
     with pytest.raises(UserError, match="the preview at step 0") as error:
-        train()
+        train("--cache_dir", str(tmp_path / "cache"))
     assert error.value.exit_code == 5
 
 

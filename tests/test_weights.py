@@ -116,7 +116,10 @@ def test_a_link_that_leads_elsewhere_is_another_file(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"the same")
         link.unlink(missing_ok=True)
         link.symlink_to(tmp_path / name)
-        identities.add(later(Origin(tmp_path)).identity("vae"))
+        identity = later(Origin(tmp_path)).identity("vae")
+        assert identity is not None
+        assert str((tmp_path / name).resolve()) in identity
+        identities.add(identity)
     assert len(identities) == 2
     (tmp_path / "blob_2").unlink()
     assert later(Origin(tmp_path)).identity("vae") is None
