@@ -22,6 +22,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
+from megaman.training.schedule import peak_rates  # noqa: E402
 from megaman_lora import Run, forward_backward, read_config, set_up  # noqa: E402
 
 WARM_UP = 6  # steps that are not timed: compilation, caches
@@ -31,9 +32,7 @@ def step(run: Run, number: int) -> float:
     """One optimizer step; its seconds."""
     started = time.perf_counter()
     forward_backward(run, run.data.sampler.batch(number), number)
-    run.accelerator.clip_grad_norm_(run.trainable.values(), run.cfg.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.step.update(peak_rates(run.cfg))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started

@@ -33,6 +33,7 @@ from megaman.model import memory  # noqa: E402
 from megaman.model.compute import pick_dtype  # noqa: E402
 from megaman.model.drawing import draw_or_none, pipeline_of, words  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
+from megaman.training.schedule import peak_rates  # noqa: E402
 from megaman_lora import apply_memory_plan, forward_backward, read_config, set_up  # noqa: E402
 
 WARM_UP, STEPS = 4, 16
@@ -85,9 +86,7 @@ def measure_steps(base: Path, resolution: int, flags: list[str]) -> dict[str, An
         for number in range(WARM_UP + STEPS):
             started = time.perf_counter()
             losses.append(forward_backward(run, run.data.sampler.batch(number), number).mean.item())
-            run.accelerator.clip_grad_norm_(run.trainable.values(), run.cfg.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            run.step.update(peak_rates(run.cfg))
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
     return {

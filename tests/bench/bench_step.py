@@ -51,11 +51,16 @@ ROWS = 15  # of the operators' table
 def our_step(run: Run, number: int) -> None:
     """A step as `megaman_lora.train` does it, but for telling of it. The one place that knows how."""
     number %= run.cfg.max_train_steps
-    optim.set_learning_rates(run.optimizer, rates_at(number, run.cfg))
+    rates = rates_at(number, run.cfg)
+    if not hasattr(run, "step"):  # another checkout, of before
+        optim.set_learning_rates(run.optimizer, rates)
     forward_backward(run, run.data.sampler.batch(number), number)
-    run.accelerator.clip_grad_norm_(run.trainable.values(), run.cfg.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    if hasattr(run, "step"):
+        run.step.update(rates)
+    else:
+        run.accelerator.clip_grad_norm_(run.trainable.values(), run.cfg.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
     run.ema.update(number)
 
 
