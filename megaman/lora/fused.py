@@ -20,14 +20,18 @@ from torch.nn import functional
 
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 
+DENSE = 0.4  # of a weight's size: factors that hold more give their gradients through the whole one's
+
 
 class FusedLinear(LoraLinear):
     """PEFT's layer around a linear one, see above."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(…,in) -> (…,out)."""
-        if self.disable_adapters or self.merged or args or kwargs:
+        if self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        if self.disable_adapters:
+            return self.base_layer(x)
         rows = x.reshape(-1, x.shape[-1])
         return _updated(self, rows).reshape(*x.shape[:-1], -1)
 
@@ -37,9 +41,11 @@ class FusedPointwise(LoraConv2d):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B,in,h,w) -> (B,out,h,w)."""
-        is_strange = self.disable_adapters or self.merged or args or kwargs
-        if is_strange or not x.is_contiguous(memory_format=torch.channels_last):
+        lies_so = x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last)
+        if self.merged or args or kwargs or not lies_so:
             return super().forward(x, *args, **kwargs)
+        if self.disable_adapters:
+            return self.base_layer(x)
         cells = x.permute(0, 2, 3, 1)
         made = _updated(self, cells.reshape(-1, x.shape[1]))
         return made.reshape(*cells.shape[:-1], -1).permute(0, 3, 1, 2)
@@ -108,8 +114,8 @@ class _Merged(torch.autograd.Function):
         x, down, up = ctx.saved_tensors
         scale = ctx.scale
         to_x = grad @ _merged(ctx.base, down, up, scale) if ctx.needs_input_grad[0] else None
-        if 2 * len(down) * (x.shape[1] + grad.shape[1]) > x.shape[1] * grad.shape[1]:
-            whole = grad.t() @ x  # less work than the four products with the factors
+        if len(down) * (x.shape[1] + grad.shape[1]) > DENSE * x.shape[1] * grad.shape[1]:
+            whole = grad.t() @ x  # less time than the four products with the factors
             factors = (up.t() @ whole, whole @ down.t())
         else:
             factors = ((grad @ up).t() @ x, grad.t() @ (x @ down.t()))

@@ -3,8 +3,10 @@ modules.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig
@@ -165,6 +167,26 @@ def lora_modules(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if ADAPTER_NAME in getattr(module, "lora_A", {})
     }
+
+
+_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # finding them takes milliseconds
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model with a LoRA computes as without one. For passes that need no gradients: PEFT's
+    own switch also walks all modules and their parameters, which takes a tenth of a small model's step.
+    """
+    if model not in _LAYERS:
+        _LAYERS[model] = [*lora_modules(model).values()]
+    layers = _LAYERS[model]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def adapter_of(

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from megaman.config.train import TrainConfig
+from megaman.lora.injection import switched_off
 from megaman.model.stable_diffusion import conditions
 from megaman.model.text import Text
 from megaman.training.encoding import EncodedDataset
@@ -174,11 +175,8 @@ def preserving_losses(
     class_noisy, class_timesteps, class_sizes = (
         rows[asking] for rows in (noisy, batch.timesteps, batch.sizes)
     )
-    plain: Any = unet  # torch's types don't know what diffusers hangs on it
-    plain.disable_adapters()
-    with torch.no_grad():
-        from_base = _predicted(plain, class_noisy, class_timesteps, batch.class_text_of_base, class_sizes)
-    plain.enable_adapters()
+    with torch.no_grad(), switched_off(unet):
+        from_base = _predicted(unet, class_noisy, class_timesteps, batch.class_text_of_base, class_sizes)
     text = Text.cat([batch.text, batch.class_text])
     timesteps, sizes = (
         torch.cat(both) for both in ((batch.timesteps, class_timesteps), (batch.sizes, class_sizes))

@@ -30,15 +30,12 @@ def optimizer_of(
     rate = rates[0]
     own: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
     parameters = [{"params": list(group), "lr": lr} for group, lr in zip(groups, rates, strict=True)]
-    if name == "adamw" and recorded:
-        device = groups[0][0].device
-        for group in parameters:
-            group["lr"] = torch.tensor(group["lr"], device=device)
-        return torch.optim.AdamW(
-            parameters, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
-        )
     if name == "adamw":
-        return torch.optim.AdamW(parameters, **own)
+        device = groups[0][0].device
+        for group in parameters if recorded else ():
+            group["lr"] = torch.tensor(group["lr"], device=device)
+        is_captured = recorded and device.type == "cuda"
+        return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True, capturable=is_captured)
     if name == "adafactor":
         return Adafactor(parameters, **own, relative_step=False, scale_parameter=False, warmup_init=False)
     if name == "prodigy":
