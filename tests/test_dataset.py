@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,10 @@ import megaman_lora
 from megaman.common.cache import Store
 from megaman.common.console import UserError
 from megaman.config.train import DataFlags
+from megaman.data import scan
 from megaman.data.buckets import Bucket
+from megaman.data.folder import look_into
+from megaman.data.pictures import BadPicture, Picture
 from megaman.model.stable_diffusion import peek
 from megaman_lora import MegaManDataset, report_of, sampler_of
 
@@ -541,3 +545,53 @@ def test_facts_are_remembered_by_content_and_not_by_name(tmp_path: Path) -> None
     store = Store(tmp_path / "cache")
     assert MegaManDataset(folder, None, store=store).scanned[0].size == (9, 8)
     assert (store.hits, store.misses) == (0, 1)
+
+
+# ---------------------------------------------------------------- several pictures at a time
+
+
+def test_pictures_that_are_decoded_at_once_keep_their_order_and_their_reasons(tmp_path: Path) -> None:
+    for number in range(12):
+        if number % 5 == 2:
+            (tmp_path / f"{number:02}.png").write_bytes(b"no picture")
+        else:
+            Image.new("RGB", (10 + number, 20), (20 * number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    filters = list(warnings.filters)
+    scanned, skipped = scan.scan(look_into(tmp_path), Store(None))
+    good = [number for number in range(12) if number % 5 != 2]
+    assert [(picture.path.stem, picture.size[0]) for picture in scanned] == [
+        (f"{number:02}", 10 + number) for number in good
+    ]
+    assert [each.path.stem for each in skipped] == ["02", "07"]
+    assert all(each.reason == "not a picture; save it as PNG" for each in skipped)
+    assert warnings.filters == filters
+
+
+def test_a_picture_that_lacked_memory_beside_others_is_read_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        Image.new("RGB", (10 + number, 20)).save(tmp_path / f"{number}.png")
+    honest, crowded = scan.open_picture, {"1.png"}
+
+    def starved(path: Path) -> Picture:
+        if path.name in crowded:
+            crowded.remove(path.name)
+            raise BadPicture(path, "not enough memory to decode it; shrink it first")
+        return honest(path)
+
+    monkeypatch.setattr(scan, "open_picture", starved)
+    scanned, skipped = scan.scan(look_into(tmp_path), Store(None))
+    assert ([picture.path.name for picture in scanned], skipped) == (["0.png", "1.png", "2.png"], [])
+
+
+def test_what_the_cache_knows_of_a_picture_is_not_decoded_again_and_new_ones_are_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, honest = [], scan.open_picture
+    monkeypatch.setattr(scan, "open_picture", lambda path: (decoded.append(path.name), honest(path))[1])
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("RGB", (10 + number, 20)).save(tmp_path / "pictures" / f"{number}.png")
+        scan.scan(look_into(tmp_path / "pictures"), Store(tmp_path / "cache"))
+    assert decoded == ["0.png", "1.png", "2.png"]

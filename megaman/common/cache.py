@@ -99,6 +99,10 @@ TENSORS = Codec(".safetensors", _read_tensors, _write_tensors)
 # ---------------------------------------------------------------- the store
 
 
+def _path_of(entries: Path, key: str, codec: Codec) -> Path:
+    return entries / key[:2] / f"{key}{codec.suffix}"
+
+
 _told: set[Path | None] = set()  # folders that can't be written to, as the user knows
 
 
@@ -124,10 +128,14 @@ class Store:
         """What `make` returns, made only if it is not there yet. On the CPU. No tensors are not kept."""
         return self._remembered(key, make, TENSORS, is_counted)
 
+    def holds_facts(self, key: str) -> bool:
+        """Whether there is such an entry; it may still be damaged."""
+        return self.entries is not None and os.path.isfile(_path_of(self.entries, key, JSON))
+
     def _remembered(self, key: str, make: Callable[[], Any], codec: Codec, is_counted: bool) -> Any:
         if self.entries is None:
             return make()
-        path = self.entries / key[:2] / f"{key}{codec.suffix}"
+        path = _path_of(self.entries, key, codec)
         try:
             found = codec.read(path)
         except Exception:  # missing, torn, damaged, no permission: a cache may always be asked in vain

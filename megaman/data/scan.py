@@ -3,7 +3,10 @@
 import base64
 import io
 import math
+import os
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from megaman.data.folder import Listing
 from megaman.data.pictures import MAX_FILE_BYTES, BadPicture, open_picture
 
 RECIPE = 2  # raised whenever decoding changes: older facts and latents are then no longer found
+THREADS = 4  # at most: each holds a whole picture, up to 256 MB
 THUMBNAIL_PX = 128
 GRID = 12  # rows and columns of the fingerprint
 JPEG_NOISE = 4  # of 255: what JPEG leaves on a flat area is no edge
@@ -51,28 +55,55 @@ class Skipped:
 
 def scan(listing: Listing, store: Store) -> tuple[list[ScannedPicture], list[Skipped]]:
     """Looks at every picture file of a folder: those that can be used, and those that can't. Each is decoded
-    once; later runs find it in the store.
+    once, several at a time; later runs find it in the store.
     """
     scanned: list[ScannedPicture] = []
     skipped: list[Skipped] = []
-    for path in listing.pictures:
+    digests = {path: _digest(path) for path in listing.pictures}
+    new = [path for path, digest in digests.items() if digest and not store.holds_facts(digest)]
+    decoded = _decoded_at_once(new)
+    for path, digest in digests.items():
         try:
-            scanned.append(_scanned(path, store))
+            scanned.append(_scanned(path, digest, store, decoded.get(path)))
         except BadPicture as error:
             skipped.append(Skipped(path, error.reason))
     return scanned, skipped
 
 
-def _scanned(path: Path, store: Store) -> ScannedPicture:
+def _digest(path: Path) -> str:
+    """Of the file's bytes and of how they are decoded; "" of what can't be a picture."""
     try:
-        usable = path.is_file() and 0 < path.stat().st_size <= MAX_FILE_BYTES
-        digest = key_of("picture", RECIPE, path.suffix.lower(), sha256_of(path)) if usable else ""
+        if path.is_file() and 0 < path.stat().st_size <= MAX_FILE_BYTES:
+            return key_of("picture", RECIPE, path.suffix.lower(), sha256_of(path))
     except OSError:
-        usable = False
-    if not usable:  # opening says why; a folder, a pipe or a missing right is no fact about a content
+        pass
+    return ""
+
+
+def _decoded_at_once(paths: Sequence[Path]) -> dict[Path, dict[str, object]]:
+    """What is known of pictures, those left out that can't be read. Pillow decodes on several cores."""
+    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
+    try:
+        with warnings.catch_warnings(action="ignore"):  # each picture sets and resets the same, out of step
+            facts = list(pool.map(_scan_or_none, paths))
+    finally:
+        pool.shutdown(cancel_futures=True)  # who is asked to stop finishes no folder
+    return {path: known for path, known in zip(paths, facts, strict=True) if known is not None}
+
+
+def _scan_or_none(path: Path) -> dict[str, object] | None:
+    try:
+        return _scan(path)
+    except BadPicture:  # which may have lacked the memory that its neighbours took: it is read again alone
+        return None
+
+
+def _scanned(path: Path, digest: str, store: Store, decoded: dict[str, object] | None) -> ScannedPicture:
+    """decoded: what is known of the picture already."""
+    if not digest:  # opening says why; a folder, a pipe or a missing right is no fact about a content
         open_picture(path)
         raise BadPicture(path, "it changes while it is read")
-    known = store.facts(digest, lambda: _scan(path))
+    known = store.facts(digest, lambda: decoded or _scan(path))
     return ScannedPicture(
         path,
         digest,
