@@ -69,7 +69,7 @@ from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
 from megaman.generation.saving import Seldom, beside
 from megaman.lora.adapter import Adapter
 from megaman.lora.merge import MergedAdapter
-from megaman.model import compute, drawing, memory, stable_diffusion
+from megaman.model import compute, drawing, footprint, memory, stable_diffusion
 from megaman.model.hub import canonical_name, download_adapter, is_local
 from megaman.model.prompt_syntax import has_weights, notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import StableDiffusion
@@ -377,7 +377,7 @@ def generate(cfg: GenerateConfig) -> Path:
     cfg = resolve(cfg, adapter, base)
     jobs = [as_read(job, base) for job in make_jobs(cfg, prompts)]
     check_jobs(jobs, base)
-    base.is_crowded = memory.is_crowded(base, max(job.pixels for job in jobs))
+    base.is_crowded = footprint.is_crowded(base, max(job.pixels for job in jobs))
     base.place(*(() if base.is_crowded else ("vae", *base.parts)))
     for line in [*notes, *notes_on_cuts(jobs, base)]:
         say(line)

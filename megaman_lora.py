@@ -43,6 +43,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.resnet import ResnetBlock2D
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -56,7 +57,7 @@ from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
 from megaman.lora import fused, init_lora, injection, save
-from megaman.model import compute, memory, onednn, stable_diffusion
+from megaman.model import compute, footprint, memory, onednn, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
@@ -415,8 +416,7 @@ def prepared(
     if why is not None:
         say(f"note: --cuda_graph is left out: {why}")
     is_graph = cfg.cuda_graph and why is None
-    for part in base.parts.values():
-        part.train()
+    as_in_training(base.parts)
     optimizer = accelerator.prepare(optimizer_of(trainable, cfg, is_graph))
     kind = GraphedStep if is_graph else Step
     return kind(base.unet, base.scheduler, cfg, accelerator, trainable, optimizer)
@@ -471,7 +471,7 @@ def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: 
         base.drop_encoders()
     if cfg.base_weights == "int8":
         store_in_int8(base.unet)
-    base.is_crowded = memory.is_crowded(base, cfg.side_px**2)
+    base.is_crowded = footprint.is_crowded(base, cfg.side_px**2)
     base.place(*base.parts)
     return text
 
@@ -540,12 +540,23 @@ def plan_memory(run: Run) -> None:
     and no earlier command has found out what fits.
     """
     chunks = run.encoded.ids.shape[1]
-    estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch, chunks)
-    card = compute.smallest(memory.card_gib(run.accelerator.device), run.accelerator)
+    estimate = footprint.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch, chunks)
+    card = compute.smallest(footprint.card_gib(run.accelerator.device), run.accelerator)
     if run.cfg.gradient_checkpointing and run.memory.recomputed == "nothing":
         run.memory.recomputed = "all" if estimate is None else estimate.level_for(card)
     if estimate is not None:
         say(estimate.line(card, run.memory.recomputed))
+
+
+def as_in_training(parts: Mapping[str, nn.Module]) -> None:
+    """Lets LoRAs drop out. Of the UNet's blocks, those with a shortcut would copy its input for DDP's sake,
+    which nobody uses here.
+    """
+    for part in parts.values():
+        part.train()
+        for block in part.modules():
+            if isinstance(block, ResnetBlock2D):
+                block.training = False
 
 
 @contextmanager
@@ -556,8 +567,7 @@ def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for part in parts.values():
-            part.train()
+        as_in_training(parts)
 
 
 def apply_memory_plan(run: Run) -> None:
@@ -684,7 +694,7 @@ def forward_backward(run: Run, positions: Sequence[Position], step: int) -> Step
         return parts, shared, compute.side_by_side(shared, accelerator)
 
     def shrink() -> None:
-        run.memory.shrink(step, memory.levels_of(run.base, run.cfg))
+        run.memory.shrink(step, footprint.levels_of(run.base, run.cfg))
         apply_memory_plan(run)
 
     is_agreed = partial(compute.is_agreed, accelerator=accelerator)

@@ -80,7 +80,7 @@ def test_predictions_and_gradients_are_pefts(
     exact = computed(deepcopy(plain).float())
     for true, expected, made in zip(exact, computed(plain), computed(fast), strict=True):
         rounded = 1.8 * apart(true, expected)  # PEFT's own error, in fewer places
-        assert apart(true, made) < (1e-4 if dtype == torch.float32 else max(2e-2, rounded))
+        assert apart(true, made) < (1e-4 if dtype == torch.float32 else max(4e-2, rounded))
 
 
 @pytest.mark.parametrize("rows", [3, 300])

@@ -13,9 +13,11 @@ from counted import GIB, base_of_true_shape, encoders_on_meta, peak_bytes, step_
 import megaman_lora
 from megaman.common.kinds import KINDS, SD1, XL, Kind
 from megaman.config.train import TrainConfig
+from megaman.lora.fused import fuse
 from megaman.lora.injection import inject
 from megaman.model import compute
-from megaman.model.memory import RECOMPUTED_TEXT, MemoryPlan, estimate_of
+from megaman.model.footprint import RECOMPUTED_TEXT, estimate_of
+from megaman.model.recompute import recompute
 from megaman.model.text import read as text_of
 from megaman.model.tokenizer import clip_tokenizer
 from megaman.training.sampler import generator_of
@@ -24,6 +26,7 @@ OFF_BY = 0.1  # how far an estimate may be from the count
 
 FAULTS_OF_FORTY_ROUNDS = """
 import resource, sys, torch
+from megaman.lora.fused import fuse
 from megaman.lora.injection import inject
 from megaman.model import compute
 from megaman.model.memory import keep_freed_memory
@@ -66,11 +69,9 @@ def test_the_estimate_is_what_a_step_of_true_size_takes(settings: dict) -> None:
     cfg = TrainConfig(resolution=512, **settings)
     base = base_of_true_shape(SD1)
     run, parameters = step_of(base, cfg, 64)
-    plan = MemoryPlan(1, cfg.gradient_checkpointing)
-    nothing = SimpleNamespace(zero_grad=lambda: None)
-    megaman_lora.apply_memory_plan(SimpleNamespace(base=base, cfg=cfg, memory=plan, optimizer=nothing))
-    estimate = estimate_of(base, parameters, cfg)
-    told = estimate.checkpointed if cfg.gradient_checkpointing else estimate.step
+    level = "all" if cfg.gradient_checkpointing else "nothing"
+    recompute(base.unet, level, base.encoders.values())
+    told = estimate_of(base, parameters, cfg, 1).steps[level]
     assert told == pytest.approx(peak_bytes(run) / GIB, rel=OFF_BY)
 
 
@@ -79,10 +80,12 @@ def test_encoders_in_training_take_what_the_estimate_adds_for_a_text(kind: Kind)
     cfg = TrainConfig(resolution=512, text_encoder_lr=1e-4)
     unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=kind.text_width), dtype=torch.float16)
     base = SimpleNamespace(unet=unet, parts={})
-    without = estimate_of(base, [], TrainConfig(resolution=512))
-    added = [estimate_of(base, [], cfg, chunks).step - without.step for chunks in (1, 2)]
+    without = estimate_of(base, [], TrainConfig(resolution=512), 1).steps["nothing"]
+    added = [estimate_of(base, [], cfg, 1, chunks).steps["nothing"] - without for chunks in (1, 2)]
     encoders = encoders_on_meta(kind)
     inject(encoders, cfg, kind, partial(generator_of, 0))
+    for encoder in encoders.values():
+        fuse(encoder)
     ids = torch.zeros(1, 1, 77, dtype=torch.long, device="meta")
 
     def read() -> None:

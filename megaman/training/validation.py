@@ -128,7 +128,6 @@ def kept_previews(key: str, store: Store, drawn: Callable[[], list[Image]]) -> l
 
 
 def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> list[Image]:
-    unet = base.unet
     pipeline = pipeline_of(base)
     images: list[Image] = []
 
@@ -136,15 +135,11 @@ def _draw(base: StableDiffusion, text: Text, look: Look, stop: StopRequest) -> l
         pipeline._interrupt = bool(stop)  # diffusers' own way to leave out the steps that are left
         return kwargs
 
-    unet.eval()
-    try:
-        for i in range(1, len(text)):
-            images += draw(
-                base, pipeline, **as_settings(text[i : i + 1], text[:1]),
-                num_inference_steps=SAMPLE_STEPS, guidance_scale=look.guidance_scale, height=look.side_px,
-                width=look.side_px, generators=[torch.Generator().manual_seed(look.seed + i)],
-                callback_on_step_end=hurry,
-            )  # fmt: skip
-    finally:
-        unet.train()
+    for i in range(1, len(text)):
+        images += draw(
+            base, pipeline, **as_settings(text[i : i + 1], text[:1]),
+            num_inference_steps=SAMPLE_STEPS, guidance_scale=look.guidance_scale, height=look.side_px,
+            width=look.side_px, generators=[torch.Generator().manual_seed(look.seed + i)],
+            callback_on_step_end=hurry,
+        )  # fmt: skip
     return images

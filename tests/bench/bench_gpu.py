@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from bench.bench_true_size import save_random_base  # noqa: E402
 
 from megaman.common.kinds import KINDS  # noqa: E402
-from megaman.model import memory  # noqa: E402
+from megaman.model import footprint  # noqa: E402
 from megaman.model.compute import pick_dtype  # noqa: E402
 from megaman.model.drawing import draw_or_none, pipeline_of, words  # noqa: E402
 from megaman.model.stable_diffusion import load_base  # noqa: E402
@@ -76,7 +76,7 @@ def measure_steps(base: Path, resolution: int, flags: list[str]) -> dict[str, An
         started = time.perf_counter()
         run = set_up(read_config([*paths, *data, *sizes, *flags])[0])
         ready = time.perf_counter() - started
-        estimate = memory.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch)
+        estimate = footprint.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch)
         loading = torch.cuda.max_memory_allocated() / GIB
         torch.cuda.reset_peak_memory_stats()
         if run.cfg.gradient_checkpointing:
