@@ -104,6 +104,6 @@ def test_encoders_in_training_are_recomputed_too(train_flags: list[str]) -> None
     flags = [*train_flags, *TEXT, "--gradient_checkpointing"]
     run = megaman_lora.set_up(megaman_lora.read_config(flags)[0])
     assert not any(part.is_gradient_checkpointing for part in run.base.parts.values())
-    megaman_lora.apply_memory_plan(run)
+    megaman_lora.begin(run)
     assert all(part.is_gradient_checkpointing for part in run.base.parts.values())
     compute.end(run.accelerator)

@@ -137,7 +137,7 @@ SD1 = Kind(
         "two largest and feed-forwards": StepCost(attention=1.11, linear=1.45, conv=1.58, added=27),
         "all": StepCost(attention=0.89, linear=1.22, conv=1.24, added=31),
     },
-    text_gib=0.031,
+    text_gib=0.0225,
 )
 SD2 = Kind(
     name="Stable Diffusion 2.x",
@@ -162,7 +162,7 @@ SD2 = Kind(
         "two largest and feed-forwards": StepCost(attention=0.96, linear=1.13, conv=1.25, added=27),
         "all": StepCost(attention=0.73, linear=0.90, conv=0.91, added=31),
     },
-    text_gib=0.063,
+    text_gib=0.0416,
     of_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
 )
 XL = Kind(
@@ -188,7 +188,7 @@ XL = Kind(
         "two largest and feed-forwards": StepCost(attention=2.11, linear=2.16, conv=2.47, added=22),
         "all": StepCost(attention=0.51, linear=0.55, conv=0.77, added=35),
     },
-    text_gib=0.136,
+    text_gib=0.0922,
     implementation="https://github.com/Stability-AI/generative-models",
 )
 KINDS = (SD1, SD2, XL)

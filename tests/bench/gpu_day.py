@@ -58,6 +58,7 @@ BUILD = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; from be
 BUILD += "build('sd1', '{work}')"
 TESTS = ("-m", "pytest", "tests/test_gpu.py", "-q", "-rs")
 RUN = ("--steps", "1000", "--pictures", "20", "--repeats", "1", "--parts", "cold", "--precision", "fp16")
+RUN += ("--flags=--cuda_graph",)
 DRAW = ("--batches", "1,4,8", "--rounds", "2", "--precision", "fp16")
 QUICK = ("--no_profile", "--only", "ours,B")
 PARTS = (
@@ -206,12 +207,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_day")))
     parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_day"), help="for the random base")
     parser.add_argument("--minutes", type=float, help="for everything; 9.5, of a rehearsal 40")
-    parser.add_argument("--only", help="the parts whose names begin so")
+    parser.add_argument("--only", default="", help="the parts whose names begin so, with commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     flags = parser.parse_args()
     for folder in (flags.out, flags.work):
         folder.mkdir(parents=True, exist_ok=True)
-    parts = [part for part in PARTS if part.name.startswith(flags.only or "") or part.is_beside]
+    wanted = tuple(flags.only.split(","))
+    parts = [part for part in PARTS if part.name.startswith(wanted) or part.is_beside]
     seconds = 60 * (flags.minutes or 9.5)
     if flags.device == "cpu":
         parts = [rehearsed(part) for part in parts]
