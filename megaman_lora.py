@@ -58,6 +58,7 @@ from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
 from megaman.lora import fused, init_lora, injection, save
 from megaman.model import compute, footprint, memory, onednn, stable_diffusion
+from megaman.model.attention import attend_small
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
@@ -431,6 +432,8 @@ def speed_up(run: Run) -> None:
     unet = run.base.unet
     for part in run.base.parts.values():
         fused.fuse(part)
+    if run.accelerator.device.type == "cpu" and run.cfg.attention == "auto":
+        attend_small(unet)
     if run.accelerator.device.type == "cpu" and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
         times = validation.TIMESTEPS[:1] * run.memory.batch
         batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
