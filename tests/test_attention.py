@@ -10,13 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megaman.config.train import TrainConfig
 from megaman.model import attention
-from megaman.model.attention import MOST_WEIGHTS, SmallAttention, attend_small, attended
+from megaman.model.attention import SmallAttention, attend_small, attended
 from megaman.model.stable_diffusion import StableDiffusion
 
 
-@pytest.mark.parametrize("dtype", MOST_WEIGHTS, ids=str)
-def test_predictions_and_gradients_are_torchs(dtype: torch.dtype, tiny_base: StableDiffusion) -> None:
-    plain = adapted(tiny_base.unet.to(dtype), TrainConfig(lora_rank=4))
+def test_predictions_and_gradients_are_torchs(tiny_base: StableDiffusion) -> None:
+    plain = adapted(tiny_base.unet.to(torch.bfloat16), TrainConfig(lora_rank=4))
     whole = deepcopy(plain)
     attend_small(whole)
     layers = [each for each in whole.modules() if isinstance(each, Attention)]
@@ -24,8 +23,7 @@ def test_predictions_and_gradients_are_torchs(dtype: torch.dtype, tiny_base: Sta
     exact = computed(deepcopy(plain).float())
     for true, expected, made in zip(exact, computed(plain), computed(whole), strict=True):
         assert not torch.equal(expected, made)  # it is another way
-        bound = 1e-4 if dtype == torch.float32 else max(4e-2, 1.8 * apart(true, expected))
-        assert apart(true, made) < bound
+        assert apart(true, made) < max(4e-2, 1.8 * apart(true, expected))
 
 
 def test_a_head_gets_what_it_attends_to() -> None:
@@ -40,8 +38,9 @@ def test_many_tokens_and_masks_stay_torchs(
 ) -> None:
     layer = next(each for each in tiny_base.unet.modules() if isinstance(each, Attention))
     width = layer.to_q.in_features
-    states, mask = torch.randn(1, 16, width), torch.zeros(1, 16)
-    many = torch.randn(1, 256, width)
+    layer.to(torch.bfloat16)
+    states, mask = torch.randn(1, 16, width).bfloat16(), torch.zeros(1, 16).bfloat16()
+    many = torch.randn(1, 300, width).bfloat16()
     expected = [layer(states), layer(states, attention_mask=mask), layer(many)]
     attend_small(tiny_base.unet)
     used = []
@@ -51,7 +50,9 @@ def test_many_tokens_and_masks_stay_torchs(
     assert len(used) == 1
     assert torch.equal(made[1], expected[1])
     assert torch.equal(made[2], expected[2])
-    torch.testing.assert_close(made[0], expected[0])
+    torch.testing.assert_close(made[0], expected[0], rtol=0.05, atol=0.02)
+    layer.float()(states.float())
+    assert len(used) == 1  # float32 stays torch's
 
 
 def test_layers_with_more_than_attention_or_another_kernel_are_left(tiny_base: StableDiffusion) -> None:

@@ -1,4 +1,4 @@
-"""Attention of few tokens on a CPU: whole products and one softmax, which torch's own kernel there cuts up.
+"""Attention of few tokens on a CPU in bfloat16: whole products and one softmax, which torch's kernel cuts up.
 
 torch's fused kernel keeps no matrix of weights, which pays where there are thousands of tokens. Of a few
 hundred, and of a text's 77, the matrix is small, and making it whole takes half to two thirds of the time,
@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-MOST_WEIGHTS = {torch.bfloat16: 1024 * 77, torch.float32: 256 * 77}  # of a head, up to which it is faster
+MOST_WEIGHTS = 1024 * 77  # of a head, up to which it is faster; in bfloat16, of float32 at no size
 
 
 class SmallAttention(AttnProcessor2_0):
@@ -30,8 +30,8 @@ class SmallAttention(AttnProcessor2_0):
         """(B,N,C) -> (B,N,C)."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         weights = hidden_states.shape[1] * context.shape[1]
-        is_small = hidden_states.ndim == 3 and weights <= MOST_WEIGHTS.get(hidden_states.dtype, 0)
-        if not is_small or attention_mask is not None or rest or options:
+        is_small = hidden_states.dtype == torch.bfloat16 and weights <= MOST_WEIGHTS
+        if not is_small or hidden_states.ndim != 3 or attention_mask is not None or rest or options:
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **options
             )

@@ -61,7 +61,7 @@ def main() -> None:
                 times["fused"].append(seconds(fused, inputs, heads))
                 times["whole"].append(seconds(attended, inputs, heads))
             row = {name: round(1e3 * statistics.median(each), 3) for name, each in times.items()}
-            taken = tokens * others <= MOST_WEIGHTS[dtype]
+            taken = dtype == torch.bfloat16 and tokens * others <= MOST_WEIGHTS
             found.append({"size": [batch, heads, tokens, others, width], "dtype": str(dtype), **row})
             print(f"{str(dtype)[6:]:9} {found[-1]['size']}: {row} ms{', taken whole' if taken else ''}")
     threads = torch.get_num_threads()
