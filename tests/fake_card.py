@@ -145,7 +145,7 @@ def _moved(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 @contextmanager
 def fake_card(gib: float = 24) -> Iterator[torch.device]:
     """Inside the block there is a card with so much memory. What is on it has no numbers."""
-    about = SimpleNamespace(total_memory=gib * 2**30)
+    about = SimpleNamespace(total_memory=gib * 2**30, name="a card")
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Card():
         patch.setattr(nn.Module, "_apply", _moved)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: about)

@@ -163,7 +163,9 @@ def _gradient_to_input(base: Any, grad: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _summed(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """one^T other in this precision: on a card without rounding to half precision in between."""
+    """one^T other in this precision; of float16, which overflows, no number in between is a half one."""
     if one.is_cuda and one.dtype != dtype:
         return torch.mm(one.t(), other, out_dtype=dtype)
+    if one.dtype == torch.float16:
+        return one.t().to(dtype) @ other.to(dtype)
     return (one.t() @ other).to(dtype)

@@ -105,7 +105,7 @@ def new_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
     )
     if dtype == torch.float16 and accelerator.scaler is None and device.type in FP16_DEVICES:
         accelerator.scaler = torch.amp.GradScaler(device.type)  # accelerate makes none on a CPU
-        accelerator.native_amp = True  # and wraps no forward there
+        accelerator.native_amp = True  # and would not unscale gradients there
     return accelerator
 
 

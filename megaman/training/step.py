@@ -43,7 +43,14 @@ class Step:
         norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.cfg.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm, torch.tensor(self.accelerator.optimizer_step_was_skipped)
+        return norm, self._was_skipped(norm)
+
+    def _was_skipped(self, norm: Tensor) -> Tensor:
+        """Whether a gradient's norm makes the scaler leave a step out; a fused optimizer decides that on the
+        device, and accelerate does not hear of it.
+        """
+        has_scaler = self.accelerator.scaler is not None
+        return norm.isfinite().logical_not() if has_scaler else torch.zeros_like(norm, dtype=torch.bool)
 
     def clear(self) -> None:
         """Clears the gradients, and what is remembered of how the UNet computes, which may change now."""
@@ -95,13 +102,11 @@ class GraphedStep(Step):
         norm = nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm)
         if scaler is None:
             inner.step()
-            was_skipped = torch.zeros((), dtype=torch.bool, device=norm.device)
         else:
             scaler.step(inner)  # a fused optimizer looks on the device whether to step
             scaler.update()
-            was_skipped = norm.isfinite().logical_not()
         torch._foreach_zero_(self._gradients)
-        return [norm, was_skipped]
+        return [norm, self._was_skipped(norm)]
 
 
 def why_no_graph(cfg: TrainConfig, accelerator: Accelerator, *, is_crowded: bool) -> str | None:
