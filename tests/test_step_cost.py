@@ -12,8 +12,8 @@ from megaman.config.train import TrainConfig
 from megaman.lora.injection import lora_modules
 from megaman.model.tokenizer import clip_tokenizer
 
-A_LAYER = {"operators": 17, "casts": 5, "copies": 0}
-A_STEP = {"operators": 960, "casts": 143, "copies": 5}
+A_LAYER = {"operators": 12, "casts": 4, "copies": 0}
+A_STEP = {"operators": 809, "casts": 133, "copies": 5}
 
 
 def cost_of(targets: str) -> tuple[Cost, int]:

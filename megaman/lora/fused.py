@@ -166,6 +166,6 @@ def _summed(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """one^T other in this precision; of float16, which overflows, no number in between is a half one."""
     if one.is_cuda and one.dtype != dtype:
         return torch.mm(one.t(), other, out_dtype=dtype)
-    if one.dtype == torch.float16:
+    if one.dtype == torch.float16 and one.device.type == "cpu":
         return one.t().to(dtype) @ other.to(dtype)
     return (one.t() @ other).to(dtype)
