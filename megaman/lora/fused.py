@@ -103,6 +103,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Any, scale: float) -> Tensor:
+        """x (N,in), down (r,in), up (out,r), and the frozen layer -> (N,out)."""
         ctx.save_for_backward(x, down, up)
         ctx.base = base
         ctx.scale = scale
@@ -111,6 +112,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The output's gradient (N,out) -> those of x (where one is asked for), down and up."""
         x, down, up = ctx.saved_tensors
         scale = ctx.scale
         to_x = grad @ _merged(ctx.base, down, up, scale) if ctx.needs_input_grad[0] else None
@@ -132,6 +134,7 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Any, scale: float) -> Tensor:
+        """x (N,in), down (r,in), up (out,r), and the frozen layer -> (N,out)."""
         ctx.dtype = down.dtype
         down, up = (factor.to(x.dtype) for factor in (down, up))
         narrow = torch.addmm(x.new_empty(1), x, down.t(), beta=0, alpha=scale)  # (N,r)
@@ -144,6 +147,7 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The output's gradient (N,out) -> those of x (where one is asked for), down and up."""
         x, narrow, down, up = ctx.saved_tensors
         to_narrow = torch.addmm(grad.new_empty(1), grad, up, beta=0, alpha=ctx.scale)
         to_x = None

@@ -108,11 +108,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: _LaidOut) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
+        """As the layer: (…,in) or (B,in,h,w) -> (…,out) or (B,out,h,w)."""
+        ctx.layer = layer
+        ctx.shape = x.shape
         return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The output's gradient -> the input's."""
         return ctx.layer.gradient_to_input(grad, ctx.shape), None
 
 

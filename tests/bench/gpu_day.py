@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -204,8 +205,8 @@ def write(found: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """The day."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_day")))
-    parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_day"), help="for the random base")
+    parser.add_argument("--out", type=Path, default=Path("gpu_day"))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench_true_size")
     parser.add_argument("--minutes", type=float, help="for everything; 9.5, of a rehearsal 40")
     parser.add_argument("--only", default="", help="the parts whose names begin so, with commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
