@@ -639,7 +639,9 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
                 return validation.draw_previews(run.base, text, look, step, stop)
 
         if step == 0 and run.drawn_with is not None:
-            kernels = f"{cfg.attention} {cfg.compile} {cfg.base_weights}"
+            kernels = (
+                f"{cfg.attention} {cfg.compile} {cfg.base_weights} {cfg.lora_targets} {cfg.lora_dropout}"
+            )
             key = validation.key_of_base_previews(
                 run.drawn_with, run.base, run.validation_text, look, kernels
             )

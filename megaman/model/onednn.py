@@ -218,7 +218,8 @@ def lay_out(unet: nn.Module, run: Callable[[], object], keep: Collection[nn.Modu
     weights others read in each step. Layers of one form and input are measured once.
     """
     as_channels_last(unet)
-    layers: list[Any] = [each for each in unet.modules() if can_be_laid_out(each) and each not in set(keep)]
+    kept = set(keep)
+    layers: list[Any] = [each for each in unet.modules() if can_be_laid_out(each) and each not in kept]
     free = psutil.virtual_memory().available
     if sum(each.weight.nbytes for each in layers) > LARGEST_SHARE * free:
         return 0
