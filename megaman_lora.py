@@ -33,8 +33,8 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
     gc.disable()  # a fifth of the time that the imports below take is a search for garbage among modules
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -43,7 +43,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.models.resnet import ResnetBlock2D
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -58,7 +57,6 @@ from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
 from megaman.lora import fused, init_lora, injection, save
 from megaman.model import compute, footprint, memory, onednn, stable_diffusion
-from megaman.model.attention import attend_small
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
@@ -66,21 +64,19 @@ from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.recompute import recompute
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
 from megaman.model.text import Text, notes_on_length
-from megaman.model.weights import remembered_digest
-from megaman.training import checkpoints, encoding, objective, optim, resume, validation
+from megaman.training import checkpoints, encoding, objective, resume, validation
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.encoding import CaptionReader, EncodedDataset
 from megaman.training.optim import EMA
 from megaman.training.sampler import Position, Sampler, generator_of, micro_batches, seed_dropout
 from megaman.training.schedule import (
     describe_plan,
-    peak_rates,
     pictures_a_step,
     plan,
     rates_at,
     text_encoder_stop_at,
 )
-from megaman.training.step import GraphedStep, Step, why_no_graph
+from megaman.training.step import Step, at_rest, prepared
 from megaman.training.tracker import SilentTracker, StepResult, Tracker
 from megaman.training.validation import BestCheckpoint
 
@@ -383,7 +379,8 @@ def set_up(cfg: TrainConfig) -> Run:
     origins |= encoded.origins
     resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
-    drawn_with = first_drawn_with(base, cfg) if accelerator.is_main_process and not checkpoint else None
+    is_first = accelerator.is_main_process and not checkpoint
+    drawn_with = validation.first_drawn_with(base, cfg, open_store(cfg)) if is_first else None
     validation_text = place_for_training(base, cfg, validation_ids)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
     trainable = checkpoints.trained(base.parts)
@@ -408,35 +405,18 @@ def set_up(cfg: TrainConfig) -> Run:
     return run
 
 
-def prepared(
-    base: StableDiffusion, trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, accelerator: Accelerator
-) -> Step:
-    """How the run computes a step, with the kernels that were asked for."""
-    compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
-    why = why_no_graph(cfg, accelerator, is_crowded=base.is_crowded) if cfg.cuda_graph else None
-    if why is not None:
-        say(f"note: --cuda_graph is left out: {why}")
-    is_graph = cfg.cuda_graph and why is None
-    as_in_training(base.parts)
-    optimizer = accelerator.prepare(optimizer_of(trainable, cfg, is_graph))
-    kind = GraphedStep if is_graph else Step
-    return kind(base.unet, base.scheduler, cfg, accelerator, trainable, optimizer)
-
-
 def speed_up(run: Run) -> None:
     """Puts faster ways of computing the same in place, where they fit: of the LoRA layers, and, on a CPU, of
     the frozen ones, which are measured on an example of the run.
     """
     if run.cfg.compile:
         return  # what is compiled is fused by the compiler
-    unet = run.base.unet
     for part in run.base.parts.values():
         fused.fuse(part)
-    if run.accelerator.device.type == "cpu" and run.cfg.attention == "auto":
-        attend_small(unet)
     if run.accelerator.device.type == "cpu" and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
         times = validation.TIMESTEPS[:1] * run.memory.batch
         batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
+        unet = run.base.unet
         example = partial(objective.predictions, unet, batch, run.base.scheduler)
         onednn.lay_out(unet, example, keep=fused.layers_read(unet))
 
@@ -455,17 +435,6 @@ def load_base(
     return base, replace(cfg, snr_gamma=usual if cfg.snr_gamma is None else cfg.snr_gamma)
 
 
-def first_drawn_with(base: StableDiffusion, cfg: TrainConfig) -> str | None:
-    """A digest of the weights that the samples at step 0 are drawn with; None where an adapter has a part in
-    them already. B = 0 has none; a DoRA's lengths are rounded.
-    """
-    if cfg.init_lora is not None or cfg.use_dora:
-        return None
-    store = open_store(cfg)
-    parts = {"unet": base.unet, "vae": base.vae}
-    return key_of(*(remembered_digest(part, name, base.origin, store) for name, part in parts.items()))
-
-
 def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: Tensor) -> Text:
     """Reads the validation prompts' tokens, and leaves on the device what a step needs."""
     base.place(*base.encoders)
@@ -477,17 +446,6 @@ def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: 
     base.is_crowded = footprint.is_crowded(base, cfg.side_px**2)
     base.place(*base.parts)
     return text
-
-
-def optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, recorded: bool) -> Optimizer:
-    """The optimizer: a group of the UNet's parameters, one of the text encoders' if they are trained.
-    recorded: for a CUDA graph.
-    """
-    is_of_text = checkpoints.is_of_text
-    unets = [parameter for name, parameter in trainable.items() if not is_of_text(name)]
-    others = [parameter for name, parameter in trainable.items() if is_of_text(name)]
-    groups = [unets, others] if others else [unets]
-    return optim.optimizer_of(cfg.optimizer, groups, peak_rates(cfg), cfg.weight_decay, recorded=recorded)
 
 
 def encode_dataset(
@@ -549,28 +507,6 @@ def plan_memory(run: Run) -> None:
         run.memory.recomputed = "all" if estimate is None else estimate.level_for(card)
     if estimate is not None:
         say(estimate.line(card, run.memory.recomputed))
-
-
-def as_in_training(parts: Mapping[str, nn.Module]) -> None:
-    """Lets LoRAs drop out. Of the UNet's blocks, those with a shortcut would copy its input for DDP's sake,
-    which nobody uses here.
-    """
-    for part in parts.values():
-        part.train()
-        for block in part.modules():
-            if isinstance(block, ResnetBlock2D):
-                block.training = False
-
-
-@contextmanager
-def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the block nothing is dropped out."""
-    for part in parts.values():
-        part.eval()
-    try:
-        yield
-    finally:
-        as_in_training(parts)
 
 
 def apply_memory_plan(run: Run) -> None:

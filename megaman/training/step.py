@@ -1,20 +1,26 @@
 """A training step's two halves on the device: losses with their gradients, and what is made of those."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megaman.common.console import say
 from megaman.config.train import TrainConfig
-from megaman.training import objective
+from megaman.model import compute
+from megaman.model.stable_diffusion import StableDiffusion
+from megaman.training import checkpoints, objective, optim
 from megaman.training.graph import CudaRecorder, Replayed
 from megaman.training.objective import Batch
 from megaman.training.optim import set_learning_rates
+from megaman.training.schedule import peak_rates
 
 
 @dataclass
@@ -120,3 +126,51 @@ def why_no_graph(cfg: TrainConfig, accelerator: Accelerator, *, is_crowded: bool
         "the card is too small to keep the UNet in its place": is_crowded,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def prepared(
+    base: StableDiffusion, trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, accelerator: Accelerator
+) -> Step:
+    """How the run computes a step, with the kernels that were asked for."""
+    compute.apply_kernels(base.unet, cfg.attention, cfg.compile)
+    why = why_no_graph(cfg, accelerator, is_crowded=base.is_crowded) if cfg.cuda_graph else None
+    if why is not None:
+        say(f"note: --cuda_graph is left out: {why}")
+    is_graph = cfg.cuda_graph and why is None
+    as_in_training(base.parts)
+    optimizer = accelerator.prepare(_optimizer_of(trainable, cfg, is_graph))
+    kind = GraphedStep if is_graph else Step
+    return kind(base.unet, base.scheduler, cfg, accelerator, trainable, optimizer)
+
+
+def _optimizer_of(trainable: Mapping[str, nn.Parameter], cfg: TrainConfig, recorded: bool) -> Optimizer:
+    """The optimizer: a group of the UNet's parameters, one of the text encoders' if they are trained.
+    recorded: for a CUDA graph.
+    """
+    is_of_text = checkpoints.is_of_text
+    unets = [parameter for name, parameter in trainable.items() if not is_of_text(name)]
+    others = [parameter for name, parameter in trainable.items() if is_of_text(name)]
+    groups = [unets, others] if others else [unets]
+    return optim.optimizer_of(cfg.optimizer, groups, peak_rates(cfg), cfg.weight_decay, recorded=recorded)
+
+
+def as_in_training(parts: Mapping[str, nn.Module]) -> None:
+    """Lets LoRAs drop out. Of the UNet's blocks, those with a shortcut would copy its input for DDP's sake,
+    which nobody uses here.
+    """
+    for part in parts.values():
+        part.train()
+        for block in part.modules():
+            if isinstance(block, ResnetBlock2D):
+                block.training = False
+
+
+@contextmanager
+def at_rest(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the block nothing is dropped out."""
+    for part in parts.values():
+        part.eval()
+    try:
+        yield
+    finally:
+        as_in_training(parts)

@@ -14,10 +14,12 @@ from megaman.common.cache import Store, key_of
 from megaman.common.console import UserError, is_out_of_memory, listed, one_line, say
 from megaman.common.output_folder import RunFolder
 from megaman.common.signals import StopRequest
+from megaman.config.train import TrainConfig
 from megaman.model.compute import digits_of
 from megaman.model.drawing import as_settings, draw, pipeline_of
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
+from megaman.model.weights import remembered_digest
 
 FEWEST = 15  # pictures; of fewer every one is needed
 TIMESTEPS = (200, 400, 600, 800)  # of 1000, where the loss is measured: kohya's own
@@ -115,6 +117,16 @@ def key_of_base_previews(weights: str, base: StableDiffusion, text: Text, look: 
     return key_of(
         "previews", RECIPE, SAMPLE_STEPS, weights, *states, look, *precision, kernels, digits_of(base.device)
     )
+
+
+def first_drawn_with(base: StableDiffusion, cfg: TrainConfig, store: Store) -> str | None:
+    """A digest of the weights that the samples at step 0 are drawn with; None where an adapter has a part in
+    them already. B = 0 has none; a DoRA's lengths are rounded. store: remembers digests.
+    """
+    if cfg.init_lora is not None or cfg.use_dora:
+        return None
+    parts = {"unet": base.unet, "vae": base.vae}
+    return key_of(*(remembered_digest(part, name, base.origin, store) for name, part in parts.items()))
 
 
 def kept_previews(key: str, store: Store, drawn: Callable[[], list[Image]]) -> list[Image]:
