@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.config.train import TrainConfig
-from megaman.lora.fused import FusedLinear, FusedPointwise, fuse, layers_read, merges
+from megaman.lora.fused import FusedLinear, FusedPointwise, _summed, fuse, layers_read, merges
 from megaman.lora.injection import adapter_of, inject, lora_modules
 from megaman.model.int8 import store_in_int8
 from megaman.model.stable_diffusion import StableDiffusion, load_base
@@ -176,3 +176,8 @@ def test_fifty_steps_follow_a_plain_float32_loop(tiny_base: StableDiffusion) -> 
             losses[fast].append(loss.item())
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] < 0.95 * losses[True][0]
+
+
+def test_sums_in_float16_do_not_overflow_on_the_way() -> None:
+    one, other = (torch.full((64, 2), 300.0, dtype=torch.float16) for _ in range(2))
+    assert torch.equal(_summed(one, other, torch.float32), torch.full((2, 2), 64 * 300.0**2))

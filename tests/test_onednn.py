@@ -26,6 +26,7 @@ KINDS_OF_LAYERS = (LaidOutConv2d, LaidOutLinear)
 def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lays out whatever gives the same bits, however long it takes."""
     monkeypatch.setattr(onednn, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(onednn, "_GAINS", {})
     monkeypatch.setattr(onednn, "_PROOFS", {})
     yield
 
@@ -96,11 +97,15 @@ def test_layers_of_other_bits_or_in_use_elsewhere_stay_torchs(
     tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet = tiny_base.unet
+    twin = deepcopy(unet)
+    lay_out(twin, run_once(twin))
+    name = next(name for name, layer in twin.named_modules() if isinstance(layer, LaidOutLinear))
     kept = unet.mid_block.resnets[0].conv1
     real = onednn._conv
+    monkeypatch.setattr(onednn, "_GAINS", {})
     monkeypatch.setattr(onednn, "_conv", lambda *args: real(*args) + 1e-6)
-    lay_out(unet, run_once(unet), keep=[unet.time_embedding.linear_1])
-    assert type(unet.time_embedding.linear_1) is nn.Linear
+    lay_out(unet, run_once(unet), keep=[unet.get_submodule(name)])
+    assert type(unet.get_submodule(name)) is nn.Linear
     assert type(kept) is nn.Conv2d
     assert not any(isinstance(each, LaidOutConv2d) for each in laid_out_in(unet))
     assert laid_out_in(unet)
@@ -133,4 +138,17 @@ def test_where_memory_is_short_the_second_copy_is_not_made(
 @pytest.mark.usefixtures("always")
 def test_nothing_slower_is_laid_out(tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "LEAST_GAIN", 1.0)
+    monkeypatch.setattr(onednn, "_GAINS", {})
     assert lay_out(tiny_base.unet, run_once(tiny_base.unet)) == 0
+
+
+def test_the_same_numbers_lying_in_another_order_are_not_the_same() -> None:
+    x = torch.arange(16.0).reshape(1, 2, 2, 4)
+    assert onednn._is_same(x, x.clone())
+    assert not onednn._is_same(x, x.contiguous(memory_format=torch.channels_last))
+
+
+def test_a_layer_in_training_is_left_to_torch() -> None:
+    layer = nn.Linear(32, 32)
+    assert not onednn.can_be_laid_out(layer)
+    assert onednn.can_be_laid_out(layer.requires_grad_(False))

@@ -215,7 +215,7 @@ def lay_out(unet: nn.Module, run: Callable[[], object], keep: Collection[nn.Modu
     """Lays out the weights of a frozen UNet's layers, where that is faster; returns how many.
 
     run: one pass through the UNet, as in training, which shows what each layer is given. keep: layers whose
-    weights others read in each step. Layers of one form and input are measured once.
+    weights others read in each step. Layers of one form and input are measured once in a process.
     """
     as_channels_last(unet)
     kept = set(keep)
@@ -223,21 +223,32 @@ def lay_out(unet: nn.Module, run: Callable[[], object], keep: Collection[nn.Modu
     free = psutil.virtual_memory().available
     if sum(each.weight.nbytes for each in layers) > LARGEST_SHARE * free:
         return 0
-    gains: dict[object, bool] = {}
     count = 0
     for layer, shape in _shapes(layers, run).items():
-        form = (type(layer), layer.weight.shape, getattr(layer, "stride", None), shape)
         try:
-            layouts = laid_out(layer, shape)
-            if form not in gains:
-                gains[form] = _gains(layer, layouts, shape)
+            layouts = _worthy_layouts(layer, shape)
         except (RuntimeError, NotImplementedError, AttributeError, TypeError):  # they are private, and go
             return count
-        if gains[form]:
+        if layouts is not None:
             layer.__class__ = LAID_OUT[type(layer)]
             layer.take(layouts)
             count += 1
     return count
+
+
+_GAINS: dict[object, bool] = {}  # by form of layer and input: whether it is faster so
+
+
+def _worthy_layouts(layer: Any, shape: torch.Size) -> _Layouts | None:
+    """A layer's weight laid out for inputs of this shape; None where that gains nothing."""
+    window = getattr(layer, "stride", None)
+    form = (type(layer), layer.weight.shape, window, shape, layer.weight.dtype, torch.get_num_threads())
+    if not _GAINS.get(form, True):
+        return None
+    layouts = laid_out(layer, shape)
+    if form not in _GAINS:
+        _GAINS[form] = _gains(layer, layouts, shape)
+    return layouts if _GAINS[form] else None
 
 
 def _shapes(layers: Collection[Any], run: Callable[[], object]) -> dict[Any, torch.Size]:
