@@ -65,6 +65,7 @@ from megaman.model.recompute import recompute
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
 from megaman.model.text import Text, notes_on_length
 from megaman.training import checkpoints, encoding, objective, resume, validation
+from megaman.training.captioning import with_captions_from_pictures
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.encoding import CaptionReader, EncodedDataset
 from megaman.training.optim import EMA
@@ -704,8 +705,11 @@ def show_dataset(cfg: TrainConfig) -> None:
     check_output(output, Path(cfg.data_dir))
     if holds_run(output):
         output = output / "dry_run"  # a run's files stay as they are
-    say(f"dry run: nothing was trained. {data.report.write(output)} shows every picture and its caption")
-    for line in data.report.offer_captions(output / CAPTIONS):
+    report = with_captions_from_pictures(data.report, cfg, open_store(cfg), data.dataset.tokenizer)
+    say(f"dry run: nothing was trained. {report.write(output)} shows every picture and its caption")
+    offered = report.offer_captions(output / CAPTIONS)
+    copied = report.copy_captions(output / CAPTIONS) if cfg.write_captions else []
+    for line in (*offered, *copied):
         say(line)
 
 

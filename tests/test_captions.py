@@ -11,6 +11,7 @@ from conftest import bound_by_modes
 
 from megaman.common.console import UserError
 from megaman.config.train import DataFlags
+from megaman.data.caption_set import write_caption_set
 from megaman.data.captions import (
     Caption,
     captions_of_nobody,
@@ -21,7 +22,6 @@ from megaman.data.captions import (
     tag_frequencies,
     variants,
     with_trigger_replaced,
-    write_caption_set,
 )
 from megaman.data.folder import look_into
 from megaman.data.name_captions import VOCABULARY, caption_from_name

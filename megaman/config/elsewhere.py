@@ -36,6 +36,8 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("in_json", "caption_column", "image_column", "caption_extension", "caption_extention"), _CAPTIONS
     ),
+    **dict.fromkeys(("general_threshold", "thresh"), "--caption_threshold"),
+    "undesired_tags": "--caption_without",
     **dict.fromkeys(("repeats", "num_repeats", "dataset_repeats"), "a folder's name in --data_dir: 10_name"),
     **dict.fromkeys(("instance_prompt", "trigger_word", "token", "placeholder_token"), "--trigger"),
     **dict.fromkeys(("class_prompt", "class_tokens"), "--preserve_class, together with --preserve_weight"),

@@ -30,6 +30,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
 Attention = Literal["auto", "sdpa", "xformers"]
 PredictionType = Literal["auto", "epsilon", "v_prediction"]
 PROJECT = Path(__file__).parents[2]
+LEAST_SCORE = 0.05  # of a tag that is remembered; no threshold is lower
 RECORD = "training_config.json"  # where a run keeps its settings
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -290,7 +291,42 @@ class RunFlags:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, DataFlags):
+class CaptionFlags:
+    """Captions from the pictures."""
+
+    title: ClassVar[str] = "captions from the pictures, with --dry_run"
+    caption_with: str | None = flag(
+        None,
+        "tagger or captioner that writes a caption for each picture without one: hub id or folder",
+        is_path=True,
+        is_of_one_command=True,
+    )
+    caption_threshold: float = flag(
+        0.35, "how sure a tagger must be of a tag", least=LEAST_SCORE, below=1, is_of_one_command=True
+    )
+    caption_without: str | None = flag(
+        None, "tags that no made caption gets, comma-separated", is_of_one_command=True
+    )
+    prune_tags: bool = flag(
+        False,
+        "leave out tags on more than 90 %% of the pictures: the trigger learns what they name",
+        is_of_one_command=True,
+    )
+    write_captions: bool = flag(
+        False,
+        "put OUTPUT/captions beside the pictures that have none; nothing is overwritten",
+        is_of_one_command=True,
+    )
+
+
+def set_for_tags(flags: CaptionFlags) -> list[str]:
+    """The names of the flags that choose among tags, where they are not at their defaults."""
+    names = ("caption_threshold", "caption_without", "prune_tags")
+    return [name for name in names if getattr(flags, name) != getattr(CaptionFlags(), name)]
+
+
+@dataclass(frozen=True)
+class TrainConfig(CaptionFlags, RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, DataFlags):
     """Every setting of a run. Resolved once, never changed."""
 
     def __post_init__(self) -> None:
@@ -312,6 +348,12 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
         words = " ".join(self.preserve_class)
         together = "must be given together with --preserve_weight above 0"
         require(preserves, f"--preserve_class {words}: {together}")
+        made = self.caption_with is not None
+        with_dry_run = f"--caption_with {self.caption_with}: captions are made with --dry_run; add it"
+        require(self.dry_run or not made, with_dry_run)
+        require(self.dry_run or not self.write_captions, "--write_captions: must be given with --dry_run")
+        for name in set_for_tags(self) if not made else ():
+            require(False, f"--{name}: must be given with --caption_with, whose tags it chooses")
 
 
 FACTS = facts_of(TrainConfig)
@@ -320,7 +362,7 @@ FACTS = facts_of(TrainConfig)
 def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     """The configuration that the command line asks for, and the names of the settings that the user chose."""
     values, given, in_file = parsed = parse_flags(
-        (DataFlags, AdapterFlags, OptimisationFlags, PrecisionFlags, RunFlags),
+        (DataFlags, AdapterFlags, OptimisationFlags, PrecisionFlags, RunFlags, CaptionFlags),
         argv,
         description=DESCRIPTION,
         presets=PRESETS,

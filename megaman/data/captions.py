@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from megaman.common.console import Exit, UserError, control_in, is_text, one_line
-from megaman.common.files import write_text
 from megaman.config.train import DataFlags
 from megaman.data.folder import CAPTION_SUFFIXES, LIST, Listing
 from megaman.data.name_captions import beside, caption_from_name
@@ -377,24 +376,3 @@ def tag_frequencies(captions: Sequence[str]) -> dict[str, int]:
 def _tags_of(text: str) -> list[str]:
     tags = (" ".join(tag.split()) for tag in text.split(","))
     return [tag for tag in tags if tag]
-
-
-def write_caption_set(folder: Path, captions: Sequence[tuple[Path, str]]) -> tuple[list[Path], ...]:
-    """Writes a .txt a picture under `folder`, to be edited: the new files; those that were there, and stay.
-
-    captions: paths below the data folder, and the words. a.png and a.jpg share a.txt, unless theirs differ:
-    then the second one's is a.jpg.txt.
-    """
-    texts: dict[Path, str] = {}
-    for picture, text in captions:
-        file = folder / picture.with_suffix(".txt")
-        if texts.get(file, text) != text:
-            file = folder / picture.with_name(f"{picture.name}.txt")
-        texts[file] = text
-    for file in texts:
-        if not file.parent.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{file}: would lie outside {folder}. Name another --output_dir.", Exit.USAGE)
-    new = [file for file in texts if not os.path.lexists(file)]
-    for file in new:
-        write_text(file, f"{texts[file]}\n")
-    return new, [file for file in texts if file not in new]

@@ -12,6 +12,7 @@ from megaman.common.html import check_page, render
 from megaman.common.output_folder import PAGE
 from megaman.config.train import DataFlags
 from megaman.data.buckets import Bucket, Fit, fit_of
+from megaman.data.caption_set import caption_files, copy_caption_set, write_caption_set
 from megaman.data.captions import (
     Caption,
     captions_of_nobody,
@@ -20,10 +21,10 @@ from megaman.data.captions import (
     odd_repeats,
     shared_captions,
     tag_frequencies,
-    write_caption_set,
 )
 from megaman.data.folder import Listing
 from megaman.data.scan import ScannedPicture, Skipped, duplicates
+from megaman.data.tags import MadeCaptions
 
 MUCH_IS_CUT = 0.35  # of a picture, outside the frame; a photo of 3:2 in a square loses a third
 
@@ -55,13 +56,14 @@ class TrainedPicture:
 class Report:
     """The dataset as the training sees it.
 
-    listing: all that lies in its folder.
+    listing: all that lies in its folder. made: captions from the pictures, with --caption_with.
     """
 
     listing: Listing
     settings: DataFlags
     pictures: Sequence[TrainedPicture]
     skipped: Sequence[Skipped]
+    made: MadeCaptions = MadeCaptions()
 
     @property
     def folder(self) -> Path:
@@ -124,6 +126,12 @@ class Report:
     def tags(self) -> dict[str, int]:
         """How often each comma-separated tag occurs, the most frequent first."""
         return tag_frequencies([picture.caption.text for picture in self.pictures])
+
+    @cached_property
+    def made_tags(self) -> dict[str, int]:
+        """How often each tag occurs in captions from the pictures; none of sentences."""
+        texts = [made.text for made in self.made.by_picture.values()]
+        return tag_frequencies(texts) if self.made.are_tags else {}
 
     def lines(self) -> list[str]:
         """What the terminal shows before the training, a line each."""
@@ -218,20 +226,51 @@ class Report:
         """The page: every picture with what of it is seen, its caption and remarks."""
         return render("dataset.html.j2", report=self, max_tokens=self.settings.max_tokens)
 
+    @property
+    def _offered(self) -> list[tuple[Path, str]]:
+        """Of each picture without a caption of its own, the words that were made of it, or of its name."""
+        made = self.made.by_picture
+        return [
+            (Path(each.name), made[each.name].text if each.name in made else each.caption.text)
+            for each in self.captioned_from_name
+        ]
+
+    @property
+    def _taken(self) -> set[Path]:
+        """The .txt that would speak for a picture with a caption of its own, out of metadata.jsonl."""
+        return {
+            Path(each.name).with_suffix(".txt") for each in self.pictures if each.caption.source == "file"
+        }
+
     def offer_captions(self, folder: Path) -> list[str]:
-        """Writes every caption that was made from a name, to be edited and copied; what is there, stays. What
-        to tell of it, a line each.
+        """Writes every caption that was made, to be edited and copied; what is there, stays. What to tell of
+        it, a line each.
         """
-        made, kept = write_caption_set(
-            folder, [(Path(picture.name), picture.caption.text) for picture in self.captioned_from_name]
-        )
+        by_picture = self.made.by_picture
+        from_names = {Path(p.name): p.caption.text for p in self.captioned_from_name if p.name in by_picture}
+        made, kept = write_caption_set(folder, self._offered, from_names, self._taken)
+        of = "the pictures" if by_picture else "names"
         lines = []
         if made:
-            lines.append(
-                f"captions made from names lie in {folder}: edit them and copy them to your pictures"
-            )
+            copying = "edit them and copy them to your pictures (--dry_run --write_captions does)"
+            lines.append(f"captions made from {of} lie in {folder}: {copying}")
         if kept:
-            lines.append(f"{count(len(kept), 'caption')} of an earlier dry run left as found in {folder}")
+            again = "; delete those that you want anew" if by_picture else ""
+            lines.append(
+                f"{count(len(kept), 'caption')} of an earlier dry run left as found in {folder}{again}"
+            )
+        return lines
+
+    def copy_captions(self, folder: Path) -> list[str]:
+        """Copies the captions that `offer_captions` has put there beside their pictures, where none lies.
+        What to tell of it, a line each.
+        """
+        files = [file for file, _ in caption_files(self._offered, self._taken)]
+        new, kept = copy_caption_set(folder, files, self.folder)
+        lines = [f"{count(len(new), 'caption')} written beside the pictures in {self.folder}"]
+        if kept:
+            named = listed(file.as_posix() for file in kept)
+            lines.append(f"{count(len(kept), 'caption file')} left as found in {self.folder}: {named}")
         return lines
 
 

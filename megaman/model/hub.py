@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,16 @@ def _lacking_parts(name: str) -> list[str]:
     return [part for part, folder in folders if not any(f.is_file() for f in folder.glob("*.safetensors"))]
 
 
+def fetched(name: str, files: Sequence[str], what: str, flag: str) -> Path:
+    """The local folder of a hub id's files of these names (`*.json`), of which it may lack some. UserError
+    (exit 4) if the hub has no such model or can't be asked. what, flag: as for `why_not_loaded`.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # the hub, its HTTP library and what a proxy answers raise what they like
+        raise UserError(why_not_loaded(name, name, error, what=what, flag=flag), Exit.MODEL) from error
+
+
 def download_adapter(name: str) -> Path:
     """The local path of an adapter: the path itself, or the folder that a hub id was fetched into.
 
@@ -279,11 +290,7 @@ def download_adapter(name: str) -> Path:
     name = hub_id_of(name)
     if is_local(name) or name.count("/") != 1:
         return path
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*adapter_config.json"]))
-    except Exception as error:  # the hub, its HTTP library and what a proxy answers raise what they like
-        reason = why_not_loaded(name, name, error, what="adapter", flag="--lora_path")
-        raise UserError(reason, Exit.MODEL) from error
+    folder = fetched(name, ["*.safetensors", "*adapter_config.json"], what="adapter", flag="--lora_path")
     if not any(path.is_file() for path in folder.glob("*.safetensors")):
         raise UserError(
             f"{name}: no .safetensors adapter there, or it was not wholly downloaded. Connect and run this "
