@@ -302,6 +302,17 @@ def test_a_file_and_transparency_count_together(folder: Path) -> None:
         assert dataset_of(folder, **flags).scanned[0].mask.box == box
 
 
+def test_each_transparent_picture_has_its_own_mask_in_the_store(folder: Path, tmp_path: Path) -> None:
+    boxes = [(0, 0, 16, SIDE), (0, 0, SIDE, 8)]
+    for number, box in enumerate(boxes):
+        picture = noisy_picture(1)
+        picture.putalpha(square(box=box))
+        picture.save(folder / f"{number}.png")
+    for _ in range(2):  # made, and found
+        scanned = dataset_of(folder, Store(tmp_path / "cache"), alpha_mask=True).scanned
+        assert [picture.mask.box for picture in scanned] == boxes
+
+
 def test_a_mask_is_black_where_it_is_transparent(folder: Path) -> None:
     noisy_picture(1).save(folder / "a.png")
     mask = Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 255))
