@@ -143,7 +143,9 @@ class MegaManDataset:
         self.seed = seed
         self.settings = settings or DataFlags()
         self.listing = look_into(self.folder)
-        self.scanned, self.skipped = scan.scan(self.listing, store or Store(None))
+        self.scanned, self.skipped = scan.scan(
+            self.listing, store or Store(None), reads_alpha=self.settings.alpha_mask
+        )
         self.paths = [picture.path for picture in self.scanned]
         self.captions = captions.read_captions(self.paths, self.folder, self.settings, self.skipped)
         self.repeats = [captions.repeats_of(path, self.folder) for path in self.paths]
@@ -155,12 +157,12 @@ class MegaManDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when anything that training sees changes (pixels, sizes, repeats, captions, order); file
-        names don't matter.
+        """Changes when anything that training sees changes (pixels, masks, sizes, repeats, captions, order);
+        file names don't matter.
         """
         rows = zip(self.scanned, self.buckets, self.repeats, self.captions, strict=True)
         seen = (
-            f"{picture.digest} {bucket} {count} {caption.whole}" for picture, bucket, count, caption in rows
+            f"{picture.seen} {bucket} {count} {caption.whole}" for picture, bucket, count, caption in rows
         )
         return f"{len(self)} with sum {key_of(*seen)[:12]}"
 
@@ -190,7 +192,8 @@ class MegaManDataset:
         if is_random:
             left, top = torch.rand(2, generator=generator_of(self.seed, picture.digest, variant)).tolist()
             at = (left, top)
-        return Crop(picture.path, picture.digest, self.buckets[index], at, is_mirrored, picture.size)
+        path, digest, size, mask = picture.path, picture.digest, picture.size, picture.mask
+        return Crop(path, digest, self.buckets[index], at, is_mirrored, size, mask)
 
     def texts(self, index: int) -> list[str]:
         """The wordings of a picture's caption: those of its file; several of each where tags are shuffled."""

@@ -13,7 +13,6 @@ from adapted import weights_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import megaman_lora
 from megaman.config.train import TrainConfig
 from megaman.training import objective
 from megaman.training import step as step_room
@@ -78,7 +77,7 @@ class Unable(Recorder):
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a run record on the CPU, with the stand-in."""
     monkeypatch.setattr(step_room, "CudaRecorder", Recorder)
-    monkeypatch.setattr(megaman_lora, "why_no_graph", lambda *_, **__: None)
+    monkeypatch.setattr(step_room, "why_no_graph", lambda *_, **__: None)
 
 
 def test_what_is_replayed_reads_the_places_and_gives_copies() -> None:

@@ -163,7 +163,7 @@ def test_going_on_from_an_older_checkpoint_keeps_the_later_ones_apart(train: Cal
         (["--trigger", "mgmn"], "--trigger was 'mega man', now 'mgmn'"),
         (["--pretrained_model_name", "OTHER"], "the base model's weights was"),
         (["NEW PICTURE"], "were changed since (6 pictures then, 7 now)"),
-        (["NEW CAPTION"], "pictures, captions or repeats in"),
+        (["NEW CAPTION"], "pictures, captions, repeats or masks in"),
         (["--max_train_steps", "1"], "--max_train_steps 1 is the total"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +159,13 @@ def with_metadata(file: bytes, entries: Mapping[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
     return len(text).to_bytes(8, "little") + text + file[8 + size :]
+
+
+def folded(name: str) -> str:
+    """A file's name as it is compared where letter case does not matter: macOS takes letters apart, e and its
+    accent.
+    """
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def _umask() -> int:

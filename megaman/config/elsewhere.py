@@ -9,6 +9,7 @@ _TEXT_ENCODER = "--text_encoder_lr, above 0 to train the text encoders too"
 _FIXED = "leave it out: it can't be changed here"
 _BUCKETS = "--crop bucket, the default"
 _BASES = "leave it out: the base itself brings and says it"
+_MASKS = "--alpha_mask for transparent pictures; a NAME.mask.png beside a picture counts by itself"
 _LOCAL = "leave it out: nothing is uploaded"
 ELSEWHERE = {
     **dict.fromkeys(("lr", "unet_lr"), "--learning_rate"),
@@ -80,6 +81,7 @@ ELSEWHERE = {
     "shuffle_caption": "--shuffle_tags",
     "caption_dropout_rate": "--caption_dropout",
     **dict.fromkeys(("flip_aug", "random_flip"), "--flip"),
+    **dict.fromkeys(("masked_loss", "masked_training", "conditioning_data_dir"), _MASKS),
     "color_aug": "leave it out: colours stay as they are",
     "center_crop": "--crop center",
     "random_crop": "--crop random",

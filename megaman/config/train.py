@@ -93,6 +93,11 @@ class DataFlags:
         "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
     )
     flip: bool = flag(False, "also show pictures mirrored; not for a character whose sides differ")
+    alpha_mask: bool = flag(
+        False,
+        "no loss where a picture is transparent, as where NAME.mask.png beside it is black",
+        before=False,
+    )
     trigger: str = flag(
         "mega man", "word that calls the character; begins every caption made from a file name"
     )

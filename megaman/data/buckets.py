@@ -18,6 +18,7 @@ from torch import Tensor
 from megaman.common.cache import key_of
 from megaman.common.console import Exit, UserError
 from megaman.config.train import CropMode
+from megaman.data.masks import Mask
 from megaman.data.pictures import load_image
 
 CENTRE = (0.5, 0.5)
@@ -98,11 +99,13 @@ class Crop:
     at: tuple[float, float] = CENTRE
     is_mirrored: bool = False
     whole: tuple[int, int] | None = None  # the picture's own width and height; None: as large as the bucket
+    mask: Mask | None = None  # how much of it counts; None: all of it alike
 
     @property
     def key(self) -> str:
-        """Decides the pixels."""
-        return key_of(self.digest, self.bucket, self.at, self.is_mirrored)
+        """Decides the pixels, and how much each of them counts."""
+        masked = () if self.mask is None else (self.mask.digest,)
+        return key_of(self.digest, self.bucket, self.at, self.is_mirrored, *masked)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -117,7 +120,20 @@ class Crop:
 
     def pixels(self) -> Tensor:
         """(3,height,width) float32 in [-1, 1]. Raises BadPicture when the file can't be read any more."""
-        return cut_out(load_image(self.path), self.bucket, self.at, mirrored=self.is_mirrored)
+        image = load_image(self.path)
+        if self.mask is not None:
+            self.mask.source.hide(image)
+        return cut_out(image, self.bucket, self.at, mirrored=self.is_mirrored)
+
+    def counting(self, cells: tuple[int, int]) -> Tensor | None:
+        """How much each of (height, width) cells counts, (1,height,width) float32 in [0, 1]; None without a
+        mask. Raises BadPicture when the file can't be read any more.
+        """
+        if self.mask is None:
+            return None
+        fit = fit_of(self.mask.source.size, self.bucket, self.at)
+        found = self.mask.cells((fit.left, fit.top, fit.right, fit.bottom), cells[::-1])
+        return torch.from_numpy(found[:, ::-1].copy() if self.is_mirrored else found.copy())[None]
 
 
 def check_sizes(buckets: Sequence[Bucket], resolution: int, cell_px: int, base: str) -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from megaman.common.console import Exit, UserError, control_in, is_text, one_line
+from megaman.common.files import folded
 from megaman.config.train import DataFlags
 from megaman.data.folder import CAPTION_SUFFIXES, LIST, Listing
 from megaman.data.name_captions import beside, caption_from_name
@@ -116,7 +116,7 @@ def _sidecars_of(pictures: Sequence[Path]) -> dict[Path, list[Path]]:
                 f"{parent}: can't be listed ({error.strerror}); fix its permissions", Exit.DATA
             ) from error
         for path in reversed(files):  # ".txt" before ".TXT"
-            named.setdefault((parent, _alike(path.name)), []).append(path)
+            named.setdefault((parent, folded(path.name)), []).append(path)
     found: dict[Path, list[Path]] = {}
     for picture in pictures:
         wanted = [stem + suffix for suffix in CAPTION_SUFFIXES for stem in (picture.name, picture.stem)]
@@ -128,12 +128,8 @@ def _nearest(named: dict[tuple[Path, str], list[Path]], parent: Path, name: str)
     """The files of that name in any letter case of the suffix; another case of the stem only if there is no
     such file, as in folders that come from Windows.
     """
-    files = named.get((parent, _alike(name)), [])
+    files = named.get((parent, folded(name)), [])
     return [path for path in files if path.stem == Path(name).stem] or files
-
-
-def _alike(name: str) -> str:
-    return unicodedata.normalize("NFC", name).lower()  # macOS takes names apart: e and its accent
 
 
 def _own_caption(sidecars: list[Path], trigger: str) -> Caption | None:
@@ -193,11 +189,11 @@ def _finder(pictures: Sequence[Path]) -> Callable[[Path], Path | None]:
     exact = {os.path.abspath(picture): picture for picture in pictures}
     alike: dict[str, list[Path]] = {}
     for plain, picture in exact.items():
-        alike.setdefault(_alike(plain), []).append(picture)
+        alike.setdefault(folded(plain), []).append(picture)
 
     def picture_at(path: Path) -> Path | None:
         plain = os.path.abspath(path)
-        near = alike.get(_alike(plain), [])
+        near = alike.get(folded(plain), [])
         if plain in exact or len(near) == 1:
             return exact.get(plain, near[0])
         return picture_at(Path(str(path).replace("\\", "/"))) if "\\" in str(path) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from megaman.common.console import Exit, UserError
 from megaman.common.html import is_page
 from megaman.common.output_folder import GALLERY_PAGE, holds_run, is_signed
+from megaman.data import masks
 from megaman.data.pictures import PICTURE_SUFFIXES, is_picture
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -49,6 +50,7 @@ class Listing:
     folder: Path
     pictures: list[Path] = field(default_factory=list)  # and what people take for pictures
     texts: list[Path] = field(default_factory=list)  # that may be captions
+    masks: dict[Path, Path] = field(default_factory=dict)  # of pictures that have one beside them
     left_out: dict[Path, str] = field(default_factory=dict)  # what else is a picture, or holds some; and why
 
     @property
@@ -92,7 +94,7 @@ def look_into(folder: Path) -> Listing:
         copies = {each: of for each in files if (of := _original_of(each)) in files}
         found.left_out.update({place / each: f"a backup of {of}" for each, of in copies.items()})
         files = [each for each in files if each not in copies]
-        found.pictures.extend(_pictures_among(place, folders, files))
+        _add_pictures(found, place, folders, files)
         found.texts.extend(place / each for each in _visible(files) if _suffix(each) in TEXT_SUFFIXES)
     found.pictures.sort()
     found.texts.sort()
@@ -102,6 +104,18 @@ def look_into(folder: Path) -> Listing:
 def find_pictures(folder: Path) -> list[Path]:
     """The pictures below the folder, and what people take for pictures: see `look_into`."""
     return look_into(folder).pictures
+
+
+def _add_pictures(found: Listing, place: Path, folders: list[str], files: list[str]) -> None:
+    """Adds the pictures of one folder, and their masks, which are no pictures themselves."""
+    drawn = {name for name in _visible(files) if masks.is_mask(name)}
+    pictures = [path.name for path in _pictures_among(place, folders, [n for n in files if n not in drawn])]
+    unread = masks.unread(pictures)
+    pictures = [name for name in pictures if name not in unread]
+    mask_of, idle = masks.paired(pictures, drawn)
+    found.pictures.extend(place / name for name in pictures)
+    found.masks.update({place / name: place / mask for name, mask in mask_of.items()})
+    found.left_out.update({place / name: why for name, why in (unread | idle).items()})
 
 
 def _pictures_among(place: Path, folders: list[str], files: list[str]) -> Iterator[Path]:

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -41,10 +41,13 @@ MAX_FILE_BYTES = 1 << 29  # as many pixels of 16-bit RGBA, not compressed; some 
 
 @dataclass(frozen=True)
 class Picture:
-    """An RGB picture as the eye sees it, and what had to be done for that."""
+    """An RGB picture as the eye sees it, what had to be done for that, and how opaque it was: greyscale, None
+    where it is so all over.
+    """
 
     image: Image.Image
     remarks: tuple[str, ...] = ()
+    alpha: Image.Image | None = None
 
 
 class BadPicture(UserError):
@@ -261,15 +264,11 @@ def _as_srgb(colours: Image.Image, info: dict) -> tuple[Image.Image, str]:
         return _rgb(colours), "its ICC profile is damaged or does not fit, and is ignored"
 
 
-def _on_white(rgb: Image.Image, alpha: Image.Image | None) -> str:
+def _on_white(rgb: Image.Image, alpha: Image.Image) -> str:
     """Paints white into the picture where it is transparent; the remark."""
-    if alpha is None:
-        return ""
-    levels = np.asarray(alpha)
-    if levels.min() == 255:
-        return ""
     rgb.paste("white", mask=ImageChops.invert(alpha))
-    return "transparency laid on white" if levels.max() > 0 else "wholly transparent, nothing but white"
+    is_seen = np.asarray(alpha).max() > 0
+    return "transparency laid on white" if is_seen else "wholly transparent, nothing but white"
 
 
 TURNS = {
@@ -300,11 +299,14 @@ def picture_of(image: Image.Image) -> Picture:
     narrow, depth = _narrowed(image)
     colours, alpha = _without_alpha(narrow)
     rgb, profile = _as_srgb(colours, image.info)
-    clear = _on_white(rgb, alpha)
-    del colours, alpha  # turning needs the room
+    if alpha is not None and np.asarray(alpha).min() == 255:
+        alpha = None
+    clear = "" if alpha is None else _on_white(rgb, alpha)
+    del colours  # turning needs the room
     rgb, turned = _upright(rgb, image)
     rgb.info = {}  # whoever saves it must not mark it as turned, transparent or in other colours once more
-    return Picture(rgb, tuple(remark for remark in (depth, profile, clear, turned) if remark))
+    opaque = None if alpha is None else _upright(alpha, image)[0]
+    return Picture(rgb, tuple(remark for remark in (depth, profile, clear, turned) if remark), opaque)
 
 
 # ---------------------------------------------------------------- decoding
@@ -378,7 +380,7 @@ def _decoded(stream: BinaryIO, suffix: str) -> Picture:
         image = file.convert("RGB")  # many programs write a fourth channel and never fill it
         remarks.append("its alpha channel is empty, and is ignored")
     picture = picture_of(image)
-    return Picture(picture.image, (*remarks, *picture.remarks))
+    return replace(picture, remarks=(*remarks, *picture.remarks))
 
 
 def open_picture(path: Path) -> Picture:

@@ -51,6 +51,15 @@ class TrainedPicture:
         width, height = self.scanned.size
         return 1 - (self.fit.right - self.fit.left) * (self.fit.bottom - self.fit.top) / (width * height)
 
+    @property
+    def is_missed(self) -> bool:
+        """Whether the frame misses all that the picture's mask lets count."""
+        if self.scanned.mask is None:
+            return False
+        left, top, right, bottom = self.scanned.mask.box
+        beside = right <= self.fit.left or left >= self.fit.right
+        return beside or bottom <= self.fit.top or top >= self.fit.bottom
+
 
 @dataclass(frozen=True)
 class Report:
@@ -109,6 +118,16 @@ class Report:
         return sorted(cut, key=lambda picture: -picture.cut_off)
 
     @property
+    def masked(self) -> list[TrainedPicture]:
+        """Pictures of which not everything counts alike."""
+        return [picture for picture in self.pictures if picture.scanned.mask is not None]
+
+    @property
+    def teaching_nothing(self) -> list[TrainedPicture]:
+        """Pictures whose frame misses all that their mask lets count."""
+        return [] if self.settings.crop == "random" else [p for p in self.masked if p.is_missed]
+
+    @property
     def too_long(self) -> list[TrainedPicture]:
         """Captions whose end the text encoder does not see."""
         return [picture for picture in self.pictures if picture.tokens > self.settings.max_tokens]
@@ -144,6 +163,7 @@ class Report:
         ways = {"bucket": "", "center": ", cut in the middle", "random": ", cut at random places"}
         mirrored = ", also mirrored" if self.settings.flip else ""
         lines.append(f"sizes: {', '.join(sizes)}{ways[self.settings.crop]}{mirrored}")
+        lines += self._about_masks()
         if derived:
             made = (f"{picture.name} “{picture.caption.text}”" for picture in self.captioned_from_name)
             lines.append(f"captions: from names: {listed(made)}")
@@ -151,6 +171,14 @@ class Report:
         lines += self.listing.left_out_lines
         lines += [f"note: {note}" for note in (*self._about_pictures(), *self._about_captions())]
         return [one_line(line) for line in lines]
+
+    def _about_masks(self) -> list[str]:
+        shares = [mask.share for picture in self.masked if (mask := picture.scanned.mask) is not None]
+        if shares:
+            of_each = f"of each {sum(shares) / len(shares):.0%} counts in the mean"
+            return [f"masks: {count(len(shares), 'picture')}; {of_each}, and no loss is counted elsewhere"]
+        nothing = "no picture is transparent, and none has a NAME.mask.png beside it"
+        return [f"masks: none; {nothing} (--alpha_mask)"] if self.settings.alpha_mask else []
 
     def _about_pictures(self) -> list[str]:
         notes = []
@@ -174,6 +202,11 @@ class Report:
             notes.append(
                 f"{count(len(cut), 'picture')} with more than a third cut off (at most {cut[0].cut_off:.0%}: "
                 f"{cut[0].name}); cut out by hand what is to be learned{remedy}"
+            )
+        if missed := self.teaching_nothing:
+            notes.append(
+                f"{count(len(missed), 'picture')} with nothing in the frame that its mask lets count, which "
+                f"teaches nothing ({_named(missed)})"
             )
         if (inner := self.listing.kohya_pictures) is not None:
             flag = f"--data_dir {shell_quoted(str(inner))}"
@@ -299,6 +332,7 @@ def dataset_facts(report: Report) -> dict[str, Any]:
             str(i): {"resolution": [bucket.width, bucket.height], "count": len(pictures)}
             for i, (bucket, pictures) in enumerate(report.buckets.items())
         },
+        **({"masked": len(report.masked)} if report.masked else {}),
     }
 
 

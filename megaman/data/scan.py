@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from megaman.common.cache import Store, key_of
 from megaman.common.console import one_line
 from megaman.common.files import sha256_of
 from megaman.data.folder import Listing
+from megaman.data.masks import Mask, MaskSource, mask_of
 from megaman.data.pictures import MAX_FILE_BYTES, BadPicture, open_picture
 
 RECIPE = 2  # raised whenever decoding changes: older facts and latents are then no longer found
@@ -40,6 +41,12 @@ class ScannedPicture:
     remarks: tuple[str, ...]  # what was done to it
     fingerprint: int
     thumbnail: str  # a small WebP, base64
+    mask: Mask | None = None  # None: all of it counts alike
+
+    @property
+    def seen(self) -> str:
+        """Changes with its pixels, and with how much of them counts."""
+        return self.digest if self.mask is None else f"{self.digest} {self.mask.digest}"
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Skipped:
         return one_line(f"{self.path}: {self.reason}")
 
 
-def scan(listing: Listing, store: Store) -> tuple[list[ScannedPicture], list[Skipped]]:
+def scan(
+    listing: Listing, store: Store, *, reads_alpha: bool = False
+) -> tuple[list[ScannedPicture], list[Skipped]]:
     """Looks at every picture file of a folder: those that can be used, and those that can't. Each is decoded
-    once, several at a time; later runs find it in the store.
+    once, several at a time; later runs find it in the store. reads_alpha: transparency is a mask.
     """
     scanned: list[ScannedPicture] = []
     skipped: list[Skipped] = []
@@ -64,7 +73,9 @@ def scan(listing: Listing, store: Store) -> tuple[list[ScannedPicture], list[Ski
     decoded = _decoded_at_once(new)
     for path, digest in digests.items():
         try:
-            scanned.append(_scanned(path, digest, store, decoded.get(path)))
+            picture = _scanned(path, digest, store, decoded.get(path))
+            source = MaskSource(path, picture.size, listing.masks.get(path), reads_alpha)
+            scanned.append(replace(picture, mask=_mask_of(source, digest, store)))
         except BadPicture as error:
             skipped.append(Skipped(path, error.reason))
     return scanned, skipped
@@ -78,6 +89,15 @@ def _digest(path: Path) -> str:
     except OSError:
         pass
     return ""
+
+
+def _mask_of(source: MaskSource, digest: str, store: Store) -> Mask | None:
+    """digest: of the picture's content."""
+    drawn = "" if source.file is None else _digest(source.file)
+    if source.file is not None and not drawn:  # opening says why
+        source.levels()
+        raise BadPicture(source.picture, f"its mask {source.file.name} changes while it is read")
+    return mask_of(source, (digest, drawn), store)
 
 
 def _decoded_at_once(paths: Sequence[Path]) -> dict[Path, dict[str, object]]:

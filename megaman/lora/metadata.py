@@ -121,6 +121,7 @@ def _data(known: Mapping[str, Any]) -> dict[str, Any]:
         "ss_dataset_dirs": json.dumps(facts["folders"], ensure_ascii=False),
         "ss_tag_frequency": json.dumps(facts["tags"], ensure_ascii=False),
         "ss_bucket_info": json.dumps({"buckets": facts["buckets"]}),
+        "ss_masked_loss": True if facts.get("masked") else None,
     }
 
 

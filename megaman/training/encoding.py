@@ -32,7 +32,8 @@ class EncodedDataset:
     each crop's picture measures, see Crop; text: T captions as the base reads them, row 0 the empty one; ids
     (T,C,77): their tokens, in chunks, on the CPU; crop_rows, text_rows, class_rows: for each of the N, the
     rows of its crops, of its caption's variants, and of its captions that name something else instead of the
-    character.
+    character; masks: how much each cell of a crop counts, (1,h,w) float32, 1 in the mean, and 0 all over
+    where nothing does; None where no picture has a mask.
     """
 
     means: list[Tensor]
@@ -43,6 +44,7 @@ class EncodedDataset:
     crop_rows: list[list[int]]
     text_rows: list[list[int]]
     class_rows: list[list[int]]
+    masks: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.crop_rows)
@@ -98,7 +100,18 @@ def encode(
         crop_rows,
         text_rows[1 : 1 + len(captions)],
         text_rows[1 + len(captions) :],
+        _masks_of(latents, base.device),
     )
+
+
+def _masks_of(entries: Sequence[Entry], device: torch.device) -> list[Tensor] | None:
+    """How much each cell counts: a picture of which little counts teaches as much as any other, so that the
+    losses keep their size. Of less than one cell it teaches less, down to nothing.
+    """
+    if not any("mask" in entry for entry in entries):
+        return None
+    masks = [entry.get("mask", torch.ones_like(entry["mean"][:1])) for entry in entries]
+    return [(mask * (mask.numel() / mask.sum().clamp(min=1))).to(device) for mask in masks]
 
 
 def _text_of(entries: Sequence[Entry], chunks: int, base: StableDiffusion) -> Text:
@@ -194,8 +207,8 @@ def _picture_batches(views: Sequence[Crop], base: StableDiffusion, store: Store)
 
 
 def _posteriors(crops: Sequence[Crop], base: StableDiffusion, limit: BatchLimit) -> list[Entry]:
-    """Of each crop of a batch, float32 on the CPU: mean and std (C,h,w). With fewer at a time where memory
-    runs out.
+    """Of each crop of a batch, float32 on the CPU: mean and std (C,h,w), and mask (1,h,w) where it has one.
+    With fewer at a time where memory runs out.
     """
     base.place("vae")
     size = crops[0].bucket
@@ -213,7 +226,11 @@ def _encoded(base: StableDiffusion, crops: Sequence[Crop]) -> list[Entry]:
                 f"the VAE makes non-finite latents of {crop.path}; remove it or use another base model",
                 Exit.NUMBERS,
             )
-    return [{"mean": mean, "std": std} for mean, std in zip(means, stds, strict=True)]
+    masks = [crop.counting((means.shape[2], means.shape[3])) for crop in crops]
+    return [
+        {"mean": mean, "std": std} | ({} if mask is None else {"mask": mask})
+        for mean, std, mask in zip(means, stds, masks, strict=True)
+    ]
 
 
 def _entries(

@@ -26,7 +26,8 @@ class Batch:
     latents, noise (B,C,h,w); timesteps (B,); text (B,L,D); sizes (B,6): the pictures' own size, where they
     were cut, the size they are trained at. class_text, class_text_of_base (K,L,D): captions that name the
     class instead of the character, for the examples class_of (K,), read by the encoders as they are and as
-    the base's were; K may be 0.
+    the base's were; K may be 0. masks (B,1,h,w): how much each cell of the latents counts, 1 in the mean;
+    None: all alike.
     """
 
     latents: Tensor
@@ -37,21 +38,24 @@ class Batch:
     class_text: Text
     class_text_of_base: Text
     class_of: Tensor
+    masks: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, in an order that `of` knows."""
         texts = (self.text, self.class_text, self.class_text_of_base)
         pooled = [text.pooled for text in texts if text.pooled is not None]
         own = [self.latents, self.noise, self.timesteps, self.sizes, self.class_of]
-        return [*own, *(text.states for text in texts), *pooled]
+        masks = [] if self.masks is None else [self.masks]
+        return [*own, *(text.states for text in texts), *pooled, *masks]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Batch":
         """A batch of what `tensors` has given."""
         latents, noise, timesteps, sizes, class_of, *rest = tensors
+        masks = rest.pop() if len(rest) % 3 else None  # behind three texts, with or without what is pooled
         pooled: Sequence[Any] = rest[3:] or [None] * 3
         texts = [Text(*both) for both in zip(rest[:3], pooled, strict=True)]
-        return cls(latents, noise, timesteps, texts[0], sizes, texts[1], texts[2], class_of)
+        return cls(latents, noise, timesteps, texts[0], sizes, texts[1], texts[2], class_of, masks)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def make_batch(
         class_text=read(class_rows) if class_rows else encoded.text[:0].to(device),
         class_text_of_base=encoded.text[class_rows].to(device),
         class_of=torch.tensor(asking, dtype=torch.long, device=device),
+        masks=None if encoded.masks is None else torch.stack([encoded.masks[row] for row in crops]),
     )
 
 
@@ -144,6 +149,7 @@ def validation_batch(
         class_text=nothing,
         class_text_of_base=nothing,
         class_of=torch.tensor([], dtype=torch.long, device=encoded.device),
+        masks=None if encoded.masks is None else encoded.masks[crop_row].expand(count, -1, -1, -1),
     )
 
 
@@ -157,8 +163,9 @@ def predictions(unet: nn.Module, batch: Batch, scheduler: DDPMScheduler) -> Tens
 
 
 def denoising_losses(unet: nn.Module, batch: Batch, scheduler: DDPMScheduler, snr_gamma: float) -> Tensor:
-    """The weighted squared error of each example, (B,) float32."""
-    squared = (predictions(unet, batch, scheduler) - _target(batch, scheduler)).square().mean(dim=(1, 2, 3))
+    """The weighted squared error of each example, (B,) float32; of a masked one where it counts."""
+    squared = (predictions(unet, batch, scheduler) - _target(batch, scheduler)).square()
+    squared = _where_it_counts(squared, batch.masks).mean(dim=(1, 2, 3))
     return squared * min_snr_weights(batch.timesteps, scheduler, snr_gamma)
 
 
@@ -168,7 +175,8 @@ def preserving_losses(
     """The error of each example (B,), and how far the UNet strays from the base under class captions, (K,).
 
     Both from one pass of B + K examples: the same noisy latents under both captions. What the class looks
-    like is asked of the base itself, with the adapter switched off, so no pictures of it are needed.
+    like is asked of the base itself, with the adapter switched off, so no pictures of it are needed. It is
+    kept all over, under black masks too: nothing else holds the adapter there.
     """
     noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     asking = batch.class_of
@@ -182,7 +190,8 @@ def preserving_losses(
         torch.cat(both) for both in ((batch.timesteps, class_timesteps), (batch.sizes, class_sizes))
     )
     predicted = _predicted(unet, torch.cat([noisy, class_noisy]), timesteps, text, sizes)
-    squared = (predicted - torch.cat([_target(batch, scheduler), from_base])).square().mean(dim=(1, 2, 3))
+    squared = (predicted - torch.cat([_target(batch, scheduler), from_base])).square()
+    squared = _where_it_counts(squared, batch.masks).mean(dim=(1, 2, 3))
     losses = squared * min_snr_weights(timesteps, scheduler, snr_gamma)
     return losses[: len(noisy)], losses[len(noisy) :]
 
@@ -201,6 +210,17 @@ def _predicted(unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text, si
     states = text.states
     added = conditions(text, sizes)
     return unet(noisy.to(states.dtype), timesteps, states, **added, return_dict=False)[0].float()
+
+
+def _where_it_counts(squared: Tensor, masks: Tensor | None) -> Tensor:
+    """The squared errors (N,C,h,w) times the masks (B,1,h,w) of the first B of them; without masks as they
+    are, with no operator more.
+    """
+    if masks is None:
+        return squared
+    rest = squared[len(masks) :]
+    masked = squared[: len(masks)] * masks
+    return torch.cat([masked, rest]) if len(rest) else masked
 
 
 def _target(batch: Batch, scheduler: DDPMScheduler) -> Tensor:

@@ -88,8 +88,8 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
     if checkpoints.changed_entries(then, now) == [PICTURES]:
         numbers = f"{_number_in(then[PICTURES])} pictures then, {_number_in(now[PICTURES])} now"
         raise UserError(
-            f"{checkpoint.path}: can't be resumed: pictures, captions or repeats in {cfg.data_dir} were "
-            f"changed since ({numbers}). Undo that, or leave --resume_from_checkpoint out."
+            f"{checkpoint.path}: can't be resumed: pictures, captions, repeats or masks in {cfg.data_dir} "
+            f"were changed since ({numbers}). Undo that, or leave --resume_from_checkpoint out."
             + _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir),
             Exit.STATE,
         )
