@@ -9,7 +9,7 @@ from pathlib import Path
 from megaman.common.console import Exit, UserError
 from megaman.common.html import is_page
 from megaman.common.output_folder import GALLERY_PAGE, holds_run, is_signed
-from megaman.data import masks
+from megaman.data import mask_names
 from megaman.data.pictures import PICTURE_SUFFIXES, is_picture
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -108,11 +108,11 @@ def find_pictures(folder: Path) -> list[Path]:
 
 def _add_pictures(found: Listing, place: Path, folders: list[str], files: list[str]) -> None:
     """Adds the pictures of one folder, and their masks, which are no pictures themselves."""
-    drawn = {name for name in _visible(files) if masks.is_mask(name)}
+    drawn = {name for name in _visible(files) if mask_names.is_mask(name)}
     pictures = [path.name for path in _pictures_among(place, folders, [n for n in files if n not in drawn])]
-    unread = masks.unread(pictures)
+    unread = mask_names.unread(pictures)
     pictures = [name for name in pictures if name not in unread]
-    mask_of, idle = masks.paired(pictures, drawn)
+    mask_of, idle = mask_names.paired(pictures, drawn)
     found.pictures.extend(place / name for name in pictures)
     found.masks.update({place / name: place / mask for name, mask in mask_of.items()})
     found.left_out.update({place / name: why for name, why in (unread | idle).items()})
