@@ -39,7 +39,6 @@ const CHINESE = {
   "usual": "一般",
   "strong": "強",
   "Hardly anything is learned yet: more steps or a higher learning rate.": "幾乎還沒學到什麼：增加步數，或提高學習率。",
-  "A usual change.": "這是一般的程度。",
   "A strong change: look whether the samples still follow their prompts, and compare earlier checkpoints or a lower strength.":
     "這是強的改變：看看範例圖片是否還聽從提示詞，並和較早的檢查點或較低的強度比較。",
   "Usual is from {n} %": "一般是指從 {n} %",

@@ -147,26 +147,31 @@ def log_scale(least: float, most: float) -> Scale:
     """A scale of even ratios around positive numbers."""
     first, last = math.floor(math.log10(least) + 1e-9), math.ceil(math.log10(most) - 1e-9)
     every = max(1, math.ceil((last - first) / TICKS))
+    last += (first - last) % every
     return Scale(10.0**first, 10.0**last, [10.0**i for i in range(first, last + 1, every)], is_log=True)
 
 
-def scale_of(values: Sequence[float]) -> Scale:
-    """The scale that suits the numbers, of which there are some."""
+def scale_of(values: Sequence[float], *, is_even: bool) -> Scale:
+    """The scale that suits the numbers, of which there are some; is_even: one of even steps in any case."""
     least, most = min(values), max(values)
-    is_log = least > 0 and most / least >= LOG_FROM
+    is_log = not is_even and least > 0 and most / least >= LOG_FROM
     return log_scale(least, most) if is_log else even_scale(least, most)
 
 
 # ---------------------------------------------------------------- the drawing
 
 
-def chart_of(title: str, lines: Iterable[Line], last_step: int, checkpoints: Iterable[int]) -> Chart | None:
-    """The lines that hold numbers, from step 0 to the last, on one scale; None if there are none."""
+def chart_of(
+    title: str, lines: Iterable[Line], last_step: int, checkpoints: Iterable[int], *, is_even: bool = False
+) -> Chart | None:
+    """The lines that hold numbers, from step 0 to the last, on one scale, even or as suits the numbers; None
+    if there are none.
+    """
     drawn = [line for line in lines if any(value is not None for value in line.points.values())]
     values = [value for line in drawn for value in line.points.values() if value is not None]
     if not values:
         return None
-    up = scale_of(values)
+    up = scale_of(values, is_even=is_even)
     across = even_scale(0, max(1, last_step))
     across = Scale(
         0, max(1, last_step), [tick for tick in across.ticks if tick <= last_step and tick % 1 == 0]

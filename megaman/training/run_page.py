@@ -25,6 +25,7 @@ from megaman.config.train import DataFlags, TrainConfig, recorded
 from megaman.training.curves import HEIGHT, WIDTH, Chart, Line, Series, chart_of, number_of, shown, smoothed
 
 SCRIPT = "run.js"
+RATE = "Learning rate"  # falls to 0, which no logarithm shows
 LAST_STEP = 10**9  # nobody trains for longer; a larger number in a file is damage
 PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 HARDLY, STRONG = 0.01, 0.1  # of the weights' size: below it hardly anything is changed, above it much
@@ -179,13 +180,16 @@ class RunStory:
         kinds = {
             "Loss": (Line("each line of the log", "raw", loss), Line("smoothed", "smooth", smoothed(loss))),
             "Held-out loss": (Line("held-out loss", "held", self.series("validation_loss"), has_dots=True),),
-            "Learning rate": (
+            RATE: (
                 Line("UNet", "smooth", self.series("lr")),
                 Line("text encoders", "held", self.series("lr_text_encoder")),
             ),
             "Gradient norm": (Line("gradient norm", "smooth", self.series("grad_norm")),),
         }
-        drawn = (chart_of(title, lines, self.total, self.checkpoints) for title, lines in kinds.items())
+        drawn = (
+            chart_of(title, lines, self.total, self.checkpoints, is_even=title == RATE)
+            for title, lines in kinds.items()
+        )
         return [chart for chart in drawn if chart is not None]
 
     @property
