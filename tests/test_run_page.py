@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import generate_megaman
 import megaman_lora
 from megaman.common.console import UserError
+from megaman.common.files import path_from
 from megaman.common.html import is_page, is_page_of_run
 from megaman.common.kinds import UNET
 from megaman.common.output_folder import OutputLock, RunFolder, move_aside
@@ -224,9 +225,8 @@ def test_a_runs_page_tells_all_of_it(finished: Path) -> None:
     assert 'href="dataset.html"' in page
     assert "unet.mid_block" in page
     assert "--resume_from_checkpoint" not in page
-    assert f"generate_megaman.py --lora_path {finished / 'lora_weights'} --compare_checkpoints" in text_of(
-        page
-    )
+    place = path_from(Path(), finished)  # no folder above us is told
+    assert f"generate_megaman.py --lora_path {place}/lora_weights --compare_checkpoints" in text_of(page)
     assert not is_page_of_run(finished / "dataset.html")
 
 
@@ -254,7 +254,10 @@ def test_a_killed_runs_page_tells_how_far_it_came_and_how_to_go_on(finished: Pat
     output = killed(finished, tmp_path / "out")
     page = run_page.report(RunFolder(output)).read_text(encoding="utf-8")
     assert "step 2 of 4 when this page was written" in text_of(page)
-    assert f"--config {output / 'training_config.json'} --resume_from_checkpoint latest" in text_of(page)
+    assert (
+        f"--config {path_from(Path(), output)}/training_config.json --resume_from_checkpoint latest"
+        in text_of(page)
+    )
     assert "step-000004/01.png" not in page  # perhaps half of them: nothing tells of them
     assert "step-000000/01.png" in page
 

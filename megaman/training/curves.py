@@ -93,15 +93,16 @@ def thinned(points: Series) -> list[tuple[int, float | None]]:
 
 def smoothed(points: Series) -> dict[int, float | None]:
     """The mean of each point and its neighbours on both sides; gaps count for nothing."""
-    steps, values = list(points), list(points.values())
+    values = list(points.values())
     reach = max(1, len(values) // NEIGHBOURS // 2)
     sums, counts = [0.0], [0]
     for value in values:
         sums.append(sums[-1] + (value or 0.0))
         counts.append(counts[-1] + (value is not None))
     found: dict[int, float | None] = {}
-    for i, step in enumerate(steps):
-        first, end = max(0, i - reach), min(len(values), i + reach + 1)
+    for i, step in enumerate(points):
+        first = max(0, i - reach)
+        end = min(len(values), i + reach + 1)
         count = counts[end] - counts[first]
         found[step] = (sums[end] - sums[first]) / count if count else None
     return found
@@ -137,15 +138,19 @@ def even_scale(least: float, most: float) -> Scale:
     if 0 < least < ZERO_BELOW * most:
         least = 0.0
     if most - least <= 1e-9 * max(abs(least), abs(most)):
-        least, most = min(0.0, 2 * least), max(0.0, 2 * most) or 1.0
+        least = min(0.0, 2 * least)
+        most = max(0.0, 2 * most)
+        most += least == most  # both are 0
     step = _round_step(most - least)
-    first, last = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
+    first = math.floor(least / step + 1e-9)  # a tick may lie on the least, but for its rounding
+    last = math.ceil(most / step - 1e-9)
     return Scale(first * step, last * step, [i * step for i in range(first, last + 1)])
 
 
 def log_scale(least: float, most: float) -> Scale:
     """A scale of even ratios around positive numbers."""
-    first, last = math.floor(math.log10(least) + 1e-9), math.ceil(math.log10(most) - 1e-9)
+    first = math.floor(math.log10(least) + 1e-9)
+    last = math.ceil(math.log10(most) - 1e-9)
     every = max(1, math.ceil((last - first) / TICKS))
     last += (first - last) % every
     return Scale(10.0**first, 10.0**last, [10.0**i for i in range(first, last + 1, every)], is_log=True)
@@ -153,7 +158,8 @@ def log_scale(least: float, most: float) -> Scale:
 
 def scale_of(values: Sequence[float], *, is_even: bool) -> Scale:
     """The scale that suits the numbers, of which there are some; is_even: one of even steps in any case."""
-    least, most = min(values), max(values)
+    least = min(values)
+    most = max(values)
     is_log = not is_even and least > 0 and most / least >= LOG_FROM
     return log_scale(least, most) if is_log else even_scale(least, most)
 
@@ -195,7 +201,8 @@ def _curve(line: Line, across: Scale, up: Scale) -> Curve:
         if value is None:
             is_begun = False
             continue
-        x, y = across.place(step), 1 - up.place(value)
+        x = across.place(step)
+        y = 1 - up.place(value)
         place = f"{round(WIDTH * x, 1):g} {round(HEIGHT * y, 1):g}"
         words.append(f"L{place}" if is_begun else f"M{place}h0")  # h0: a point between gaps is a dot
         dots.append((round(100 * x, 2), round(100 * y, 2)))
