@@ -113,7 +113,7 @@ class Strength:
     @property
     def percent(self) -> str:
         """In few letters."""
-        return f"{100 * self.share:.2g}"
+        return shown(float(f"{100 * self.share:.2g}"))
 
     @property
     def word(self) -> str:
