@@ -15,13 +15,14 @@ if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words o
     sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or newer")
 
 from megaman.common import console, signals
-from megaman.common.console import UserError, command_of, quiet_libraries, say, shell_quoted
+from megaman.common.console import UserError, quiet_libraries, say
 
 if __name__ == "__main__":
     sys.excepthook = console.name_missing_library  # the imports below need what may not be installed
 
 from megaman.config.train import DataFlags, TrainConfig, published, read_config, recorded
 from megaman.data import first_start
+from megaman.training import run_page
 
 if "torch" not in sys.modules:  # a program that has loaded it hears what it wants to hear
     quiet_libraries()
@@ -29,6 +30,7 @@ if __name__ == "__main__":  # what needs no torch is answered before it loads, w
     signals.end_quietly()
     with console.reported():
         CONFIG, CHOSEN = read_config(sys.argv[1:])
+        run_page.answer_report(CONFIG, CHOSEN)
         first_start.answer_first_start(CONFIG, CHOSEN)
     gc.disable()  # a fifth of the time that the imports below take is a search for garbage among modules
 
@@ -55,7 +57,7 @@ from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
-from megaman.lora import fused, init_lora, injection, save
+from megaman.lora import fused, init_lora, injection, save, strength
 from megaman.model import compute, footprint, memory, onednn, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
@@ -527,7 +529,8 @@ def tracker_of(run: Run) -> SilentTracker:
         return SilentTracker(steps, names)
     wanted = run.cfg.report_to == "tensorboard"
     logging_dir = Path(run.cfg.logging_dir or run.folder.logs) if wanted else None
-    return Tracker(run.folder, steps, names, run.data.sampler.step_size, logging_dir=logging_dir)
+    size, prompts = run.data.sampler.step_size, run.cfg.validation_prompt
+    return Tracker(run.folder, steps, names, size, logging_dir=logging_dir, prompts=prompts)
 
 
 def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
@@ -546,10 +549,12 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
         checkpoint = Checkpoint(step, asdict(run.cfg), run.origins, facts, threads, tensors)
         with run.ema.swapped_in():
             adapter = injection.adapter_of(run.base.parts, run.base.kind, run.description | {"steps": step})
+            strengths = strength.strengths_of(run.base.parts)
         keep = run.cfg.checkpoints_total_limit
         checkpoints.save_checkpoint(
             run.folder.checkpoints, checkpoint, adapter, keep=keep, best=run.best.step
         )
+        tracker.record_strengths(step, *strengths)
 
 
 def validate(run: Run, tracker: SilentTracker, step: int) -> None:
@@ -673,6 +678,7 @@ def train(cfg: TrainConfig) -> Path:
         if run.start == 0:
             if is_main:
                 run.data.report.write(run.folder.path)
+                tracker.record_dataset(run.data.report.summary | {"held out": len(run.data.held_out)})
             validate(run, tracker, 0)
         if every(run.start, cfg.validation_steps, total) and not tracker.has_samples(run.start):
             draw_samples(run, tracker, run.start, stop)  # of the base, or those that a stopped run still owes
@@ -691,7 +697,7 @@ def train(cfg: TrainConfig) -> Path:
             if is_stopped or every(done, cfg.save_steps, total):
                 save_checkpoint(run, tracker, done)  # before the preview, which may run out of memory
             if is_stopped:
-                how = resume.resume_command(run.folder)
+                how = run.folder.resume_command
                 stop.obey(f"stopped at step {done} of {total}, saved. Go on with: {how}")
             if every(done, cfg.validation_steps, total):
                 draw_samples(run, tracker, done, stop)
@@ -718,13 +724,13 @@ def show_dataset(cfg: TrainConfig) -> None:
 
 def main(cfg: TrainConfig, chosen: Collection[str]) -> None:
     """The command: a dry run or a training, and what to do next."""
+    run_page.answer_report(cfg, chosen)
     cfg = with_init_lora(cfg, chosen)
     if cfg.dry_run:
         return show_dataset(cfg)
     weights = train(cfg)
     say(f"done: {weights} (PEFT), {weights / 'megaman_lora.safetensors'} (A1111, Forge, ComfyUI, kohya)")
-    flag = "" if cfg.output_dir == DataFlags.output_dir else f" --lora_path {shell_quoted(str(weights))}"
-    say(f"next: {command_of('generate_megaman.py')}{flag}")
+    say(f"next: {run_page.draw_command(RunFolder(Path(cfg.output_dir)))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""LoRAs in live models, for tests that need no run."""
+"""LoRAs in live models, for tests that need no run; and what a run has left."""
 
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
@@ -21,6 +23,12 @@ def inject_lora(
     """Wraps a Stable Diffusion 1.x's UNet as a run does; its trainable parameters."""
     inject({UNET: unet}, cfg, SD1, partial(generator_of, cfg.seed), init)
     return list(trained({UNET: unet}).values())
+
+
+def steps_told(output: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that tell of training steps."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:

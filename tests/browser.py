@@ -25,6 +25,7 @@ class Browser:
 
     def __init__(self, requests: int, answers: int) -> None:
         self.requests, self.answers, self.unread, self.number = requests, answers, b"", 0
+        self.events: list[dict[str, Any]] = []  # of those that were asked for, such as a request of the page
         self.session: str | None = None
         page = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
@@ -39,7 +40,7 @@ class Browser:
         except BrokenPipeError as error:
             raise AssertionError("Chromium ended") from error
         while (answer := self._next_message()).get("id") != self.number:
-            pass
+            self.events.append(answer)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapted import weights_in
+from adapted import steps_told, weights_in
 from conftest import EVERY_KIND, TEXT, crop_of
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
@@ -40,10 +40,6 @@ of_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.folder)
 
 def base_of(folder: Path) -> StableDiffusion:
     return load_base(str(folder), device=torch.device("cpu"), dtype=torch.float32)
-
-
-def lines_of(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- what a base is
@@ -340,9 +336,9 @@ def test_every_trained_part_learns_at_its_own_rate(train: Callable[..., Path], b
     assert {key.split()[0] for key in trained} == {".", *(encoder.part for encoder in kind.encoders)}
     for key, tensor in trained.items():
         assert "lora_B" not in key or tensor.abs().max() > 0, key  # no module waits for a gradient in vain
-    last = lines_of(weights.parent)[-1]
+    last = steps_told(weights.parent)[-1]
     assert last["lr_text_encoder"] == pytest.approx(last["lr"] / 2)  # 5e-3 beside 1e-2
-    assert "lr_text_encoder" not in lines_of(train().parent)[-1]
+    assert "lr_text_encoder" not in steps_told(train().parent)[-1]
 
 
 def test_a_stopped_encoder_stays_and_the_unet_goes_on(train: Callable[..., Path]) -> None:

@@ -18,10 +18,11 @@ from browser import Browser, NoBrowser, browser
 from PIL import Image
 
 import generate_megaman
-from megaman.common.html import TEMPLATES
+from megaman.common.html import TEMPLATES, script_of
+from megaman.common.output_folder import RunFolder
 from megaman.generation.gallery import command, newest, render_gallery
 from megaman.generation.records import ImageRecord
-from megaman.training.tracker import render_samples
+from megaman.training.run_page import render_run
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -85,25 +86,67 @@ def test_nothing_in_a_prompt_becomes_markup(prompt: str) -> None:
     ]
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert prompt.replace("\0", "\ufffd") in [text.replace("\0", "\ufffd") for text in page.texts]
-    samples = Reader(render_samples([prompt], {0: ["a.png"]}, (64, 64)))
-    assert [tag for tag, _ in samples.tags].count("script") == 0
-    assert any(prompt.split("\0")[0] in text for text in samples.texts)
 
 
-def test_a_page_refers_to_nothing_but_its_own_pictures() -> None:
-    for page in (render_gallery([record(file="a b#.png")]), render_samples(["x"], {0: ["a.png"]}, (64, 64))):
+def run_told(folder: Path, prompt: str) -> Path:
+    """The page of a run with everything in it, of which each text is the prompt; its pictures are there."""
+    samples = [(folder / "samples" / f"step-{step:06}") for step in (0, 500, 1000)]
+    for place in samples:
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), "navy").save(place / "01.png")
+    for step in (500, 1000):
+        (folder / "checkpoints" / f"step-{step:06}").mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "dataset": {"pictures": 30, "sizes": {prompt: 30}, "held out": 3}}
+    ]
+    rows += [{"step": step, "samples": [prompt]} for step in (0, 500, 1000)]
+    for step in range(10, 1001, 10):
+        norm = None if step % 70 == 0 else 1 / step
+        told = {"lr": 1e-4, "lr_text_encoder": 1e-5, "grad_norm": norm, "images_per_s": 3.2}
+        rows.append({"step": step, "loss": 0.1 + (step * 7919 % 100) / 1000, **told})
+    rows += [{"step": step, "validation_loss": 0.2 - step / 1e4} for step in (0, 500, 1000)]
+    for step, whole in ((500, 0.001), (1000, 0.5)):
+        blocks = {"unet.mid_block": whole, "text_encoder": 0.02, prompt: 0.001}
+        rows.append({"step": step, "strength": whole, "block_strengths": blocks})
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    names = ("pretrained_model_name", "data_dir", "lora_rank", "lora_alpha", "trigger", prompt)
+    record = dict.fromkeys(names, prompt) | {"validation_prompt": [prompt], "max_train_steps": 2000}
+    (folder / "training_config.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "dataset.html").write_text('<meta name="generator" content="megaman_lora">', encoding="utf-8")
+    page = folder / "index.html"
+    page.write_text(render_run(RunFolder(folder)), encoding="utf-8", newline="\n")
+    return page
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+def test_nothing_in_a_runs_texts_becomes_markup(prompt: str, tmp_path: Path) -> None:
+    harmless, page = (
+        Reader(run_told(tmp_path / name, text).read_text(encoding="utf-8"))
+        for name, text in (("a", "harmless"), ("b", prompt))
+    )
+    assert [(tag, set(a)) for tag, a in page.tags] == [(tag, set(a)) for tag, a in harmless.tags]
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert prompt.replace("\0", "\ufffd") in [text.replace("\0", "\ufffd") for text in page.texts]
+
+
+def test_a_page_refers_to_nothing_but_its_own_pictures(tmp_path: Path) -> None:
+    of_run = run_told(tmp_path, "x").read_text(encoding="utf-8")
+    samples = {f"samples/step-{step:06}/01.png" for step in (0, 500, 1000)}
+    for page in (render_gallery([record(file="a b#.png")]), of_run):
         links = [a[name] for _, a in Reader(page).tags for name in ("src", "href") if name in a]
-        assert set(links) <= {"a%20b%23.png", "a.png", None}
+        assert set(links) <= {"a%20b%23.png", "dataset.html", *samples, None}
         assert "http://" not in page
         assert "https://" not in page
         assert "default-src &#39;none&#39;" in page
 
 
-def test_the_policy_allows_exactly_our_script() -> None:
-    page = render_gallery([record()])
-    script = page.split("<script>")[1].split("</script>")[0]
-    assert script == (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
-    assert f"script-src 'sha256-{digest_of(script)}';" in page_policy(page)
+def test_the_policy_allows_exactly_our_script(tmp_path: Path) -> None:
+    of_run = run_told(tmp_path, "x").read_text(encoding="utf-8")
+    for page, name in ((render_gallery([record()]), "gallery.js"), (of_run, "run.js")):
+        script = page.split("<script>")[1].split("</script>")[0]
+        assert script == script_of(name)
+        assert script.endswith((TEMPLATES / name).read_text(encoding="utf-8"))
+        assert f"script-src 'sha256-{digest_of(script)}';" in page_policy(page)
 
 
 def page_policy(page: str) -> str:
@@ -305,20 +348,38 @@ def test_a_text_that_some_shell_or_terminal_would_act_on_gives_no_command(text: 
 # ---------------------------------------------------------------- the words
 
 
-def test_every_text_of_the_page_has_its_chinese() -> None:
-    script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+def chinese_of(script: str) -> dict[str, str]:
+    """The table of a page's script, by its English; each has the same places for numbers."""
     table = script.split("const CHINESE = {")[1].split("\n};")[0]
     known = dict(re.findall(r'"((?:[^"\\]|\\.)*)":\s*"((?:[^"\\]|\\.)*)",', table))
+    for english, chinese in known.items():
+        assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", chinese)), english
+    return known
+
+
+def test_every_text_of_a_runs_page_has_its_chinese(tmp_path: Path) -> None:
+    known = chinese_of(script_of("run.js"))
+    template = (TEMPLATES / "run.html.j2").read_text(encoding="utf-8")
+    page = Reader(run_told(tmp_path, "x").read_text(encoding="utf-8"))
+    names = ("data-t", "data-label")
+    shown = {a[name] for _, a in page.tags for name in names if name in a}
+    shown |= set(re.findall(r'say\("([^"]+)"', template)) | set(re.findall(r': "([A-Z][^"]+)"', template))
+    shown |= set(re.findall(r'"(Theme: \w+)"', script_of("run.js").split("const CHINESE")[0]))
+    assert len(shown) > 40
+    assert shown <= known.keys()
+
+
+def test_every_text_of_the_page_has_its_chinese() -> None:
+    script = script_of("gallery.js")
+    known = chinese_of(script)
     page = Reader(render_gallery([drawn(name, scale) for name in STEPS for scale in (0.0, 1.0, 2.0)]))
     names = ("data-t", "data-label", "data-hint")
     shown = {a[name] for _, a in page.tags for name in names if name in a} - {"{n}"}
     shown |= set(re.findall(r'told\("([^"]+)"', script)) | set(re.findall(r'Label: "([^"]+)"', script))
-    shown |= set(re.findall(r'"(Theme: \w+)"', script.split("\n};")[1]))
+    shown |= set(re.findall(r'"(Theme: \w+)"', script.split("const CHINESE")[0]))
     shown |= set(json.loads(next(a["data-facts"] for _, a in page.tags if "data-facts" in a)))
     assert len(shown) > 45
     assert shown - {"Prompt", "Job", "Command"} <= known.keys()
-    for english, chinese in known.items():
-        assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", chinese)), english
 
 
 # ---------------------------------------------------------------- in a browser
@@ -436,3 +497,75 @@ def test_in_a_browser_theme_and_language_change_and_are_remembered(seen: dict[st
     assert seen["system"] in (seen["light"][1], seen["dark"][1])
     assert seen["chinese"] == ["zh-TW", *["洛克人 LoRA 畫廊"] * 2, "搜尋提示詞、種子、檔名"]
     assert seen["reloaded"][:2] == ["dark", "zh-TW"]
+
+
+# ---------------------------------------------------------------- a run's page in a browser
+
+WIDTHS_PX = (390, 1280, 1920)
+SEEN_OF_A_RUN = """(() => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const box = (each) => each.getBoundingClientRect(), curves = all(".plot path:not(.mark):not(.grid)");
+  const isOutside = (each) => !each.closest(".strip, code, svg") && box(each).right > innerWidth + 1;
+  const texts = all("[data-t]").map((each) => each.textContent);
+  return {
+    language: document.documentElement.lang, texts, title: document.querySelector("h1").textContent,
+    wide: document.documentElement.scrollWidth - innerWidth,
+    outside: all("main *").filter(isOutside).map((each) => each.outerHTML.slice(0, 90)),
+    flat: curves.filter((each) => box(each).width < 50).length, curves: curves.length,
+    pictures: all("img").filter((each) => each.loading === "lazy").length, hacked: window.hacked ?? "no",
+  };
+})()"""
+
+
+@pytest.fixture(scope="module")
+def run_seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a browser shows of a run's page in each width, in both languages, and what it complains of."""
+    folder = tmp_path_factory.mktemp("run")
+    page = run_told(folder, EVIL)
+    found: dict[str, Any] = {}
+    try:
+        with browser(folder / "profile") as chromium:
+            for domain in ("Network", "Log", "Runtime"):
+                chromium.ask(f"{domain}.enable")
+            for width in WIDTHS_PX:
+                shape = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+                chromium.ask("Emulation.setDeviceMetricsOverride", **shape)
+                chromium.open(page)
+                found[f"{width} first"] = chromium.run(SEEN_OF_A_RUN)
+                found[f"{width} other"] = chromium.run(
+                    f"document.querySelector('#language').click() ?? {SEEN_OF_A_RUN}"
+                )
+                chromium.run("document.querySelector('#theme').click()")
+            chromium.run("new Promise((done) => setTimeout(done, 200))")
+            found["theme"] = chromium.run("document.documentElement.dataset.theme ?? ''")
+            found["events"] = chromium.events
+            return found
+    except NoBrowser as reason:
+        pytest.skip(str(reason))
+
+
+def test_in_a_browser_a_runs_page_fits_every_width_in_both_languages(run_seen: dict[str, Any]) -> None:
+    for width in WIDTHS_PX:
+        both = [run_seen[f"{width} {which}"] for which in ("first", "other")]
+        assert {each["language"] for each in both} == {"en", "zh-TW"}
+        pairs = zip(both[0]["texts"], both[1]["texts"], strict=True)
+        assert {one for one, other in pairs if one == other} == {"UNet"}
+        titles = {each["language"]: each["title"] for each in both}
+        assert (titles["en"].split(" ")[0], titles["zh-TW"][-3:]) == ("Training", "的訓練")
+        for each in both:
+            assert each["wide"] <= 0
+            assert each["outside"] == []
+            assert (each["flat"], each["curves"], each["pictures"], each["hacked"]) == (0, 6, 3, "no")
+    assert run_seen["theme"] in ("", "light", "dark")
+
+
+def test_in_a_browser_a_runs_page_asks_for_nothing_and_complains_of_nothing(run_seen: dict[str, Any]) -> None:
+    asked = [
+        each["params"]["request"]["url"]
+        for each in run_seen["events"]
+        if "requestWillBeSent" in each["method"]
+    ]
+    assert len(asked) >= len(WIDTHS_PX)
+    assert all(url.startswith("file:///") for url in asked)
+    complaints = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+    assert [each for each in run_seen["events"] if each["method"] in complaints] == []

@@ -15,6 +15,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from adapted import steps_told
 from conftest import EVERY_KIND, ROOT, flags_of_a_run, run_script, save_pictures
 from PIL import Image
 
@@ -119,10 +120,12 @@ def test_a_finished_run_can_be_extended_and_its_page_and_metrics_go_on(train: Ca
     assert not output.with_name("out.001").exists()
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert names == ["step-000002", "step-000004", "step-000006"]
-    page = (output / "samples" / "index.html").read_text()
+    page = (output / "index.html").read_text()
     assert all(f"step-{step:06}/01.png" in page for step in (0, 2, 4, 6))
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [4, 6]
+    assert [line["step"] for line in steps_told(output)] == [4, 6]
+    told = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told if "strength" in line] == [2, 4, 6]
+    assert [line["step"] for line in told if "samples" in line] == [0, 2, 4, 6]
     again = train("--max_train_steps", "6", "--resume_from_checkpoint", "latest")  # nothing left to train
     assert again.is_dir()
 
@@ -133,8 +136,9 @@ def test_a_preview_that_a_killed_run_still_owed_is_drawn(
     output = shutil.copytree(finished, tmp_path / "out")
     unbroken = bytes_of(output / "lora_weights")  # they hold the last preview's thumbnail
     shutil.rmtree(output / "lora_weights")
-    for path in (output / "samples" / "step-000004" / "01.png", output / "samples" / "index.html"):
-        path.unlink()
+    (output / "samples" / "step-000004" / "01.png").unlink()
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output / "metrics.jsonl").write_text("".join(line for line in lines if '"samples"' not in line))
     assert bytes_of(train("--resume_from_checkpoint", "latest")) == unbroken
     assert (output / "samples" / "step-000004" / "01.png").exists()
 

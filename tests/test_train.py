@@ -11,7 +11,7 @@ from typing import NoReturn
 import commands
 import pytest
 import torch
-from adapted import weights_in
+from adapted import steps_told, weights_in
 from conftest import EVERY_KIND, ROOT, run_script
 from PIL import Image
 
@@ -49,7 +49,7 @@ def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
         "lora_weights/adapter_model.safetensors",
         "lora_weights/megaman_lora.safetensors",
         "lora_weights/pytorch_lora_weights.safetensors",
-        "samples/index.html",
+        "index.html",
         "samples/step-000000/01.png",
         "samples/step-000004/01.png",
         "checkpoints/step-000002/adapter.safetensors",
@@ -57,9 +57,9 @@ def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
     } <= files
     assert any(name.startswith("logs/events") for name in files)
     assert not any("partial" in name for name in files)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 4
-    assert {"loss", "lr", "grad_norm", "images_per_s"} <= lines[-1].keys()
+    last = steps_told(output)[-1]
+    assert last["step"] == 4
+    assert {"loss", "lr", "grad_norm", "images_per_s"} <= last.keys()
 
 
 @pytest.mark.usefixtures("all_threads")
@@ -433,14 +433,14 @@ def test_an_idle_nvidia_card_is_one_warning_with_its_remedy(
     assert "built without CUDA" in capsys.readouterr().err
 
 
-def test_the_sample_page_shows_every_step(train: Callable[..., Path]) -> None:
+def test_the_runs_page_shows_every_steps_samples(train: Callable[..., Path]) -> None:
     samples = (
         train("--validation_steps", "2", "--validation_prompt", "mega man", "<b>bold</b>").parent / "samples"
     )
-    page = (samples / "index.html").read_text()
+    page = (samples.parent / "index.html").read_text()
     for step in ("000000", "000002", "000004"):
         for number in ("01", "02"):
-            assert f"step-{step}/{number}.png" in page
+            assert f'"samples/step-{step}/{number}.png"' in page
             with Image.open(samples / f"step-{step}" / f"{number}.png") as picture:
                 assert picture.size == (32, 32)
     assert "<b>bold" not in page

@@ -16,6 +16,8 @@ from megaman.common.console import Exit, UserError
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 PAGE_HEAD_BYTES = 1024
+RUN_MARK = b'<meta name="description" content="a training run">'  # among our pages, of a run's
+SHARED_SCRIPT = "page.js"
 PAGE_MARKS = (
     b'<meta name="generator" content="megaman_lora">',
     b"default-src &#39;none&#39;; img-src &#39;self&#39; file: data:; style-src &#39;unsafe-inline&#39;;",
@@ -33,7 +35,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {}  # keep the order that the template gives
-    environment.globals |= {"policy": _content_policy(), "small_px": SMALL_PX}
+    environment.globals |= {"policy": content_policy("gallery.js"), "small_px": SMALL_PX}
     return environment
 
 
@@ -43,15 +45,15 @@ def render(template: str, **values: Any) -> str:
 
 
 def script_of(name: str) -> str:
-    """A script of templates/, to be put into a page: the pages' policy allows just these."""
-    return (TEMPLATES / name).read_text(encoding="utf-8")
+    """A page's script of templates/ behind what all pages share; the page's policy allows just this one."""
+    return "".join((TEMPLATES / each).read_text(encoding="utf-8") for each in (SHARED_SCRIPT, name))
 
 
-def _content_policy() -> str:
-    """What a page may do, whatever a prompt contains: show pictures beside it, and run our script, known by
-    its hash.
+def content_policy(script: str) -> str:
+    """What a page may do, whatever a prompt contains: show pictures beside it, and run its script of
+    templates/, known by its hash.
     """
-    digest = base64.b64encode(hashlib.sha256(script_of("gallery.js").encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(script_of(script).encode()).digest()).decode()
     return (
         "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; script-src "
         f"'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -62,12 +64,22 @@ def is_page(path: Path) -> bool:
     """Whether the file is an HTML page that this toolkit made: they name their maker; earlier ones bear our
     policy.
     """
+    head = _head_of(path)
+    return any(mark in head for mark in PAGE_MARKS)
+
+
+def is_page_of_run(path: Path) -> bool:
+    """Whether the file is the page of a training run."""
+    return is_page(path) and RUN_MARK in _head_of(path)
+
+
+def _head_of(path: Path) -> bytes:
+    """A file's first bytes; none, if it can't be read."""
     try:
         with path.open("rb") as file:
-            head = file.read(PAGE_HEAD_BYTES)
+            return file.read(PAGE_HEAD_BYTES)
     except OSError:
-        return False
-    return any(mark in head for mark in PAGE_MARKS)
+        return b""
 
 
 def check_page(path: Path) -> None:

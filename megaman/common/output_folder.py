@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaman.common.console import Exit, UserError
+from megaman.common.console import Exit, UserError, command_of, shell_quoted
 from megaman.common.files import courtesy, is_within, make_folder
 from megaman.common.html import check_page, is_page
 
@@ -18,14 +18,14 @@ SIGNATURE_LETTERS = 64  # read of a lock: a number is shorter
 RECORD = "training_config.json"  # the settings of the run in the folder
 RECORDED = frozenset({"pretrained_model_name", "data_dir", "lora_rank", "lora_alpha"})  # in every record
 PAGE = "dataset.html"
-GALLERY_PAGE = "index.html"
+GALLERY_PAGE = RUN_PAGE = "index.html"
 CAPTIONS = "captions"
 WEIGHTS = "lora_weights"
 CHECKPOINTS = "checkpoints"
 ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
 LEFT_BY_DRY_RUN = frozenset({PAGE, CAPTIONS, LOCK})  # a run goes on beside it
 OF_A_RUN = re.compile(
-    rf"{WEIGHTS}|{CHECKPOINTS}(\.\d{{3,}})?|samples|logs|dry_run|{CAPTIONS}|dataset\.html|metrics\.jsonl|"
+    rf"{WEIGHTS}|{CHECKPOINTS}(\.\d{{3,}})?|samples|logs|dry_run|{CAPTIONS}|(dataset|index)\.html|metrics\.jsonl|"
     + re.escape(RECORD)
 )  # what lies in a run's folder
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -62,7 +62,7 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """The folder of the sample pictures and their page."""
+        """The folder of the sample pictures."""
         return self.path / "samples"
 
     @property
@@ -71,9 +71,20 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def page(self) -> Path:
+        """Curves, samples and settings, and what to type next."""
+        return self.path / RUN_PAGE
+
+    @property
     def logs(self) -> Path:
         """TensorBoard's folder, unless the user names another."""
         return self.path / "logs"
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run, where it stopped."""
+        record = shell_quoted(str(self.record))
+        return f"{command_of('megaman_lora.py')} --config {record} --resume_from_checkpoint latest"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""
@@ -134,7 +145,7 @@ def check_output(folder: Path, data_dir: Path) -> None:
             f"{folder}: holds files that no run of ours made. Name another --output_dir.", Exit.STATE
         )
     check_page(folder / PAGE)
-    check_page(RunFolder(folder).samples / "index.html")
+    check_page(RunFolder(folder).page)
     check_unused(folder)
     check_writable(folder)
 

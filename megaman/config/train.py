@@ -284,6 +284,9 @@ class RunFlags:
     dry_run: bool = flag(
         False, "show what would be trained on, as dataset.html too, and stop", is_of_one_command=True
     )
+    report: str | None = flag(
+        None, "a run's folder: make its page, index.html, anew and stop", is_path=True, is_of_one_command=True
+    )
     preset: Literal["demo", "starter", "quality", "pro"] | None = flag(
         None, "a whole configuration; flags override it", is_of_one_command=True
     )

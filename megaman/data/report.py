@@ -152,6 +152,21 @@ class Report:
         texts = [made.text for made in self.made.by_picture.values()]
         return tag_frequencies(texts) if self.made.are_tags else {}
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the run's page tells of the pictures: how many there are, of what sizes, with what flaws."""
+        return {
+            "pictures": len(self.pictures),
+            "sizes": {str(bucket): len(members) for bucket, members in self.buckets.items()},
+            "captions made from names": len(self.captioned_from_name),
+            "captions without the trigger": len(self.without_trigger),
+            "captions that are too long": len(self.too_long),
+            "masked": len(self.masked),
+            "enlarged": len(self.enlarged),
+            "look alike": sum(map(len, self.alike)),
+            "skipped": len(self.skipped),
+        }
+
     def lines(self) -> list[str]:
         """What the terminal shows before the training, a line each."""
         derived = len(self.captioned_from_name)

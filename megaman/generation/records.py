@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from megaman.common.console import Exit, UserError, say
 from megaman.common.files import followed, replacing, write_text
-from megaman.common.html import check_page, is_page
+from megaman.common.html import check_page, is_page, is_page_of_run
 from megaman.common.kinds import CHUNK
 from megaman.common.output_folder import GALLERY_PAGE, holds_files, holds_run, is_signed
 
@@ -300,7 +300,7 @@ def check_folder(folder: Path) -> None:
     """
     metadata = folder / METADATA_FILE
     reason = None
-    if holds_run(folder):
+    if holds_run(folder) or is_page_of_run(folder / GALLERY_PAGE):
         reason = "holds a training run, whose files stay by themselves"
     elif metadata.is_file() and not is_metadata(metadata):
         reason = f"its {METADATA_FILE} is not ours"

@@ -1,4 +1,3 @@
-"use strict";
 // What the gallery does beyond showing: without it the page is a plain one of pictures, strips and tables.
 // Settings come from each card's data-facts; they are written as text, never as markup.
 
@@ -64,45 +63,8 @@ const CHINESE = { // 正體中文, by the English that stands in the page
   "Made": "產生時間",
   "File": "檔案",
 };
-const ENGLISH_TAG = "en", CHINESE_TAG = "zh-TW";
-let language = ENGLISH_TAG;
-
-/** The text in the reader's language, with its {names} filled in. */
-const told = (text, values = {}) => {
-  const words = language === CHINESE_TAG ? CHINESE[text] ?? text : text;
-  return words.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
-};
-
-const translate = (root) => {
-  for (const each of root.querySelectorAll("[data-t]")) each.textContent = told(each.dataset.t, { n: each.dataset.n });
-  for (const each of root.querySelectorAll("[data-label]")) each.setAttribute("aria-label", told(each.dataset.label));
-  for (const each of root.querySelectorAll("[data-hint]")) each.placeholder = told(each.dataset.hint);
-};
-
-// ---------------------------------------------------------------- what the browser remembers
-
-const KEY = "megaman-gallery."; // all pages from the disk share one storage
-const recall = (name) => {
-  try { return localStorage.getItem(KEY + name); } catch { return null; } // some browsers refuse it for files
-};
-const remember = (name, value) => {
-  try { localStorage.setItem(KEY + name, value); return true; } catch { return false; }
-};
-
-const THEMES = { "": "Theme: system", light: "Theme: light", dark: "Theme: dark" };
-const showTheme = (name) => {
-  if (name) document.documentElement.dataset.theme = name;
-  else delete document.documentElement.dataset.theme;
-};
-const knownTheme = () => { const name = recall("theme"); return Object.hasOwn(THEMES, name ?? "") ? name ?? "" : ""; };
-const chosenLanguage = () => {
-  const wanted = recall("language") ?? navigator.language ?? "";
-  return wanted.toLowerCase().startsWith("zh") ? CHINESE_TAG : ENGLISH_TAG;
-};
-
 // ---------------------------------------------------------------- pictures
 
-const find = (id) => document.getElementById(id);
 const make = (tag, properties = {}, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -417,29 +379,10 @@ const copyByHand = (text) => {
 // ---------------------------------------------------------------- the page
 
 const showLanguage = (wanted) => {
-  language = wanted;
-  document.documentElement.lang = language;
-  document.title = told("Mega Man LoRA gallery");
-  translate(document);
+  speak(wanted, "Mega Man LoRA gallery");
   nameFacets();
-  find("theme").textContent = told(THEMES[document.documentElement.dataset.theme ?? ""]);
-  find("language").textContent = language === CHINESE_TAG ? "English" : "繁體中文";
-  find("language").lang = language === CHINESE_TAG ? ENGLISH_TAG : CHINESE_TAG;
   showFavourites();
 };
-const nextTheme = () => {
-  const names = Object.keys(THEMES), now = document.documentElement.dataset.theme ?? "";
-  const name = names[(names.indexOf(now) + 1) % names.length];
-  remember("theme", name);
-  showTheme(name);
-  find("theme").textContent = told(THEMES[name]);
-};
-const otherLanguage = () => {
-  const wanted = language === CHINESE_TAG ? ENGLISH_TAG : CHINESE_TAG;
-  remember("language", wanted);
-  showLanguage(wanted);
-};
-
 const listenToPage = () => {
   for (const picture of pictures) {
     picture.card.addEventListener("click", (event) => {
@@ -455,8 +398,6 @@ const listenToPage = () => {
     applyFilters();
   });
   find("export").addEventListener("click", exportFavourites);
-  find("theme").addEventListener("click", nextTheme);
-  find("language").addEventListener("click", otherLanguage);
   for (const button of find("views").children) button.addEventListener("click", () => showView(button.dataset.t));
   addEventListener("storage", (event) => {
     if (event.key !== `${KEY}favourites`) return;
@@ -485,9 +426,8 @@ const start = () => {
   listenToPage();
   listenToDialog();
   find("views").hidden = !pictures.some(baseOf);
-  find("appearance").hidden = false;
   document.querySelector(".tools").hidden = pictures.length === 0;
-  showLanguage(chosenLanguage());
+  offerAppearance(showLanguage);
 };
 
 showTheme(knownTheme()); // before anything is painted

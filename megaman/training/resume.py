@@ -106,12 +106,6 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
         raise UserError(f"{checkpoint.path}: at step {checkpoint.step}; {total}", Exit.STATE)
 
 
-def resume_command(run: RunFolder) -> str:
-    """The command that goes on with a stopped run."""
-    record = shell_quoted(str(run.record))
-    return f"{command_of('megaman_lora.py')} --config {record} --resume_from_checkpoint latest"
-
-
 @contextmanager
 def claimed(
     run: RunFolder, settings: Mapping[str, Any], checkpoint: Checkpoint | None, *, is_main: bool
@@ -140,7 +134,7 @@ def claimed(
 
 def _tell_how_to_go_on(run: RunFolder) -> None:
     if step_folders(run.checkpoints):
-        say(f"what was saved is kept; go on with: {resume_command(run)}")
+        say(f"what was saved is kept; go on with: {run.resume_command}")
 
 
 def _begin(run: RunFolder, settings: Mapping[str, Any], checkpoint: Checkpoint | None) -> OutputLock:

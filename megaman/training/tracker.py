@@ -1,7 +1,8 @@
 """What a run tells while it goes on: the progress bar, metrics.jsonl, TensorBoard, sample pictures and
-their page. Nothing here steers the training.
+the run's page. Nothing here steers the training.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -19,8 +20,8 @@ from tqdm import tqdm
 
 from megaman.common.console import Exit, UserError, listed, say
 from megaman.common.files import replacing, write_text
-from megaman.common.html import render
-from megaman.common.output_folder import RunFolder, step_folders, step_name
+from megaman.common.output_folder import RunFolder
+from megaman.training.run_page import read_rows, renew_page, sample_names, samples_of
 from megaman.training.sampler import Position
 
 SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
@@ -66,8 +67,14 @@ class SilentTracker:
     def record_validation(self, step: int, loss: float) -> None:
         """The loss on the pictures that are held out."""
 
+    def record_dataset(self, told: Mapping[str, Any]) -> None:
+        """What the run's page tells of the pictures."""
+
+    def record_strengths(self, step: int, whole: float, blocks: Mapping[str, float]) -> None:
+        """How much the adapter changes the weights that it touches: all of them, and block by block."""
+
     def has_samples(self, step: int) -> bool:
-        """Whether the sample pictures of a step are filed, and on their page."""
+        """Whether the sample pictures of a step are filed, and on the run's page."""
         return False
 
     def latest_sample(self) -> Path | None:
@@ -134,14 +141,17 @@ class Tracker(SilentTracker):
         pictures_a_step: int,
         *,
         logging_dir: Path | None,
+        prompts: Sequence[str] = (),
     ) -> None:
-        """What an interrupted run told beyond the first of the steps is forgotten."""
+        """What an interrupted run told beyond the first of the steps is forgotten. prompts: of its samples,
+        where it was made before metrics.jsonl told of them.
+        """
         super().__init__(steps, names)
         self.run = run
         self.pictures_a_step = pictures_a_step
         self.started = time.monotonic()
         self.rate_since = (self.started, steps.start)
-        self.samples = _earlier_samples(run.samples, steps.start)
+        self.samples = _earlier_samples(run, steps.start, prompts)
         _forget_beyond(run.metrics, steps.start)
         self.metrics = run.metrics.open("a", encoding="utf-8")
         self.bar: tqdm | None = None
@@ -196,6 +206,15 @@ class Tracker(SilentTracker):
             say(told)
         self.rate_since = (time.monotonic(), step)  # measuring is not training time
 
+    def record_dataset(self, told: Mapping[str, Any]) -> None:
+        """Records what the run's page tells of the pictures."""
+        self._write({"step": 0, "dataset": told})
+
+    def record_strengths(self, step: int, whole: float, blocks: Mapping[str, float]) -> None:
+        """Records how much the adapter changes the weights that it touches, and renews the run's page."""
+        self._write({"step": step, "strength": whole, "block_strengths": blocks})
+        renew_page(self.run)
+
     def _rate(self, done: int) -> float:
         then, before = self.rate_since
         self.rate_since = (time.monotonic(), done)
@@ -219,45 +238,37 @@ class Tracker(SilentTracker):
             )
 
     def has_samples(self, step: int) -> bool:
-        """Whether the sample pictures of a step are filed, and on their page."""
+        """Whether the sample pictures of a step are filed, and on the run's page."""
         return step in self.samples
 
     def latest_sample(self) -> Path | None:
         """The first picture of the last samples."""
-        return self.run.samples / self.samples[max(self.samples)][0] if self.samples else None
+        return self.run.samples / sample_names(max(self.samples), 1)[0] if self.samples else None
 
     def show_samples(self, step: int, prompts: Sequence[str], images: Sequence[Image]) -> None:
-        """Files samples/step-000100/NN.png, puts them into TensorBoard and renews samples/index.html."""
-        folder = self.run.samples
-        names = [f"{step_name(step)}/{i:02}.png" for i in range(1, len(images) + 1)]
-        for name, image in zip(names, images, strict=True):
-            with replacing(folder / name) as partial:
+        """Files samples/step-000100/NN.png, puts them into TensorBoard and renews the run's page."""
+        for name, image in zip(sample_names(step, len(images)), images, strict=True):
+            with replacing(self.run.samples / name) as partial:
                 image.save(partial, format="PNG")
-        self.samples = {at: files for at, files in self.samples.items() if len(files) == len(names)}
-        self.samples[step] = names
-        write_text(folder / "index.html", render_samples(prompts, self.samples, images[0].size))
+        self.samples.add(step)
+        self._write({"step": step, "samples": list(prompts)})  # last: now they are complete
+        renew_page(self.run)
         if self.writer is not None:
             for i, image in enumerate(images):
                 self.writer.add_image(f"samples/{i + 1:02}", np.asarray(image), step, dataformats="HWC")
         self.rate_since = (time.monotonic(), step)  # drawing is not training time
 
     def close(self) -> None:
-        """Flushes everything. Safe to call twice."""
-        self.metrics.close()
+        """Flushes everything, and renews the run's page. Safe to call twice."""
+        if not self.metrics.closed:
+            self.metrics.close()
+            with contextlib.suppress(OSError):  # what ends the run is told, if it is a full disk as well
+                renew_page(self.run)
         for sink in (self.bar, self.writer):
             if sink is not None:
                 sink.close()
         self.bar = None
         self.writer = None
-
-
-def render_samples(
-    prompts: Sequence[str], samples: Mapping[int, Sequence[str]], size: tuple[int, int]
-) -> str:
-    """How the sample pictures evolve: a row a prompt, a column a step. samples: step -> a file a prompt;
-    size: width and height in pixels.
-    """
-    return render("samples.html.j2", prompts=list(prompts), samples=samples, size=size)
 
 
 def _forget_beyond(metrics: Path, step: int) -> None:
@@ -273,12 +284,8 @@ def _forget_beyond(metrics: Path, step: int) -> None:
     write_text(metrics, "".join(f"{line}\n" for line in kept))
 
 
-def _earlier_samples(folder: Path, step: int) -> dict[int, list[str]]:
-    """The sample pictures up to a step, as `Tracker.samples` holds them: those that are on the page."""
-    page = folder / "index.html"
-    shown = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
-    return {
-        number: [f"{path.name}/{file.name}" for file in sorted(path.glob("[0-9]*.png"))]
-        for number, path in step_folders(folder).items()
-        if number <= step and f"{path.name}/" in shown
-    }
+def _earlier_samples(run: RunFolder, step: int, prompts: Sequence[str]) -> set[int]:
+    """The steps up to this one whose sample pictures are filed and told of: a killed run may have left some
+    of a step's.
+    """
+    return {told for told in samples_of(run, read_rows(run.metrics), prompts) if told <= step}

@@ -143,7 +143,7 @@ def main() -> None:
     base, output = save_random_base(kind, flags.work), flags.work / f"output_{kind.folder}"
     seconds, peak = train_three_steps(base, output, flags.mixed_precision)
     count, exact = modules_loaded(pipeline_of(base, kind), output / "lora_weights")
-    lines = (output / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     wanted = ATTENTION_MODULES[kind.folder]
     print(
         f"diffusers loaded {count} of {wanted} modules, each equal to ours: {exact}; {seconds} s in all, "

@@ -117,7 +117,7 @@ class Witness:
         title = f"{name} {'resumed' if folder.exists() else 'trained'}"
         yield title, self.run("megaman_lora.py", *flags, f"--output_dir={folder}")
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.name not in ("metrics.jsonl", ".lock"):
+            if path.is_file() and path.name not in ("metrics.jsonl", "index.html", ".lock"):
                 shown = path.relative_to(folder).as_posix()
                 text = path.suffix in (".html", ".json", ".md")
                 yield f"{title}: {shown}", self.page(path) if text else _sum(path.read_bytes())
