@@ -29,6 +29,7 @@ Targets = Literal["attention", "attention+ff", "linear", "conv"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
 Attention = Literal["auto", "sdpa", "xformers"]
 PredictionType = Literal["auto", "epsilon", "v_prediction"]
+EITHER_OR = frozenset({"max_train_steps", "num_train_epochs", "max_minutes"})  # how long a run is
 PROJECT = Path(__file__).parents[2]
 RECORD = "training_config.json"  # where a run keeps its settings
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,6 +187,20 @@ class OptimisationFlags:
     num_train_epochs: int | None = flag(
         None, "passes over the pictures, instead of --max_train_steps", least=1, is_free=True
     )
+    max_minutes: float | None = flag(
+        None,
+        "as many steps as fit into this time, instead of --max_train_steps; the whole command counts",
+        above=0,
+        is_free=True,
+        published="never",
+    )
+    earlier_total: list[int] | None = flag(
+        None,
+        "STEP TOTAL: up to this step the rate is that of a run of so many steps, as --max_minutes found out",
+        least=1,
+        is_free=True,
+        published="never",
+    )
     optimizer: OptimizerName = flag(
         "adamw",
         "adamw8bit and prodigy need a package of their own",
@@ -275,6 +290,13 @@ class RunFlags:
     logging_dir: str | None = flag(
         None, "TensorBoard's folder; OUTPUT/logs if not given", is_path=True, is_free=True
     )
+    adopt: str | None = flag(
+        None,
+        "make a checkpoint of OUTPUT the adapter: step-000900, latest or its folder; :0.8 behind it is the "
+        "strength to draw with",
+        is_path=True,
+        is_of_one_command=True,
+    )
     dry_run: bool = flag(
         False, "show what would be trained on, as dataset.html too, and stop", is_of_one_command=True
     )
@@ -312,6 +334,8 @@ class TrainConfig(RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, Dat
         words = " ".join(self.preserve_class)
         together = "must be given together with --preserve_weight above 0"
         require(preserves, f"--preserve_class {words}: {together}")
+        is_pair = self.earlier_total is None or len(self.earlier_total) == 2
+        require(is_pair, f"--earlier_total {self.earlier_total}: must be two numbers, a step and a total")
 
 
 FACTS = facts_of(TrainConfig)
@@ -324,9 +348,13 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
         argv,
         description=DESCRIPTION,
         presets=PRESETS,
-        either_or=frozenset({"max_train_steps", "num_train_epochs"}),
+        either_or=EITHER_OR,
         elsewhere=ELSEWHERE,
     )
+    strange = ", --".join(sorted(given - {"adopt", "output_dir", "config"}))
+    require(not (values["adopt"] and strange), f"--adopt trains nothing: leave --{strange} out")
+    if given & EITHER_OR and "earlier_total" not in given:
+        values["earlier_total"] = None  # it belongs to the total that is overruled
     if values["resume_from_checkpoint"] and "output_dir" not in given and _goes_on_beside(values, in_file):
         beside = Path(values["config"]).parent
         if beside.resolve() != Path(values["output_dir"]).resolve():
@@ -344,13 +372,18 @@ def _goes_on_beside(values: Mapping[str, Any], in_file: set[str]) -> bool:
         name
         for name, facts in FACTS.items()
         if not facts.is_of_one_command and values[name] is not None and facts.before is None
-    }
+    } - EITHER_OR
     return values["config"] is not None and Path(values["config"]).name == RECORD and in_file >= always
 
 
 def recorded(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings of the run, for training_config.json: all but those of one command."""
-    return {name: value for name, value in asdict(cfg).items() if not FACTS[name].is_of_one_command}
+    """The settings of the run, for training_config.json: all but those of one command, and but for a total
+    that --max_minutes has not decided yet.
+    """
+    settings = {name: value for name, value in asdict(cfg).items() if not FACTS[name].is_of_one_command}
+    if cfg.max_minutes is not None:
+        del settings["max_train_steps"]
+    return settings
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
