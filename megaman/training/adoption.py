@@ -44,8 +44,9 @@ OWN_FILE = re.compile(
     r"megaman_lora\.(safetensors|json|preview\.png)|\..+\.[0-9a-f]{8}\.partial"
 )  # what writing an adapter leaves, whole or half
 _TRAINED = re.compile(
-    r"(?:(text_encoder(?:_2)?)\.)?(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.default\.weight"
-)
+    r"(?:parameter|average)\.(?:(text_encoder(?:_2)?)\.)?(.+)\.(lora_A|lora_B|lora_magnitude_vector)"
+    r"\.default\.weight"
+)  # a state's tensor: its part, module and half
 
 
 # ---------------------------------------------------------------- what is meant
@@ -74,20 +75,26 @@ def choice_of(wanted: str, output: Path) -> Choice:
     name, strength = (wanted, None) if is_whole else (name, _strength_of(behind, wanted))
     name = name.rstrip("/\\")
     path = Path(name)
+    is_path = path.name != name
     digits = STEP_FOLDER.fullmatch(path.name) or re.fullmatch(r"(\d+)", path.name)
-    if path.name != name and digits:  # a path, whose run is the folder above the checkpoints
-        return Choice(_run_in(RunFolder.of_adapter(path).path), int(digits[1]), strength)
-    run = _run_in(output)
-    steps = [
-        step for step, folder in step_folders(run.checkpoints).items() if (folder / ADAPTER_FILE).is_file()
-    ]
-    step = (
-        steps[-1] if name == "latest" and steps else int(digits[1]) if digits and path.name == name else None
-    )
-    if step in steps and step is not None:
-        return Choice(run, step, strength)
+    run = _run_in(_run_of(path, output) if is_path else output)
+    found = step_folders(run.checkpoints).items()
+    steps = [step for step, folder in found if (folder / ADAPTER_FILE).is_file()]
+    wanted_steps = steps[-1:] if name == "latest" else [int(digits[1])] if digits else []
+    for step in wanted_steps:
+        if step in steps:
+            return Choice(run, step, strength)
     there = f"there are {listed(map(step_name, steps))}" if steps else "the run has none"
-    raise UserError(f"{run.checkpoints}: no checkpoint {name!r}; {there}.", Exit.STATE)
+    raise UserError(f"{run.checkpoints}: no checkpoint {path.name!r}; {there}.", Exit.STATE)
+
+
+def _run_of(checkpoint: Path, output: Path) -> Path:
+    """The folder of a checkpoint's run. UserError (exit 2) if the user names another one."""
+    folder = RunFolder.of_adapter(checkpoint).path
+    is_named = output != Path(DataFlags.output_dir)
+    if is_named and folder != output.resolve():
+        raise UserError(f"--output_dir {output}: {checkpoint} belongs to the run in {folder}", Exit.USAGE)
+    return folder
 
 
 def _strength_of(text: str, wanted: str) -> float:
@@ -124,37 +131,30 @@ def adapter_at(choice: Choice) -> Adapter:
     adapter = read_file(file, file)
     with safe_open(file, framework="pt") as opened:
         told = facts_in(opened.metadata())
-    adapter = replace(adapter, metadata={**adapter.metadata, **told})
+    in_order = sorted(adapter.layers, key=lambda key: PARTS.index(key[0]))  # as it is trained
+    layers = {key: adapter.layers[key] for key in in_order}
+    adapter = replace(adapter, layers=layers, metadata={**adapter.metadata, **told})
     if (choice.folder / STATE_FILE).is_file():
         try:
             adapter = _exact(adapter, read_checkpoint(choice.folder).tensors)
         except Damaged as error:
-            say(
-                f"note: {choice.folder}: {error}; its small adapter is whole, and is taken, in half precision"
-            )
+            say(f"note: {choice.folder}: {error}; its small adapter, in half precision, is taken instead")
         check_written(file, file, deltas_in(adapter), FLOAT16)
     return adapter
 
 
 def _exact(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Adapter:
     """The adapter with its numbers from a checkpoint's state: the moving average, where one was kept."""
-    means = {
-        key.removeprefix(EMA_PREFIX): value for key, value in tensors.items() if key.startswith(EMA_PREFIX)
-    }
-    start = "parameter."
-    last = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
     found: dict[Key, dict[str, Tensor]] = {}
-    for name, tensor in (last | means).items():
+    for name in sorted(tensors, key=lambda name: name.startswith(EMA_PREFIX)):  # the average comes last
         match = _TRAINED.fullmatch(name)
         if match is not None:
-            part = match[1] or UNET
-            found.setdefault((part, canonical(part, match[2])), {})[match[3]] = tensor
-    layers: dict[Key, LoraLayer] = {}
-    for key, layer in sorted(adapter.layers.items(), key=lambda item: PARTS.index(item[0][0])):
-        own = next(
-            (each for each in found if (each[0], underscored(each[1])) == (key[0], underscored(key[1]))), key
-        )
-        layers[own] = _with_numbers(layer, found.get(own, {}))
+            key = (match[1] or UNET, underscored(canonical(match[1] or UNET, match[2])))
+            found.setdefault(key, {})[match[3]] = tensors[name]
+    layers = {
+        (part, name): _with_numbers(layer, found.get((part, underscored(name)), {}))
+        for (part, name), layer in adapter.layers.items()
+    }
     return replace(adapter, layers=layers)
 
 
@@ -210,7 +210,7 @@ def _put_in_place(partial: Path, weights: Path) -> Path | None:
     weights.rename(aside)
     try:
         partial.rename(weights)
-    except OSError:
+    except BaseException:  # an impatient Ctrl-C too
         aside.rename(weights)
         raise
     if not aside.is_symlink() and _sums(aside) in [_sums(other) for other in (weights, *beside)]:
@@ -225,8 +225,8 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _clear(folder: Path) -> None:
-    """Removes the files of an adapter of ours, by their names, and the folder, if nothing else lies there. Of a
-    link, nothing.
+    """Removes the files of an adapter of ours, by their names, and the folder, if nothing else lies there.
+    Of a link, nothing.
     """
     if folder.is_symlink() or not folder.is_dir():
         return

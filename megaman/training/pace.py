@@ -1,4 +1,4 @@
-"""How long a run by the clock (--max_minutes) is: what it measures of its own speed, and the total that follows.
+"""How many steps a run by the clock (--max_minutes) has: its own speed, measured, and what follows from it.
 
 Before the first step a few are computed and forgotten, which gives the first total, and with it the warm-up
 and the rates. After a quarter the steps themselves have been measured: the total is fitted once more, then

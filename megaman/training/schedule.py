@@ -36,7 +36,9 @@ def _as_decided(cfg: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     found: Mapping[str, Any] = recorded_settings(RunFolder.of_adapter(checkpoint.path))
     if not found.get("earlier_total"):
         found = checkpoint.settings
-    known = {name: found.get(name) for name in ("max_train_steps", "earlier_total", "max_minutes")}
+    known: dict[str, Any] = {
+        name: found.get(name) for name in ("max_train_steps", "earlier_total", "max_minutes")
+    }
     if known["max_minutes"] is not None:
         known["max_minutes"] = cfg.max_minutes
     elif known["earlier_total"] is None:
@@ -79,7 +81,8 @@ def describe_plan(cfg: TrainConfig, sampler: Sampler) -> list[str]:
     pictures = {picture for bucket in sampler.buckets for picture in bucket}
     repeated = ", their repeats counted" if len(pictures) < len(sampler) else ""
     lines = [
-        f"plan: {amount} over {len(sampler)}{repeated}; rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, learning rate "
+        f"plan: {amount} over {len(sampler)}{repeated}; rank {cfg.lora_rank}, "
+        f"alpha {cfg.lora_alpha:g}, learning rate "
         f"{cfg.learning_rate:g}{f', of text encoders {cfg.text_encoder_lr:g}' if cfg.text_encoder_lr else ''}"
     ]
     small = sum(len(set(bucket)) < sampler.step_size for bucket in sampler.buckets)
