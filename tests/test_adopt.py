@@ -92,9 +92,7 @@ def test_the_strength_stands_in_sidecar_and_card_and_is_drawn_with(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = adopt(run, "2:0.75")
-    assert {path.name for path in weights.iterdir()} == FILES | set(os.listdir(weights)) & {
-        "megaman_lora.preview.png"
-    }
+    assert {path.name for path in weights.iterdir()} == FILES
     assert json.loads((weights / "megaman_lora.json").read_text())["preferred weight"] == 0.75
     card = (weights / "README.md").read_text(encoding="utf-8")
     assert "<lora:megaman_lora:0.75>" in card
@@ -174,9 +172,7 @@ def test_a_run_that_never_ended_gets_its_adapter(run: Path) -> None:
     assert not list(run.glob("lora_weights.*"))
 
 
-@pytest.mark.parametrize(
-    "at", ["write_companions", "rename"], ids=["while it writes", "before it takes its place"]
-)
+@pytest.mark.parametrize("at", ["lora.save.write_companions", "training.adoption._put_in_place"])
 def test_the_earlier_one_is_whole_if_it_dies_or_fails(
     run: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -189,7 +185,7 @@ def test_the_earlier_one_is_whole_if_it_dies_or_fails(
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr(at, die)
+        patch.setattr(f"megaman.{at}", die)
         with pytest.raises(Died):
             adopt(run, "2")
     assert bytes_in(run / "lora_weights") == last

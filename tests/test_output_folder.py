@@ -192,7 +192,17 @@ def test_a_name_that_begins_with_a_tilde_is_a_name_behind_a_dot(
 def test_every_flag_that_names_a_path_is_marked_as_one() -> None:
     for config in (TrainConfig, generate_megaman.GenerateConfig):
         marked = {name for name, facts in facts_of(config).items() if facts.is_path}
-        ends = ("_dir", "_path", "_file", "_model", "_name", "_from_checkpoint", "init_lora", "config")
+        ends = (
+            "_dir",
+            "_path",
+            "_file",
+            "_model",
+            "_name",
+            "_from_checkpoint",
+            "init_lora",
+            "config",
+            "adopt",
+        )
         assert marked == {name for name in config.__dataclass_fields__ if name.endswith(ends)}
 
 

@@ -157,6 +157,10 @@ def _begin(run: TimedRun, tracker: SilentTracker, attempt: Callable[[], object])
     run.cfg = begun(run.cfg, _fitted(run, run.start))
     _put_into_force(run, tracker)
     say(f"time: {_told(run)}; measured again after a quarter")
+    for_steps_s = run.cfg.max_train_steps * run.pace.step_s
+    if for_steps_s < _budget_s(run.cfg) / 2:
+        whole = f"--max_minutes {run.cfg.max_minutes:g}: {for_steps_s:.0f} s of it are left for steps"
+        say(f"note: {whole}; loading, sample pictures and saving take the rest")
 
 
 def _tried_s(run: TimedRun, attempt: Callable[[], object]) -> float:
