@@ -161,9 +161,11 @@ def test_what_the_user_has_put_there_is_never_lost(run: Path) -> None:
     found = list(run.glob("lora_weights.*/notes.txt"))
     assert [path.read_text(encoding="utf-8") for path in found] == ["mine"]
     assert "0.6" in (found[0].parent / "megaman_lora.json").read_text(encoding="utf-8")
-    shutil.copytree(found[0].parent, run / "lora_weights.007")
-    adopt(run, "4")
-    assert found[0].exists()
+    shutil.copytree(found[0].parent, run / "lora_weights", dirs_exist_ok=True)
+    shutil.copytree(run / "lora_weights", run / "lora_weights.007")
+    before = bytes_in(run / "lora_weights")
+    adopt(run, "4")  # what was there is kept twice now, since not all of it is ours
+    assert bytes_in(run / "lora_weights.002") == bytes_in(run / "lora_weights.007") == before
 
 
 def test_a_run_that_never_ended_gets_its_adapter(run: Path) -> None:
@@ -187,9 +189,10 @@ def test_the_earlier_one_is_whole_if_it_dies_or_fails(
     with monkeypatch.context() as patch:
         patch.setattr(f"megaman.{at}", die)
         with pytest.raises(Died):
-            adopt(run, "2")
+            adopt(run, "4:0.5")
     assert bytes_in(run / "lora_weights") == last
     weights = adopt(run, "2")  # what is left of the first try is no hindrance, and is not taken over
+    assert {path.name for path in weights.iterdir()} == FILES  # not step 4's preview
     assert json.loads((weights / "megaman_lora.json").read_text())["preferred weight"] == 1.0
     assert not list(run.glob(".lora*"))
 

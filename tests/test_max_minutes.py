@@ -232,7 +232,7 @@ def test_what_was_decided_after_the_checkpoint_is_not_decided_again(
     unbroken = by_the_clock(*often)
     expected, record = bytes_of(unbroken), record_of(unbroken)
     clock.step_s = 1.0  # were it measured again, the total would be another
-    early = unbroken.parent / "checkpoints" / "step-000002"
+    early = unbroken.parent / "checkpoints" / "step-000001"
     assert checkpoints.read_checkpoint(early).settings["max_minutes"] == 1
     weights = by_the_clock(*often, "--resume_from_checkpoint", str(early))
     assert bytes_of(weights) == expected

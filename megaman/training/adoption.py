@@ -213,7 +213,9 @@ def _put_in_place(partial: Path, weights: Path) -> Path | None:
     except BaseException:  # an impatient Ctrl-C too
         aside.rename(weights)
         raise
-    if not aside.is_symlink() and _sums(aside) in [_sums(other) for other in (weights, *beside)]:
+    sums = _sums(aside)
+    is_ours = all(OWN_FILE.fullmatch(Path(name).name) for name in sums) and not aside.is_symlink()
+    if is_ours and sums in [_sums(other) for other in (weights, *beside)]:
         _clear(aside)
     return aside if os.path.lexists(aside) else None
 
