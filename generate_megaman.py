@@ -67,7 +67,7 @@ from megaman.generation.candidates import (
 from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
 from megaman.generation.saving import Seldom, beside
-from megaman.lora.adapter import Adapter
+from megaman.lora.adapter import STRENGTH, Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, footprint, memory, stable_diffusion
 from megaman.model.hub import canonical_name, download_adapter, is_local
@@ -88,8 +88,8 @@ LARGEST_BATCH = 16
 
 
 def resolve(cfg: GenerateConfig, adapter: Adapter, base: StableDiffusion) -> GenerateConfig:
-    """The configuration with size, guidance and negative prompt decided: where the user is silent, those of
-    the training. The embedded base knows no words like "blurry": they would only disturb it.
+    """The configuration with size, guidance, strength and negative prompt decided: where the user is silent,
+    those of the training. The embedded base knows no words like "blurry": they would only disturb it.
     """
     known = adapter.metadata
     side = known.get("resolution", base.native_resolution)
@@ -98,6 +98,7 @@ def resolve(cfg: GenerateConfig, adapter: Adapter, base: StableDiffusion) -> Gen
     return replace(
         cfg,
         negative_prompt=usual if cfg.negative_prompt is None else cfg.negative_prompt,
+        lora_scale=[float(known.get(STRENGTH, 1))] if cfg.lora_scale is None else cfg.lora_scale,
         width=side if cfg.width is None else cfg.width,
         height=side if cfg.height is None else cfg.height,
         guidance_scale=known.get("guidance_scale", GUIDANCE)
@@ -130,7 +131,8 @@ def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
         "height",
     )
     common = {name: getattr(cfg, name) for name in shared}
-    scales = [0.0, *cfg.lora_scale] if cfg.compare_base else cfg.lora_scale
+    strengths = cfg.lora_scale or [1.0]
+    scales = [0.0, *strengths] if cfg.compare_base else strengths
     jobs = []
     for prompt in prompts:
         settings = {**common, **prompt.settings}
@@ -363,7 +365,8 @@ def generate(cfg: GenerateConfig) -> Path:
     dtype = compute.pick_dtype(cfg.mixed_precision, device)
     name = base_of(adapter, lora_path, cfg.base_model)
     base = load_base(name, adapter, cfg, device, dtype)
-    strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale)
+    cfg = resolve(cfg, adapter, base)
+    strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale or ())
     say(f"adapter: loaded {check_adapters_fit(candidates, base)}, scale {strengths} ({lora_path})")
     if cfg.compare_checkpoints:
         say(f"checkpoints: {', '.join(candidate.name for candidate in candidates)}")
@@ -374,7 +377,6 @@ def generate(cfg: GenerateConfig) -> Path:
         "precision": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
-    cfg = resolve(cfg, adapter, base)
     jobs = [as_read(job, base) for job in make_jobs(cfg, prompts)]
     check_jobs(jobs, base)
     base.is_crowded = footprint.is_crowded(base, max(job.pixels for job in jobs))

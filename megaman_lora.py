@@ -14,7 +14,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036  before an import fails in words of its own
     sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or newer")
 
-from megaman.common import console, signals
+from megaman.common import clock, console, signals
 from megaman.common.console import UserError, quiet_libraries, say
 
 if __name__ == "__main__":
@@ -27,6 +27,7 @@ from megaman.training import run_page
 if "torch" not in sys.modules:  # a program that has loaded it hears what it wants to hear
     quiet_libraries()
 if __name__ == "__main__":  # what needs no torch is answered before it loads, which takes seconds
+    clock.start()
     signals.end_quietly()
     with console.reported():
         CONFIG, CHOSEN = read_config(sys.argv[1:])
@@ -66,11 +67,12 @@ from megaman.model.prompt_syntax import notes_on_syntax, without_lora_tags
 from megaman.model.recompute import recompute
 from megaman.model.stable_diffusion import BaseFacts, StableDiffusion
 from megaman.model.text import Text, notes_on_length
-from megaman.training import checkpoints, encoding, objective, resume, validation
+from megaman.training import adoption, checkpoints, encoding, objective, pace, resume, validation
 from megaman.training.captioning import with_captions_from_pictures
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.encoding import CaptionReader, EncodedDataset
 from megaman.training.optim import EMA
+from megaman.training.pace import Pace
 from megaman.training.sampler import Position, Sampler, generator_of, micro_batches, seed_dropout
 from megaman.training.schedule import (
     describe_plan,
@@ -337,6 +339,7 @@ class Run:
     memory: MemoryPlan
     drawn_with: str | None  # the weights of the base, where the first previews are the base's own
     best: BestCheckpoint = field(default_factory=BestCheckpoint)  # the smallest loss on what is held out
+    pace: Pace = field(default_factory=Pace)  # how long things take
 
     @property
     def folder(self) -> RunFolder:
@@ -385,7 +388,7 @@ def set_up(cfg: TrainConfig) -> Run:
     origins |= encoded.origins
     resume.check_resume(checkpoint, cfg, origins)
     validation_ids = base.ids_of(["", *map(without_lora_tags, cfg.validation_prompt)])
-    is_first = accelerator.is_main_process and not checkpoint
+    is_first = accelerator.is_main_process and not checkpoint and not cfg.max_minutes  # which times one
     drawn_with = validation.first_drawn_with(base, cfg, open_store(cfg)) if is_first else None
     validation_text = place_for_training(base, cfg, validation_ids)
     injection.inject(base.parts, cfg, base.kind, partial(generator_of, cfg.seed), init)
@@ -497,6 +500,7 @@ def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     checkpoints.restore(run.trainable, run.optimizer, tensors)
     run.memory = MemoryPlan.of(checkpoint.run)
     run.best = BestCheckpoint(**checkpoint.run["best"])
+    run.pace = Pace.of(checkpoint.run, run.pace.began)
     scaler = run.accelerator.scaler
     if scaler is not None and checkpoint.run["scaler"]:
         scaler.load_state_dict(checkpoint.run["scaler"])
@@ -533,6 +537,7 @@ def tracker_of(run: Run) -> SilentTracker:
     return Tracker(run.folder, steps, names, size, logging_dir=logging_dir, prompts=prompts)
 
 
+@pace.timed
 def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
     """A checkpoint after `step` steps, written by the first process."""
     tracker.check()  # nothing that isn't finite is saved
@@ -543,6 +548,7 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
             "scaler": None if scaler is None else scaler.state_dict(),
             "best": asdict(run.best),
             **run.memory.facts(),
+            **run.pace.facts(run.cfg),
         }
         tensors = checkpoints.tensors_of(run.trainable, run.optimizer) | run.ema.tensors()
         threads = torch.get_num_threads()
@@ -557,6 +563,7 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
         tracker.record_strengths(step, *strengths)
 
 
+@pace.timed
 def validate(run: Run, tracker: SilentTracker, step: int) -> None:
     """Measures the plain loss on the pictures that are held out, with the moving average, if there is one."""
     if run.data.held_out and run.accelerator.is_main_process:
@@ -572,6 +579,7 @@ def validate(run: Run, tracker: SilentTracker, step: int) -> None:
         tracker.record_validation(step, loss)
 
 
+@pace.timed
 def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.StopRequest) -> None:
     """One picture a validation prompt, always from the same noise, drawn by the first process."""
     if run.accelerator.is_main_process:
@@ -667,6 +675,12 @@ def accumulate(run: Run, positions: Sequence[Position], step: int) -> Parts:
     return parts
 
 
+def try_step(run: Run) -> None:
+    """Computes the first step and forgets it, to see how long that takes."""
+    forward_backward(run, run.data.sampler.batch(run.start), run.start).mean.item()  # waits for the device
+    run.step.clear()
+
+
 def train(cfg: TrainConfig) -> Path:
     """Trains one adapter and returns its folder lora_weights/. UserError with the exit code when it can't."""
     run = set_up(cfg)
@@ -682,8 +696,9 @@ def train(cfg: TrainConfig) -> Path:
             validate(run, tracker, 0)
         if every(run.start, cfg.validation_steps, total) and not tracker.has_samples(run.start):
             draw_samples(run, tracker, run.start, stop)  # of the base, or those that a stopped run still owes
-        for step in range(run.start, total):
-            rates = rates_at(step, cfg)
+        for step in pace.steps(run, tracker, partial(try_step, run)):
+            total = run.cfg.max_train_steps  # which the clock may have decided
+            rates = rates_at(step, run.cfg)
             positions = run.data.sampler.batch(step)  # a function of the step
             losses = forward_backward(run, positions, step)
             grad_norm, skipped = run.step.update(rates)
@@ -725,6 +740,8 @@ def show_dataset(cfg: TrainConfig) -> None:
 def main(cfg: TrainConfig, chosen: Collection[str]) -> None:
     """The command: a dry run or a training, and what to do next."""
     run_page.answer_report(cfg, chosen)
+    if cfg.adopt is not None:
+        return adoption.adopt(cfg)
     cfg = with_init_lora(cfg, chosen)
     if cfg.dry_run:
         return show_dataset(cfg)

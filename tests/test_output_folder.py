@@ -203,6 +203,7 @@ def test_every_flag_that_names_a_path_is_marked_as_one() -> None:
             "config",
             "caption_with",
             "report",
+            "adopt",
         )
         assert marked == {name for name in config.__dataclass_fields__ if name.endswith(ends)}
 

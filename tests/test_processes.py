@@ -7,14 +7,16 @@ import torch
 from conftest import flags_of_a_run, run_script, save_pictures
 
 # What each of two processes does: an honest step; the same while the second has no room for two pictures;
-# then a whole run in which it has room for nothing.
+# the empty steps of a run by two clocks; then a whole run in which the second has room for nothing.
 DRIVER = """
-import json, os, sys
+import json, os, sys, time
+from dataclasses import replace
 import torch
 sys.path[:0] = sys.argv[2:]
 import commands, megaman_lora
 from megaman.model.compute import smallest
-from megaman.training import objective
+from megaman.training import objective, pace
+from megaman.training.tracker import SilentTracker
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 flags = json.loads(sys.argv[1])
@@ -34,6 +36,14 @@ for room in (9, 1):
     row = torch.cat([each.grad.flatten() for each in run.trainable.values()])
     found.append((row.tolist(), losses.mean.item(), run.memory.batch))
     run.optimizer.zero_grad()
+now, honest_time = [0.0], time.monotonic
+time.monotonic = lambda: now[0]
+def pass_time():
+    now[0] += 1 + rank  # the second process is twice as slow, or its clock fast
+run.cfg, run.pace = replace(run.cfg, max_minutes=1, lr_warmup_steps=None), pace.Pace()
+steps = [pass_time() or step for step in pace.steps(run, SilentTracker(range(4), []), pass_time)]
+found.append((len(steps), run.cfg.max_train_steps, run.cfg.earlier_total, run.cfg.lr_warmup_steps))
+time.monotonic = honest_time
 room = 0
 del sys.argv[1:]
 try:
@@ -57,7 +67,11 @@ def test_processes_agree_on_smaller_batches_where_one_runs_out_of_memory(
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1))
     assert first["found"] == second["found"]  # gradients and losses are of all, to the bit
-    card, unknown, (whole, loss, batch), (halved, same_loss, smaller) = first["found"]
+    card, unknown, (whole, loss, batch), (halved, same_loss, smaller), by_the_clock = first["found"]
+    done, total, earlier, warmup = by_the_clock  # one clock decides for all, whatever the others say
+    assert done == total > 30
+    assert earlier[0] <= earlier[1] / 4
+    assert warmup == round(0.05 * earlier[1])
     assert (card, unknown) == (8.0, None)  # what all decide by
     assert (batch, smaller) == (2, 1)
     whole, halved = torch.tensor(whole), torch.tensor(halved)

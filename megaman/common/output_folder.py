@@ -7,6 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megaman.common.console import Exit, UserError, command_of, shell_quoted
 from megaman.common.files import courtesy, is_within, make_folder
@@ -25,7 +26,7 @@ CHECKPOINTS = "checkpoints"
 ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
 LEFT_BY_DRY_RUN = frozenset({PAGE, CAPTIONS, LOCK})  # a run goes on beside it
 OF_A_RUN = re.compile(
-    rf"{WEIGHTS}|{CHECKPOINTS}(\.\d{{3,}})?|samples|logs|dry_run|{CAPTIONS}|(dataset|index)\.html|metrics\.jsonl|"
+    rf"({WEIGHTS}|{CHECKPOINTS})(\.\d{{3,}})?|samples|logs|dry_run|{CAPTIONS}|(dataset|index)\.html|metrics\.jsonl|"
     + re.escape(RECORD)
 )  # what lies in a run's folder
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -122,11 +123,16 @@ def holds_pages(folder: Path) -> bool:
 
 def holds_run(folder: Path) -> bool:
     """Whether a run of ours lies in the folder: its record says so, not that record's name alone."""
+    return recorded_settings(RunFolder(folder)).keys() >= RECORDED
+
+
+def recorded_settings(run: RunFolder) -> dict[str, Any]:
+    """What the record of a run says; nothing where there is none, or a damaged one."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(run.record.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and record.keys() >= RECORDED
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def adapter_in(path: Path) -> Path:

@@ -80,8 +80,10 @@ class AdapterFlags:
         None, "refuse any other adapter than the one of this hash, as copied commands do"
     )
     base_model: str | None = flag(None, "base model; the one named in the adapter if not given", is_path=True)
-    lora_scale: list[float] = flag(
-        [1.0], "strength of the adapter; several draw a strip, 0 is the base alone"
+    lora_scale: list[float] | None = flag(
+        None,
+        "strength of the adapter; several draw a strip, 0 is the base alone; 1, or what --adopt has chosen, "
+        "if not given",
     )
     compare_base: bool = flag(False, "also draw every picture with strength 0: base and LoRA side by side")
     compare_checkpoints: bool = flag(
@@ -158,7 +160,7 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
         check_numbers(self)
         for name in ("compare_base", "compare_checkpoints"):
             alone = f"--{name}: --lora_scale 0 draws the base alone; give a strength to compare"
-            require(any(self.lora_scale) or not getattr(self, name), alone)
+            require(self.lora_scale is None or any(self.lora_scale) or not getattr(self, name), alone)
         is_hash = re.fullmatch(r"[0-9A-Fa-f]{6,12}", self.adapter_hash or "0" * 12) is not None
         wanted = "must be 6 to 12 hexadecimal digits, as the gallery shows them behind an adapter's name"
         require(is_hash, f"--adapter_hash {self.adapter_hash}: {wanted}")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from megaman.common.files import is_within
 from megaman.common.kinds import CHUNK, SD1
+from megaman.config.caption_flags import CaptionFlags, check_captions
 from megaman.config.elsewhere import ELSEWHERE
 from megaman.config.parser import (
     LARGEST_SEED,
@@ -29,8 +30,8 @@ Targets = Literal["attention", "attention+ff", "linear", "conv"]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
 Attention = Literal["auto", "sdpa", "xformers"]
 PredictionType = Literal["auto", "epsilon", "v_prediction"]
+EITHER_OR = frozenset({"max_train_steps", "num_train_epochs", "max_minutes"})  # how long a run is
 PROJECT = Path(__file__).parents[2]
-LEAST_SCORE = 0.05  # of a tag that is remembered; no threshold is lower
 RECORD = "training_config.json"  # where a run keeps its settings
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -192,6 +193,20 @@ class OptimisationFlags:
     num_train_epochs: int | None = flag(
         None, "passes over the pictures, instead of --max_train_steps", least=1, is_free=True
     )
+    max_minutes: float | None = flag(
+        None,
+        "as many steps as fit into this time, instead of --max_train_steps; the whole command counts",
+        above=0,
+        is_free=True,
+        published="never",
+    )
+    earlier_total: list[int] | None = flag(
+        None,
+        "STEP TOTAL: up to this step the rate is that of a run of so many steps, as --max_minutes found out",
+        least=1,
+        is_free=True,
+        published="never",
+    )
     optimizer: OptimizerName = flag(
         "adamw",
         "adamw8bit and prodigy need a package of their own",
@@ -281,6 +296,13 @@ class RunFlags:
     logging_dir: str | None = flag(
         None, "TensorBoard's folder; OUTPUT/logs if not given", is_path=True, is_free=True
     )
+    adopt: str | None = flag(
+        None,
+        "make a checkpoint of OUTPUT the adapter: step-000900, latest or its folder; :0.8 behind it is the "
+        "strength to draw with",
+        is_path=True,
+        is_of_one_command=True,
+    )
     dry_run: bool = flag(
         False, "show what would be trained on, as dataset.html too, and stop", is_of_one_command=True
     )
@@ -296,41 +318,6 @@ class RunFlags:
         is_path=True,
         is_of_one_command=True,
     )
-
-
-@dataclass(frozen=True)
-class CaptionFlags:
-    """Captions from the pictures."""
-
-    title: ClassVar[str] = "captions from the pictures, with --dry_run"
-    caption_with: str | None = flag(
-        None,
-        "tagger or captioner that writes a caption for each picture without one: hub id or folder",
-        is_path=True,
-        is_of_one_command=True,
-    )
-    caption_threshold: float = flag(
-        0.35, "how sure a tagger must be of a tag", least=LEAST_SCORE, below=1, is_of_one_command=True
-    )
-    caption_without: str | None = flag(
-        None, "tags that no made caption gets, comma-separated", is_of_one_command=True
-    )
-    prune_tags: bool = flag(
-        False,
-        "leave out tags on more than 90 %% of the pictures: the trigger learns what they name",
-        is_of_one_command=True,
-    )
-    write_captions: bool = flag(
-        False,
-        "put OUTPUT/captions beside the pictures that have none; nothing is overwritten",
-        is_of_one_command=True,
-    )
-
-
-def set_for_tags(flags: CaptionFlags) -> list[str]:
-    """The names of the flags that choose among tags, where they are not at their defaults."""
-    names = ("caption_threshold", "caption_without", "prune_tags")
-    return [name for name in names if getattr(flags, name) != getattr(CaptionFlags(), name)]
 
 
 @dataclass(frozen=True)
@@ -356,12 +343,9 @@ class TrainConfig(CaptionFlags, RunFlags, PrecisionFlags, OptimisationFlags, Ada
         words = " ".join(self.preserve_class)
         together = "must be given together with --preserve_weight above 0"
         require(preserves, f"--preserve_class {words}: {together}")
-        made = self.caption_with is not None
-        with_dry_run = f"--caption_with {self.caption_with}: captions are made with --dry_run; add it"
-        require(self.dry_run or not made, with_dry_run)
-        require(self.dry_run or not self.write_captions, "--write_captions: must be given with --dry_run")
-        for name in set_for_tags(self) if not made else ():
-            require(False, f"--{name}: must be given with --caption_with, whose tags it chooses")
+        check_captions(self, is_dry=self.dry_run)
+        is_pair = self.earlier_total is None or len(self.earlier_total) == 2
+        require(is_pair, f"--earlier_total {self.earlier_total}: must be two numbers, a step and a total")
 
 
 FACTS = facts_of(TrainConfig)
@@ -374,9 +358,13 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
         argv,
         description=DESCRIPTION,
         presets=PRESETS,
-        either_or=frozenset({"max_train_steps", "num_train_epochs"}),
+        either_or=EITHER_OR,
         elsewhere=ELSEWHERE,
     )
+    strange = ", --".join(sorted(given - {"adopt", "output_dir", "config"}))
+    require(not (values["adopt"] and strange), f"--adopt trains nothing: leave --{strange} out")
+    if given & EITHER_OR and "earlier_total" not in given:
+        values["earlier_total"] = None  # it belongs to the total that is overruled
     if values["resume_from_checkpoint"] and "output_dir" not in given and _goes_on_beside(values, in_file):
         beside = Path(values["config"]).parent
         if beside.resolve() != Path(values["output_dir"]).resolve():
@@ -394,13 +382,18 @@ def _goes_on_beside(values: Mapping[str, Any], in_file: set[str]) -> bool:
         name
         for name, facts in FACTS.items()
         if not facts.is_of_one_command and values[name] is not None and facts.before is None
-    }
+    } - EITHER_OR
     return values["config"] is not None and Path(values["config"]).name == RECORD and in_file >= always
 
 
 def recorded(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings of the run, for training_config.json: all but those of one command."""
-    return {name: value for name, value in asdict(cfg).items() if not FACTS[name].is_of_one_command}
+    """The settings of the run, for training_config.json: all but those of one command, and but for a total
+    that --max_minutes has not decided yet.
+    """
+    settings = {name: value for name, value in asdict(cfg).items() if not FACTS[name].is_of_one_command}
+    if cfg.max_minutes is not None:
+        del settings["max_train_steps"]
+    return settings
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:

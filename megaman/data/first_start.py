@@ -28,7 +28,7 @@ def welcome(folder: Path) -> None:
 
 def answer_first_start(cfg: TrainConfig, chosen: Collection[str]) -> None:
     """Welcomes the user and ends the program, where there is nothing to train on yet."""
-    if is_first_start(Path(cfg.data_dir), cfg.preset, chosen):
+    if cfg.adopt is None and is_first_start(Path(cfg.data_dir), cfg.preset, chosen):
         welcome(Path(cfg.data_dir))
         sys.exit(Exit.OK)
 

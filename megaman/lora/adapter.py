@@ -16,6 +16,7 @@ from megaman.common.console import Exit, UserError
 from megaman.common.kinds import Kind
 
 SMALL_B_EXPONENT, GAP_EXPONENT = -8, 4  # B below 2^-8, and 2^4 below A, loses digits in float16
+STRENGTH = "preferred_weight"  # key of an adapter's metadata: the strength to draw with, if one was chosen
 Component = str  # one of kinds.PARTS
 Key = tuple[Component, str]  # with diffusers' dotted path; of a text encoder with "text_model." in front
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_text, say
 from megaman.common.kinds import KINDS, PARTS, UNET, Kind, kind_of_width
-from megaman.lora.adapter import Adapter, Component, Key, LoraLayer, check_finite, underscored
+from megaman.lora.adapter import STRENGTH, Adapter, Component, Key, LoraLayer, check_finite, underscored
 from megaman.lora.formats import foreign_kind, split_key
 
 ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
@@ -119,6 +119,7 @@ _KNOWN: dict[
     "trigger": (str, _is_text),
     "resolution": (int, lambda side: 1 <= side <= 8192),
     KIND: (str, lambda folder: folder in [kind.folder for kind in KINDS]),
+    STRENGTH: ((int, float), lambda strength: 0 < strength < math.inf),
     "guidance_scale": ((int, float), lambda scale: 0 <= scale < math.inf),  # JSON writes 7.0 as 7 at times
 }
 

@@ -17,12 +17,13 @@ from megaman.common.files import LEGACY_AT, LEGACY_SIZE, replacing, with_metadat
 from megaman.common.html import render
 from megaman.common.kinds import SD1, UNET, V_PREDICTION, kind_of_width
 from megaman.config.train import EMBEDDED
-from megaman.lora.adapter import Adapter
+from megaman.lora.adapter import STRENGTH, Adapter
 from megaman.lora.formats import first_layer, kind_of
 
 NAME = "megaman_lora"
 THUMBNAIL_PX = 256
 PICTURE = {"card": "README.md", "sidecar": f"{NAME}.json", "preview": f"{NAME}.preview.png"}
+_OF_PICTURES = ("ss_dataset_dirs", "ss_tag_frequency", "ss_bucket_info")
 HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x" + "0" * 64}
 
 
@@ -125,6 +126,18 @@ def _data(known: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def facts_in(header: Mapping[str, str]) -> dict[str, Any]:
+    """What `kohya_metadata` has written of the pictures and of the base's file, as an adapter's metadata has
+    it; nothing of a file that another tool has made.
+    """
+    read = {key: json.loads(header.get(key, "{}")) for key in _OF_PICTURES}
+    folders, tags, sizes = (read[key] for key in _OF_PICTURES)
+    hashes = {key: header[key] for key in ("ss_sd_model_hash", "ss_new_sd_model_hash") if key in header}
+    if not (folders and tags and sizes):
+        return {"hashes": hashes}
+    return {"hashes": hashes, "dataset": {"folders": folders, "tags": tags, "buckets": sizes["buckets"]}}
+
+
 def _modelspec(known: Mapping[str, Any]) -> dict[str, Any]:
     side, trigger = known.get("resolution"), known.get("trigger")
     kind = kind_of_width(known.get("text_width"))
@@ -176,7 +189,7 @@ def write_companions(adapter: Adapter, folder: Path, preview: Path | None) -> li
         "description": f"{NAME}: {trigger}, trained on {known.get('base')}",
         "sd version": "Unknown" if kind is None else kind.badge,
         "activation text": trigger,
-        "preferred weight": 1.0,
+        "preferred weight": known.get(STRENGTH, 1.0),
         "negative text": "",
         "notes": f"rank {first_layer(adapter).rank}, {known.get('steps')} steps",
     }
@@ -222,6 +235,7 @@ def model_card(adapter: Adapter, *, has_preview: bool) -> str:
             alpha=f"{layer.alpha:g}",
             settings={name: value for name, value in settings.items() if value is not None},
             preview=PICTURE["preview"] if has_preview else None,
+            strength=known.get(STRENGTH),
         )
         + "\n"
     )

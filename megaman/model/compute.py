@@ -123,6 +123,14 @@ def end(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until a device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def is_agreed(asked: bool, accelerator: Accelerator) -> bool:
     """Whether any of the processes asked; all get the same answer. Several wait for each other here."""
     if accelerator.num_processes == 1:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,28 +230,45 @@ def _sync(path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, every byte of it verified. Damaged, with the reason, if it is not whole."""
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    """Inside the block whatever is wrong with a checkpoint's files is Damaged, with the reason."""
     try:
+        yield
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename or MANIFEST).name} is not there") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise Damaged(f"{MANIFEST} is damaged or can't be read") from error
+
+
+def read_manifest(folder: Path, files: Collection[str] | None = None) -> dict[str, Any]:
+    """A checkpoint's manifest, every byte of its files verified, or of just these. Damaged, with the reason,
+    if one is not whole.
+    """
+    with _damage_named():
         text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest: dict[str, Any] = json.loads(text)
         if text != _signed(manifest):
             raise Damaged(f"{MANIFEST} is damaged")
         if manifest["format"] != FORMAT:
             raise Damaged(f"{MANIFEST} is of format {manifest['format']}, this program reads {FORMAT}")
-        for name, digest in manifest["sha256"].items():
+        sums = manifest["sha256"]
+        for name, digest in sums.items() if files is None else [(name, sums[name]) for name in files]:
             if not (folder / name).is_file():
                 raise Damaged(
                     f"{name} is not there" + (" (older checkpoints keep none)" if name == STATE_FILE else "")
                 )
             if sha256_of(folder / name) != digest:
                 raise Damaged(f"{name} is damaged")
+        return manifest
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, every byte of it verified. Damaged, with the reason, if it is not whole."""
+    manifest = read_manifest(folder)
+    with _damage_named():
         known = {key: manifest[key] for key in ("step", "settings", "origins", "run", "threads")}
         return Checkpoint(**known, tensors=load_file(folder / STATE_FILE), path=folder)
-    except FileNotFoundError as error:
-        raise Damaged(f"{Path(error.filename or MANIFEST).name} is not there") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise Damaged(f"{MANIFEST} is damaged or can't be read") from error
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint:

@@ -148,5 +148,10 @@ def _begin(run: RunFolder, settings: Mapping[str, Any], checkpoint: Checkpoint |
         later = checkpoints.set_aside_later(run.checkpoints, checkpoint.step)
         if later is not None:
             say(f"output: checkpoints beyond step {checkpoint.step} are kept in {later}")
-    write_text(run.record, json.dumps(settings, indent=2) + "\n")
+    write_record(run, settings)
     return lock
+
+
+def write_record(run: RunFolder, settings: Mapping[str, Any]) -> None:
+    """Writes training_config.json."""
+    write_text(run.record, json.dumps(settings, indent=2) + "\n")

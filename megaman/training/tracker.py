@@ -61,6 +61,10 @@ class SilentTracker:
         if done % STEPS_A_LINE == 0 or done == self.total:
             self._tell(step, *self.check())
 
+    def set_total(self, total: int) -> None:
+        """The steps of the run are so many in all, as it has found out."""
+        self.total = total
+
     def _tell(self, step: StepResult, mean_loss: float, norm: float) -> None:
         """Once per STEPS_A_LINE steps: the last of them, their mean loss, and its gradient's norm."""
 
@@ -164,6 +168,15 @@ class Tracker(SilentTracker):
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(logging_dir), purge_step=steps.start + 1 if steps.start else None)
+
+    def set_total(self, total: int) -> None:
+        """The steps of the run are so many in all, as it has found out."""
+        super().set_total(total)
+        if not self.unread:  # finding it out is not training time
+            self.rate_since = (time.monotonic(), self.rate_since[1])
+        if self.bar is not None:
+            self.bar.total = total
+            self.bar.refresh()
 
     def _tell(self, step: StepResult, mean_loss: float, norm: float) -> None:
         done = step.number + 1
