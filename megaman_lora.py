@@ -20,7 +20,8 @@ from megaman.common.console import UserError, quiet_libraries, say
 if __name__ == "__main__":
     sys.excepthook = console.name_missing_library  # the imports below need what may not be installed
 
-from megaman.config.train import DataFlags, TrainConfig, published, read_config, recorded
+from megaman.config.record import published, recorded
+from megaman.config.train import DataFlags, TrainConfig, read_config
 from megaman.data import first_start
 from megaman.training import run_page
 

@@ -17,7 +17,8 @@ from test_interop import trained
 
 import megaman_lora
 from megaman.common.kinds import SD1
-from megaman.config.train import FACTS, TrainConfig, published
+from megaman.config.record import published
+from megaman.config.train import FACTS, TrainConfig
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.injection import adapter_of
 from megaman.lora.save import write_adapter, write_kohya

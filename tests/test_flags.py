@@ -8,7 +8,8 @@ from conftest import run_script
 
 from megaman.common.console import UserError
 from megaman.config import generate
-from megaman.config.train import PRESETS, TrainConfig, decisive, published, read_config, recorded
+from megaman.config.record import decisive, published, recorded
+from megaman.config.train import PRESETS, TrainConfig, read_config
 from megaman.training.sampler import Sampler
 from megaman.training.schedule import plan
 

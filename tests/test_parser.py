@@ -12,7 +12,7 @@ from conftest import ROOT, bound_by_modes, run_script
 
 from megaman.common import output_folder
 from megaman.common.console import UserError
-from megaman.config import generate, train
+from megaman.config import generate, record, train
 
 
 def error_of(read: object, *argv: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -208,14 +208,14 @@ def test_a_prompt_in_a_file_may_begin_with_dashes(tmp_path: Path) -> None:
 def test_a_resume_goes_on_in_the_folder_where_the_record_lies(tmp_path: Path) -> None:
     moved = tmp_path / "out.001" / "training_config.json"
     moved.parent.mkdir()
-    moved.write_text(json.dumps(train.recorded(train.TrainConfig(output_dir=str(tmp_path / "out")))))
+    moved.write_text(json.dumps(record.recorded(train.TrainConfig(output_dir=str(tmp_path / "out")))))
     assert moved.name == train.RECORD == output_folder.RECORD
     resume = ["--config", str(moved), "--resume_from_checkpoint", "latest"]
     assert train.read_config(resume)[0].output_dir == str(moved.parent)
     assert train.read_config(resume[:2])[0].output_dir == str(
         tmp_path / "out"
     )  # a repetition begins anew there
-    moved.write_text(json.dumps(train.recorded(train.TrainConfig(output_dir=f"{moved.parent}/."))))
+    moved.write_text(json.dumps(record.recorded(train.TrainConfig(output_dir=f"{moved.parent}/."))))
     assert (
         train.read_config(resume)[0].output_dir == f"{moved.parent}/."
     )  # in the user's words where they hold
@@ -271,9 +271,9 @@ def test_the_library_that_is_missing_is_named_and_a_bug_keeps_its_traceback(
 def test_what_stands_in_code_means_what_it_means_in_a_file(tmp_path: Path) -> None:
     for argv in ([], ["--preset", "demo"], ["--preset", "starter"]):
         cfg, _ = train.read_config(argv)
-        (tmp_path / "a.json").write_text(json.dumps(train.recorded(cfg)))
+        (tmp_path / "a.json").write_text(json.dumps(record.recorded(cfg)))
         again, _ = train.read_config(["--config", str(tmp_path / "a.json")])
-        assert json.dumps(train.recorded(again)) == json.dumps(train.recorded(cfg))  # 32.0 stays 32.0
+        assert json.dumps(record.recorded(again)) == json.dumps(record.recorded(cfg))  # 32.0 stays 32.0
     cfg.validation_prompt.append("x")
     assert "x" not in train.read_config([])[0].validation_prompt
 

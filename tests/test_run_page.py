@@ -29,7 +29,8 @@ from megaman.common.files import path_from
 from megaman.common.html import is_page, is_page_of_run
 from megaman.common.kinds import UNET
 from megaman.common.output_folder import OutputLock, RunFolder, move_aside
-from megaman.config.train import TrainConfig, recorded
+from megaman.config.record import recorded
+from megaman.config.train import TrainConfig
 from megaman.lora.injection import adapter_of, inject, lora_modules
 from megaman.lora.strength import strengths_of
 from megaman.model import onednn

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megaman.common.console import UserError, one_line
-from megaman.config.train import TrainConfig, recorded
+from megaman.config.record import recorded
+from megaman.config.train import TrainConfig
 from megaman.data import tags
 from megaman.data.pictures import load_image
 from megaman.model import hub, tagger

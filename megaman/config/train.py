@@ -1,13 +1,12 @@
 """The settings of a training run, their presets, and what may be done with each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from megaman.common.files import is_within
 from megaman.common.kinds import CHUNK, SD1
-from megaman.config.caption_flags import CaptionFlags, check_captions
 from megaman.config.elsewhere import ELSEWHERE
 from megaman.config.parser import (
     LARGEST_SEED,
@@ -32,6 +31,7 @@ Attention = Literal["auto", "sdpa", "xformers"]
 PredictionType = Literal["auto", "epsilon", "v_prediction"]
 EITHER_OR = frozenset({"max_train_steps", "num_train_epochs", "max_minutes"})  # how long a run is
 PROJECT = Path(__file__).parents[2]
+LEAST_SCORE = 0.05  # of a tag that is remembered; no threshold is lower
 RECORD = "training_config.json"  # where a run keeps its settings
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -321,6 +321,51 @@ class RunFlags:
 
 
 @dataclass(frozen=True)
+class CaptionFlags:
+    """Captions from the pictures."""
+
+    title: ClassVar[str] = "captions from the pictures, with --dry_run"
+    caption_with: str | None = flag(
+        None,
+        "tagger or captioner that writes a caption for each picture without one: hub id or folder",
+        is_path=True,
+        is_of_one_command=True,
+    )
+    caption_threshold: float = flag(
+        0.35, "how sure a tagger must be of a tag", least=LEAST_SCORE, below=1, is_of_one_command=True
+    )
+    caption_without: str | None = flag(
+        None, "tags that no made caption gets, comma-separated", is_of_one_command=True
+    )
+    prune_tags: bool = flag(
+        False,
+        "leave out tags on more than 90 %% of the pictures: the trigger learns what they name",
+        is_of_one_command=True,
+    )
+    write_captions: bool = flag(
+        False,
+        "put OUTPUT/captions beside the pictures that have none; nothing is overwritten",
+        is_of_one_command=True,
+    )
+
+
+def set_for_tags(flags: CaptionFlags) -> list[str]:
+    """The names of the flags that choose among tags, where they are not at their defaults."""
+    names = ("caption_threshold", "caption_without", "prune_tags")
+    return [name for name in names if getattr(flags, name) != getattr(CaptionFlags(), name)]
+
+
+def check_captions(flags: CaptionFlags, *, is_dry: bool) -> None:
+    """UserError (exit 2) where a flag is given that means nothing here. is_dry: with --dry_run."""
+    made = flags.caption_with is not None
+    with_dry_run = f"--caption_with {flags.caption_with}: captions are made with --dry_run; add it"
+    require(is_dry or not made, with_dry_run)
+    require(is_dry or not flags.write_captions, "--write_captions: must be given with --dry_run")
+    for name in set_for_tags(flags) if not made else ():
+        require(False, f"--{name}: must be given with --caption_with, whose tags it chooses")
+
+
+@dataclass(frozen=True)
 class TrainConfig(CaptionFlags, RunFlags, PrecisionFlags, OptimisationFlags, AdapterFlags, DataFlags):
     """Every setting of a run. Resolved once, never changed."""
 
@@ -384,34 +429,3 @@ def _goes_on_beside(values: Mapping[str, Any], in_file: set[str]) -> bool:
         if not facts.is_of_one_command and values[name] is not None and facts.before is None
     } - EITHER_OR
     return values["config"] is not None and Path(values["config"]).name == RECORD and in_file >= always
-
-
-def recorded(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings of the run, for training_config.json: all but those of one command, and but for a total
-    that --max_minutes has not decided yet.
-    """
-    settings = {name: value for name, value in asdict(cfg).items() if not FACTS[name].is_of_one_command}
-    if cfg.max_minutes is not None:
-        del settings["max_train_steps"]
-    return settings
-
-
-def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that decide a run's result, under their flags' names: a resume must not change them. Of
-    a run that was made before a setting there was, what it did.
-    """
-    free = {name for name, facts in FACTS.items() if facts.is_free or facts.is_of_one_command}
-    whole = {name: facts.before for name, facts in FACTS.items() if facts.before is not None} | dict(settings)
-    return {f"--{name}": value for name, value in whole.items() if name not in free}
-
-
-def published(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings as a file that is shared may carry them: of a path, its last part at most."""
-    told = {
-        name: value for name, value in recorded(cfg).items() if value != FACTS[name].before or value is None
-    }
-    shown = {name: value for name, value in told.items() if FACTS[name].published != "never"}
-    for name, value in shown.items():
-        if FACTS[name].published == "name" and value:
-            shown[name] = Path(value).name
-    return shown

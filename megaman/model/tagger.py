@@ -18,7 +18,7 @@ from torch import Tensor
 from megaman.common.cache import key_of
 from megaman.common.console import REQUIREMENTS, Exit, UserError, control_in
 from megaman.common.files import sha256_of
-from megaman.config.caption_flags import LEAST_SCORE
+from megaman.config.train import LEAST_SCORE
 
 CONFIG, TAGS, WEIGHTS = "config.json", "selected_tags.csv", "model.safetensors"
 RECIPE = 1  # raised when pixels or scores are made in another way

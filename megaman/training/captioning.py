@@ -12,8 +12,7 @@ from transformers import CLIPTokenizer
 
 from megaman.common.cache import Store, key_of
 from megaman.common.console import Exit, UserError, count, listed, say
-from megaman.config.caption_flags import set_for_tags
-from megaman.config.train import TrainConfig
+from megaman.config.train import TrainConfig, set_for_tags
 from megaman.data import tags
 from megaman.data.pictures import load_image
 from megaman.data.report import Report, TrainedPicture

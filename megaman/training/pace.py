@@ -19,7 +19,8 @@ from torch import nn
 from megaman.common import clock
 from megaman.common.console import say
 from megaman.common.output_folder import RunFolder
-from megaman.config.train import TrainConfig, recorded
+from megaman.config.record import recorded
+from megaman.config.train import TrainConfig
 from megaman.model import compute
 from megaman.training.encoding import CaptionReader
 from megaman.training.resume import write_record

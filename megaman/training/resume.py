@@ -21,7 +21,8 @@ from megaman.common.output_folder import (
     step_folders,
 )
 from megaman.common.signals import StopRequest, after_this_step
-from megaman.config.train import TrainConfig, decisive
+from megaman.config.record import decisive
+from megaman.config.train import TrainConfig
 from megaman.training import checkpoints
 from megaman.training.checkpoints import Checkpoint
 from megaman.training.encoding import CHUNKS

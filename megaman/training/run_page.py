@@ -22,7 +22,8 @@ from megaman.common.files import followed, path_from, write_text
 from megaman.common.html import check_page, content_policy, is_page, render, script_of
 from megaman.common.output_folder import PAGE, RunFolder, holds_run, step_folders, step_name
 from megaman.config.parser import require
-from megaman.config.train import FACTS, DataFlags, TrainConfig, recorded
+from megaman.config.record import recorded
+from megaman.config.train import FACTS, DataFlags, TrainConfig
 from megaman.training.curves import HEIGHT, WIDTH, Chart, Line, Series, chart_of, number_of, shown, smoothed
 
 SCRIPT = "run.js"
