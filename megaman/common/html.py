@@ -33,7 +33,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {}  # keep the order that the template gives
-    environment.globals |= {"policy": _content_policy(), "small_px": SMALL_PX}
+    environment.globals |= {"policy": policy_of("gallery.js"), "policy_of": policy_of, "small_px": SMALL_PX}
     return environment
 
 
@@ -47,11 +47,11 @@ def script_of(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def _content_policy() -> str:
-    """What a page may do, whatever a prompt contains: show pictures beside it, and run our script, known by
-    its hash.
+def policy_of(script: str) -> str:
+    """What a page may do, whatever a prompt contains: show pictures beside it, and run one script of ours,
+    known by its hash.
     """
-    digest = base64.b64encode(hashlib.sha256(script_of("gallery.js").encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(script_of(script).encode()).digest()).decode()
     return (
         "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; script-src "
         f"'sha256-{digest}'; base-uri 'none'; form-action 'none'"
