@@ -92,8 +92,8 @@ def latents_of(pixels: Tensor, base: StableDiffusion) -> Tensor:
 
 @torch.no_grad()
 def middle_of(latents: Tensor, base: StableDiffusion) -> Tensor:
-    """The UNet's middle activations of slightly noisy latents (B,C,h,w) under the empty caption, their mean
-    over the picture: (B,D).
+    """The UNet's middle activations of slightly noisy latents (B,C,h,w) under the empty caption, mean and
+    deviation over the picture of each: (B,2*D).
     """
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(SEED))
     at = round(NOISE_AT * base.scheduler.config.num_train_timesteps)
@@ -115,4 +115,5 @@ def middle_of(latents: Tensor, base: StableDiffusion) -> Tensor:
             base.unet(noisy.to(base.unet.dtype), times, text.states, **conditions(text, sizes))
     finally:
         handle.remove()
-    return found[0].float().mean(dim=(2, 3))
+    cells = found[0].float().flatten(2)
+    return torch.cat([cells.mean(dim=2), cells.std(dim=2, correction=0)], dim=1)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COPY_SHARE = 0.5  # of the usual distance between two training pictures: nearer than that is a near-copy
+COPY_SHARE = 0.5  # of the usual distance of a training picture from its nearest other: nearer is a copy
+NEIGHBOURS = 3  # of one training picture alone chance decides
 TINY = 1e-9  # below, a spread is none
 EXTREME = 8  # of 255: so near to an end a channel counts as burnt out
 RANGE_SLACK = 0.15  # of a range's width, by which pictures may leave it and be sound
@@ -30,21 +31,25 @@ def spread(rows: np.ndarray) -> float:
     return float(found.mean()) if found.size else 0.0
 
 
-def gap(these: np.ndarray, those: np.ndarray) -> float:
-    """How differently two sets lie, 0 if alike: the energy distance of Székely and Rizzo 2013, without a
-    picture's distance from itself.
+def away(these: np.ndarray, those: np.ndarray, *, is_itself: bool = False) -> float:
+    """How far rows lie from their NEIGHBOURS nearest among others, on average. is_itself: those are these,
+    and none is its own neighbour.
     """
-    across = float(distances(these, those).mean())
-    return max(0.0, 2 * across - spread(these) - spread(those))
+    found = distances(these, those)
+    if is_itself:
+        np.fill_diagonal(found, np.inf)
+    most = min(NEIGHBOURS, len(those) - is_itself)
+    return float(np.sort(found, axis=1)[:, :most].mean()) if most else 0.0
 
 
 # ---------------------------------------------------------------- of one cell
 def likeness(drawn: np.ndarray, base: np.ndarray, training: np.ndarray) -> float | None:
-    """How much of the way from the base's pictures to the training's these have gone, by their looks (N,D):
-    0 like the base's, 1 like the training's. None where the base's can't be told from the training's.
+    """How much nearer to the training pictures these lie than the base's, by their looks (N,D): 0 as far as
+    the base's, 1 as near as training pictures lie to each other. None where the base's lie as near already.
     """
-    whole = gap(base, training)
-    return None if whole < TINY else 1 - gap(drawn, training) / whole
+    far = away(base, training)
+    whole = far - away(training, training, is_itself=True)
+    return None if whole < TINY else (far - away(drawn, training)) / whole
 
 
 def usual_distance(training: np.ndarray) -> float | None:

@@ -13,7 +13,7 @@ USUAL_STRENGTH = 1.0  # what every tool takes where nobody says another
 class Measures:
     """What was measured of one adapter at one strength; None where a thing can't be measured."""
 
-    likeness: float | None = None  # 0 as the base draws, 1 as the training pictures are
+    likeness: float | None = None  # 0 as the base draws, 1 as alike as training pictures are
     copies: float | None = None  # the share of drawings that repeat a training picture
     obedience: float | None = None  # 1 as the base obeys, 0 not at all
     leakage: float | None = None  # 0 as the base draws without the trigger, 1 as far off as another seed
@@ -40,6 +40,7 @@ class Rule:
     bound: float  # of what is good, more than this gains nothing; of what is bad, so much costs nothing
     is_good: bool  # whether more is better
     why: str
+    is_of_drawings: bool = True  # where it is unknown, drawings are missing
 
     def points(self, value: float) -> float:
         """What a value of the measure adds to the score: 0 at best."""
@@ -57,10 +58,10 @@ RULES = (
     ),
     Rule(
         "copies",
-        2.0,
+        3.0,
         0.05,
         is_good=False,
-        why="A drawing that repeats a training picture shows nothing new. It counts double, since what is "
+        why="A drawing that repeats a training picture shows nothing new. It counts threefold, since what is "
         "learnt by heart also looks most like the pictures; one in twenty may be chance.",
     ),
     Rule(
@@ -74,10 +75,10 @@ RULES = (
     Rule(
         "leakage",
         0.5,
-        0.6,
+        0.7,
         is_good=False,
         why="Prompts without the trigger should stay the base's. It counts half: many never draw anything "
-        "else with the LoRA, and 0.6 of what another seed changes is hardly noticed.",
+        "else with the LoRA, and 0.7 of what another seed changes is hardly noticed.",
     ),
     Rule(
         "damage",
@@ -93,6 +94,7 @@ RULES = (
         is_good=False,
         why="Where the loss on pictures that were never trained on rises again, the others are learnt by "
         "heart. Two per cent are noise.",
+        is_of_drawings=False,
     ),
 )
 BY_NAME = {rule.name: rule for rule in RULES}
@@ -113,7 +115,8 @@ class Ranked:
 
 def ranked(cells: Sequence[Cell]) -> list[Ranked]:
     """The cells, the recommended one first, the others by their scores. What is known of none costs nobody
-    anything; what is known of others but not of one (its pictures overflowed) costs it as much as the worst.
+    anything; what drawings tell of others but not of one (its numbers overflowed) costs it as much as the
+    worst.
 
     Of those whose score equals the best to NEAR, the one at the usual strength is taken, and of these the
     earliest: what was trained longer for nothing has only forgotten more.
@@ -136,16 +139,16 @@ def _plainness(each: Ranked) -> tuple[float, float, int, float]:
 def _points_of(rule: Rule, cells: Sequence[Cell]) -> list[float]:
     values: list[float | None] = [getattr(cell.measures, rule.name) for cell in cells]
     known = [rule.points(value) for value in values if value is not None]
-    worst = min(known, default=0.0)
+    worst = min(known, default=0.0) if rule.is_of_drawings else 0.0
     return [worst if value is None else rule.points(value) for value in values]
 
 
 # ---------------------------------------------------------------- reasons
 Reason = tuple[str, str]  # a text with {n} in it, and what stands there
 SAID = {
-    "likeness": "{n} of the way from the base's look to your pictures'",
+    "likeness": "likeness: {n} of the way from the base's drawings to your pictures",
     "copies": "drawings that repeat a training picture: {n}",
-    "obedience": "obeys prompts {n} as well as the base",
+    "obedience": "obedience to prompts: {n} of the base's",
     "leakage": "without the trigger it changes {n} of what another seed would",
     "damage": "drawings with wild colours: {n}",
     "loss_rise": "held-out loss above its smallest by {n}",

@@ -41,10 +41,10 @@ from megaman.model.stable_diffusion import StableDiffusion
 
 PAGE, NUMBERS = "recommend.html", "recommend.json"
 MEANINGS = {
-    "likeness": "How much of the way from the base's pictures to your training pictures the drawings have "
-    "gone, in the features of what looks at them (energy distance between the sets).",
-    "copies": "The share of drawings that lie nearer to a training picture than half of what two training "
-    "pictures usually lie apart, in the VAE's latents.",
+    "likeness": "How much nearer to your training pictures the drawings are than the base's, by the features "
+    "of what looks at them: 0 % as far as the base's, 100 % as near as your pictures are to each other.",
+    "copies": "The share of drawings that lie nearer to a training picture than half of what a training "
+    "picture usually lies from its nearest other, in the VAE's latents.",
     "obedience": "Whether prompts still decide: how much of the base's answer to the prompts is left, in "
     "the VAE's latents, beside what seeds change.",
     "leakage": "How far pictures of prompts without the trigger have moved from the base's of the same "

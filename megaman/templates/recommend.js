@@ -35,8 +35,8 @@ const CHINESE = { // 正體中文, by the English that stands in the page
   "Without the trigger": "沒有觸發詞",
   "not drawn: its numbers overflowed": "沒畫出來：數值溢位",
   "repeats a training picture": "照抄訓練圖片",
-  "Below each drawing: the nearest training picture, and how far it is ({n} = as far as two training pictures usually are).":
-    "每張圖片下方是最接近的訓練圖片，以及距離（{n} 表示和兩張訓練圖片之間的一般距離相同）。",
+  "Below each drawing: the nearest training picture, and how far it is ({n} = as far as a training picture usually is from its nearest other).":
+    "每張圖片下方是最接近的訓練圖片，以及距離（{n} 表示和訓練圖片與其最接近者之間的一般距離相同）。",
   "This page holds small copies of your training pictures: think of that before you publish it.":
     "本頁含有您的訓練圖片的縮圖：公開之前請想一想。",
   "Likeness and copies are left out: {n}.": "沒有量相似和照抄：{n}。",
@@ -44,10 +44,10 @@ const CHINESE = { // 正體中文, by the English that stands in the page
   "Obedience and leakage are left out: they need two seeds (--num_images_per_prompt 2).":
     "沒有量聽話和外洩：它們需要兩個種子（--num_images_per_prompt 2）。",
   "No held-out loss was measured in this run.": "這次訓練沒有量保留圖片的損失。",
-  "How much of the way from the base's pictures to your training pictures the drawings have gone, in the features of what looks at them (energy distance between the sets).":
-    "畫出的圖片從基礎模型的圖片走向您的訓練圖片走了多少，用觀看者的特徵衡量（兩組圖片之間的能量距離）。",
-  "The share of drawings that lie nearer to a training picture than half of what two training pictures usually lie apart, in the VAE's latents.":
-    "有多少圖片與某張訓練圖片的距離，小於兩張訓練圖片之間一般距離的一半（在 VAE 的潛在表示裡）。",
+  "How much nearer to your training pictures the drawings are than the base's, by the features of what looks at them: 0 % as far as the base's, 100 % as near as your pictures are to each other.":
+    "依觀看者的特徵，畫出的圖片比基礎模型的更接近您的訓練圖片多少：0 % 和基礎模型一樣遠，100 % 和您的圖片彼此之間一樣近。",
+  "The share of drawings that lie nearer to a training picture than half of what a training picture usually lies from its nearest other, in the VAE's latents.":
+    "有多少圖片與某張訓練圖片的距離，小於訓練圖片與其最接近者之間一般距離的一半（在 VAE 的潛在表示裡）。",
   "Whether prompts still decide: how much of the base's answer to the prompts is left, in the VAE's latents, beside what seeds change.":
     "提示詞是否仍然作主：基礎模型對提示詞的反應還剩多少（在 VAE 的潛在表示裡，扣除種子造成的差別）。",
   "How far pictures of prompts without the trigger have moved from the base's of the same seeds, measured by what another seed changes.":
@@ -58,19 +58,19 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "從未參與訓練的圖片的損失，比到那時為止的最小值高多少；每個檢查點一個數字，以強度 1 量測。",
   "It is what the LoRA was trained for. More than the training pictures' own gains nothing.":
     "這正是訓練 LoRA 的目的。超過訓練圖片本身並不加分。",
-  "A drawing that repeats a training picture shows nothing new. It counts double, since what is learnt by heart also looks most like the pictures; one in twenty may be chance.":
-    "照抄訓練圖片的圖沒有新東西。它加倍計算，因為背下來的也最像訓練圖片；二十張裡有一張可能是碰巧。",
+  "A drawing that repeats a training picture shows nothing new. It counts threefold, since what is learnt by heart also looks most like the pictures; one in twenty may be chance.":
+    "照抄訓練圖片的圖沒有新東西。它以三倍計算，因為背下來的也最像訓練圖片；二十張裡有一張可能是碰巧。",
   "A LoRA that no longer does what the prompt says is of little use. A tenth may go to the character, who looks the same under every prompt.":
     "不再聽提示詞的 LoRA 沒什麼用。一成可以讓給角色，因為角色在每個提示詞下都一樣。",
-  "Prompts without the trigger should stay the base's. It counts half: many never draw anything else with the LoRA, and 0.6 of what another seed changes is hardly noticed.":
-    "沒有觸發詞的提示詞應該仍屬於基礎模型。它只算一半：許多人不會用這個 LoRA 畫別的；換種子差別的六成幾乎看不出來。",
+  "Prompts without the trigger should stay the base's. It counts half: many never draw anything else with the LoRA, and 0.7 of what another seed changes is hardly noticed.":
+    "沒有觸發詞的提示詞應該仍屬於基礎模型。它只算一半：許多人不會用這個 LoRA 畫別的；換種子差別的七成幾乎看不出來。",
   "Burnt, pale or missing pictures can't be repaired by a prompt. One in ten may be the prompt's.":
     "過曝、慘白或缺少的圖片不是改提示詞能救的。十張裡有一張可能是提示詞造成的。",
   "Where the loss on pictures that were never trained on rises again, the others are learnt by heart. Two per cent are noise.":
     "從未參與訓練的圖片的損失回升，就是把其他圖片背了下來。百分之二屬於雜訊。",
-  "{n} of the way from the base's look to your pictures'": "從基礎模型的樣子走向您的圖片：{n}",
+  "likeness: {n} of the way from the base's drawings to your pictures": "相似：從基礎模型的圖走向您的圖片的 {n}",
   "drawings that repeat a training picture: {n}": "照抄訓練圖片的圖：{n}",
-  "obeys prompts {n} as well as the base": "聽提示詞的程度是基礎模型的 {n}",
+  "obedience to prompts: {n} of the base's": "聽提示詞的程度：基礎模型的 {n}",
   "without the trigger it changes {n} of what another seed would": "沒有觸發詞時的改變，是換一個種子的 {n}",
   "drawings with wild colours: {n}": "色彩失控的圖：{n}",
   "held-out loss above its smallest by {n}": "保留圖片的損失比最小值高 {n}",
