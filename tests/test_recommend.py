@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import generate_megaman
 from megaman.common.console import UserError
 from megaman.common.html import TEMPLATES
-from megaman.common.kinds import SD1, UNET
+from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.config.generate import read_config
 from megaman.config.train import EMBEDDED, STARTER_IMAGES, TrainConfig, recorded
 from megaman.generation import judge, measures, ranking, recommendation, seeing
@@ -151,6 +151,20 @@ def test_distances_are_those_of_every_pair() -> None:
     assert measures.distances(these, those) == pytest.approx(np.array(pairs))
     assert measures.away(these, these) < measures.away(these, these, is_itself=True)
     assert measures.away(these, these[:1]) == pytest.approx(measures.distances(these, these[:1]).mean())
+
+
+@pytest.mark.parametrize("kind", [SD1, SD2, XL], ids=lambda kind: kind.folder)
+def test_every_kind_of_base_looks_at_pictures_of_any_size(
+    tiny_folders: Callable[[Kind], Path], kind: Kind
+) -> None:
+    base = load_base(str(tiny_folders(kind)), device=torch.device("cpu"), dtype=torch.float32)
+    shades = [torch.full((3, *size), shade) for size in ((32, 32), (36, 28)) for shade in (-0.5, 0.5)]
+    pictures = [Picture(tuple(shade.shape[1:]), lambda shade=shade: shade) for shade in shades]
+    found = features_of(pictures, base, None)
+    assert found.latents.shape[0] == found.looks.shape[0] == len(found.tones) == 4
+    alone = features_of(pictures[1:2], base, None)  # a neighbour in the batch changes nothing
+    assert np.allclose(alone.looks[0], found.looks[1], atol=1e-5)
+    assert not np.allclose(found.looks[0], found.looks[1], atol=1e-3)
 
 
 # ---------------------------------------------------------------- the order, on numbers made for it
@@ -301,6 +315,24 @@ def test_an_interrupted_recommendation_keeps_what_is_drawn(
     monkeypatch.undo()
     recommend(finished / "lora_weights", tmp_path / "gen", *few)
     assert "pictures: 6 to draw, 6 already there" in capsys.readouterr().err
+
+
+def test_a_cell_whose_numbers_overflow_comes_last_and_stops_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = generate_megaman.render
+
+    def overflowing(batch: Sequence[Any], *rest: Any) -> list[Image.Image | None]:
+        drawn = render(batch, *rest)
+        return [None if job.lora_scale == 2 else image for job, image in zip(batch, drawn, strict=True)]
+
+    monkeypatch.setattr(generate_megaman, "render", overflowing)
+    found = recommend(finished / "lora_weights", tmp_path / "gen", *PROMPTS, "--lora_scale", "1", "2")
+    lost = [row for row in found["rows"] if row["strength"] == 2]
+    assert [row["strength"] for row in found["rows"]] == [1, 1, 2, 2, 0]
+    assert {row["measures"]["damage"] for row in lost} == {1}
+    assert {shot["file"] for row in lost for shot in row["named"]} == {None}
+    assert "not drawn: its numbers overflowed" in (tmp_path / "gen" / "recommend.html").read_text()
 
 
 def run_of(folder: Path, base: StableDiffusion, factor: float) -> Path:
