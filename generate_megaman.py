@@ -35,7 +35,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -61,10 +61,13 @@ from megaman.generation.candidates import (
     base_of,
     candidates_of,
     check_hash,
+    has_checkpoints,
     path_in_record,
     trained_as,
 )
+from megaman.generation.comparison import Task, prompts_for
 from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
+from megaman.generation.recommendation import gather, recommend
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
 from megaman.generation.saving import Seldom, beside
 from megaman.lora.adapter import STRENGTH, Adapter
@@ -107,14 +110,15 @@ def resolve(cfg: GenerateConfig, adapter: Adapter, base: StableDiffusion) -> Gen
     )
 
 
-def read_prompts(cfg: GenerateConfig, trigger: str) -> list[Prompt]:
-    """The prompts of the flags, then those of the file; ours, with the adapter's trigger, if there are
-    none.
-    """
+def own_prompts(cfg: GenerateConfig) -> list[Prompt]:
+    """The user's prompts: those of the flags, then those of the file."""
     prompts = [Prompt(prompt) for prompt in cfg.prompts or ()]
-    if cfg.prompts_file is not None:
-        prompts += read_prompts_file(Path(cfg.prompts_file))
-    return prompts or [Prompt(prompt.replace(TRIGGER, trigger)) for prompt in BUILT_IN_PROMPTS]
+    return prompts + (read_prompts_file(Path(cfg.prompts_file)) if cfg.prompts_file is not None else [])
+
+
+def read_prompts(cfg: GenerateConfig, trigger: str) -> list[Prompt]:
+    """The user's prompts; ours, with the adapter's trigger, if there are none."""
+    return own_prompts(cfg) or [Prompt(prompt.replace(TRIGGER, trigger)) for prompt in BUILT_IN_PROMPTS]
 
 
 def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
@@ -132,7 +136,7 @@ def make_jobs(cfg: GenerateConfig, prompts: Sequence[Prompt]) -> list[Job]:
     )
     common = {name: getattr(cfg, name) for name in shared}
     strengths = cfg.lora_scale or [1.0]
-    scales = [0.0, *strengths] if cfg.compare_base else strengths
+    scales = [0.0, *strengths] if cfg.compare_base or cfg.recommend else strengths
     jobs = []
     for prompt in prompts:
         settings = {**common, **prompt.settings}
@@ -165,15 +169,6 @@ def group_into_batches(jobs: Sequence[Job], batch_size: int | None, device_type:
 
 
 # ---------------------------------------------------------------- tasks
-
-
-@dataclass(frozen=True)
-class Task:
-    """A job and the adapter that draws it."""
-
-    job: Job
-    candidate: Candidate
-    digest: str  # job_hash
 
 
 class Drawn(NamedTuple):
@@ -300,10 +295,9 @@ def raise_if_overflowed(jobs: Sequence[Job]) -> None:
 
 def draw_missing(
     tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion, about: dict[str, Any]
-) -> Path:
+) -> list[Job]:
     """Draws the tasks whose pictures are not in the output folder, and saves each batch while the next one is
-    drawn; the page grows meanwhile. UserError (exit 5), when all others are drawn, that names those whose
-    numbers overflowed.
+    drawn; the page grows meanwhile. Those whose numbers overflowed.
     """
     output = Path(cfg.output_dir)
     earlier = {record.job: record for record in records.read_records(output)}
@@ -335,8 +329,7 @@ def draw_missing(
         for batch in draw_batches(missing, cfg.batch_size, base):
             do(partial(keep, batch))
             bar.update(len(batch))
-    raise_if_overflowed([task.job for task in missing if task.digest not in finished])
-    return output / GALLERY_PAGE
+    return [task.job for task in missing if task.digest not in finished]
 
 
 # ---------------------------------------------------------------- the command
@@ -348,12 +341,13 @@ def generate(cfg: GenerateConfig) -> Path:
     if cfg.gallery_only:
         return gallery.rebuild(output)
     lora_path = adapter_in(download_adapter(cfg.lora_path))
-    candidates = candidates_of(cfg.lora_path, lora_path, with_checkpoints=cfg.compare_checkpoints)
+    compares = cfg.compare_checkpoints or (cfg.recommend and has_checkpoints(lora_path))
+    candidates = candidates_of(cfg.lora_path, lora_path, with_checkpoints=compares)
     chosen = next(candidate for candidate in candidates if candidate.is_chosen)
     check_hash(chosen, cfg.adapter_hash)
     adapter = chosen.adapter
     trigger = adapter.metadata.get("trigger", TRIGGER)
-    asked = read_prompts(cfg, trigger)
+    asked = prompts_for(own_prompts(cfg), adapter) if cfg.recommend else read_prompts(cfg, trigger)
     prompts = plain_prompts(asked)
     texts = texts_of(asked, cfg.negative_prompt)
     notes = notes_on_syntax(texts, weights_are_read=cfg.prompt_weights)
@@ -368,15 +362,9 @@ def generate(cfg: GenerateConfig) -> Path:
     cfg = resolve(cfg, adapter, base)
     strengths = ", ".join(f"{scale:g}" for scale in cfg.lora_scale or ())
     say(f"adapter: loaded {check_adapters_fit(candidates, base)}, scale {strengths} ({lora_path})")
-    if cfg.compare_checkpoints:
+    if compares:
         say(f"checkpoints: {', '.join(candidate.name for candidate in candidates)}")
-    about = {
-        "base_model": base.name,
-        "base_path": path_from(output, Path(name).expanduser()) if is_local(name) else "",
-        "trigger": trigger,
-        "precision": str(dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-    }
+    about = facts_of_run(output, base, name, trigger)
     jobs = [as_read(job, base) for job in make_jobs(cfg, prompts)]
     check_jobs(jobs, base)
     base.is_crowded = footprint.is_crowded(base, max(job.pixels for job in jobs))
@@ -384,8 +372,24 @@ def generate(cfg: GenerateConfig) -> Path:
     for line in [*notes, *notes_on_cuts(jobs, base)]:
         say(line)
     tasks = make_tasks(jobs, candidates, base.digest, about["precision"])
+    evidence = gather(tasks, cfg, lora_path, adapter, base) if cfg.recommend else None
     with closing(OutputLock(output).sign()):
-        return draw_missing(tasks, cfg, base, about)
+        overflowed = draw_missing(tasks, cfg, base, about)
+        if evidence is not None:
+            return recommend(tasks, cfg, base, evidence)
+    raise_if_overflowed(overflowed)
+    return output / GALLERY_PAGE
+
+
+def facts_of_run(output: Path, base: StableDiffusion, name: str, trigger: str) -> dict[str, Any]:
+    """What the records of all pictures in `output` say alike. name: the base's as it was loaded."""
+    return {
+        "base_model": base.name,
+        "base_path": path_from(output, Path(name).expanduser()) if is_local(name) else "",
+        "trigger": trigger,
+        "precision": str(base.unet.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
 
 
 def load_base(

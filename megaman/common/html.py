@@ -35,7 +35,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {}  # keep the order that the template gives
-    environment.globals |= {"policy": content_policy("gallery.js"), "small_px": SMALL_PX}
+    environment.globals |= {"policy_of": policy_of, "small_px": SMALL_PX}
     return environment
 
 
@@ -49,9 +49,9 @@ def script_of(name: str) -> str:
     return "".join((TEMPLATES / each).read_text(encoding="utf-8") for each in (SHARED_SCRIPT, name))
 
 
-def content_policy(script: str) -> str:
-    """What a page may do, whatever a prompt contains: show pictures beside it, and run its script of
-    templates/, known by its hash.
+def policy_of(script: str) -> str:
+    """What a page may do, whatever a prompt contains: show pictures beside it, and run one script of ours,
+    known by its hash.
     """
     digest = base64.b64encode(hashlib.sha256(script_of(script).encode()).digest()).decode()
     return (

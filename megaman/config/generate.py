@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from megaman.common.console import Exit, check_text
 from megaman.common.kinds import CHUNK
@@ -66,6 +66,12 @@ BUILT_IN_PROMPTS = (
 )
 
 
+RECOMMENDED_FROM: dict[str, Any] = {
+    "lora_scale": [0.5, 0.75, 1.0, 1.25],
+    "num_images_per_prompt": 2,  # of one seed nobody can tell what is the prompt's and what the seed's
+}  # what --recommend draws where the user says nothing
+
+
 @dataclass(frozen=True)
 class AdapterFlags:
     """What to draw with."""
@@ -88,6 +94,14 @@ class AdapterFlags:
     compare_base: bool = flag(False, "also draw every picture with strength 0: base and LoRA side by side")
     compare_checkpoints: bool = flag(
         False, "also draw every picture with each checkpoint of the adapter's run"
+    )
+    recommend: bool = flag(
+        False, "draw base, checkpoints and strengths, measure them, and say which to take: recommend.html"
+    )
+    judge: str | None = flag(
+        None,
+        "CLIP image model (hub id, folder) to look at --recommend's pictures; the base's UNet if not given",
+        is_path=True,
     )
 
 
@@ -158,7 +172,9 @@ class GenerateConfig(OutputFlags, DrawingFlags, PromptFlags, AdapterFlags):
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("compare_base", "compare_checkpoints"):
+        judged = "--judge looks at the pictures of --recommend: give both, or leave it out"
+        require(self.recommend or self.judge is None, judged)
+        for name in ("compare_base", "compare_checkpoints", "recommend"):
             alone = f"--{name}: --lora_scale 0 draws the base alone; give a strength to compare"
             require(self.lora_scale is None or any(self.lora_scale) or not getattr(self, name), alone)
         is_hash = re.fullmatch(r"[0-9A-Fa-f]{6,12}", self.adapter_hash or "0" * 12) is not None
@@ -175,6 +191,8 @@ def read_config(argv: Sequence[str]) -> GenerateConfig:
     groups = (AdapterFlags, PromptFlags, DrawingFlags, OutputFlags)
     parsed = parse_flags(groups, argv, description=DESCRIPTION, elsewhere=ELSEWHERE)
     values = parsed.values
+    if values["recommend"]:
+        values |= {name: wish for name, wish in RECOMMENDED_FROM.items() if name not in parsed.chosen}
     beside = ", --".join(sorted(parsed.chosen - {"gallery_only", "output_dir"}))
     require(not (values["gallery_only"] and beside), f"--gallery_only draws nothing: leave --{beside} out")
     return GenerateConfig(**values)

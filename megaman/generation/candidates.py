@@ -4,9 +4,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from megaman.common.console import Exit, UserError
+from megaman.common.console import Exit, UserError, say
 from megaman.common.files import autov3, path_from
 from megaman.common.output_folder import (
     ADAPTER_FILE,
@@ -87,6 +87,15 @@ def file_for_web_uis(adapter: Path) -> Path | None:
     return next((file for file in in_kohyas_layout if file in files), only)
 
 
+def has_checkpoints(adapter: Path) -> bool:
+    """Whether the run that an adapter's file or folder belongs to has any; said if it has none."""
+    folders = step_folders(RunFolder.of_adapter(adapter).checkpoints).values()
+    found = any((folder / ADAPTER_FILE).is_file() for folder in folders)
+    if not found:
+        say(f"note: {adapter}: no checkpoints beside it; only strengths are compared")
+    return found
+
+
 def checkpoints_beside(adapter: Path) -> list[Path]:
     """The checkpoints of the run that an adapter's file or folder belongs to, by step. UserError (exit 7) if
     it has none.
@@ -143,12 +152,17 @@ def trained_as(adapter: Adapter) -> PredictionType:
     return next((known for known in get_args(PredictionType) if told == known), "auto")
 
 
+def record_of_run(lora_path: Path) -> dict[str, Any] | None:
+    """The settings of the run of ours that an adapter's file or folder lies in; None if it lies in none."""
+    for folder in lora_path.resolve().parents[:3]:
+        if holds_run(folder):
+            return json.loads(RunFolder(folder).record.read_text(encoding="utf-8"))
+    return None
+
+
 def path_in_record(lora_path: Path, setting: str) -> str | None:
     """The path that the record of the adapter's run names for a setting, if it is still there; None for an
     adapter that lies in no run of ours.
     """
-    for folder in lora_path.resolve().parents[:3]:
-        if holds_run(folder):
-            path = json.loads(RunFolder(folder).record.read_text(encoding="utf-8"))[setting]
-            return path if isinstance(path, str) and Path(path).expanduser().exists() else None
-    return None
+    path = (record_of_run(lora_path) or {}).get(setting)
+    return path if isinstance(path, str) and Path(path).expanduser().exists() else None

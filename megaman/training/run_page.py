@@ -19,7 +19,7 @@ from typing import Any
 
 from megaman.common.console import Exit, UserError, command_of, say, shell_quoted
 from megaman.common.files import followed, path_from, write_text
-from megaman.common.html import check_page, content_policy, is_page, render, script_of
+from megaman.common.html import check_page, is_page, render, script_of
 from megaman.common.output_folder import PAGE, RunFolder, holds_run, step_folders, step_name
 from megaman.config.parser import require
 from megaman.config.record import recorded
@@ -303,7 +303,6 @@ def render_run(run: RunFolder) -> str:
         hardly=HARDLY,
         strong=STRONG,
         script=script_of(SCRIPT),
-        policy=content_policy(SCRIPT),
     )
     return html.encode("utf-8", "backslashreplace").decode()  # names of folders may be any bytes
 

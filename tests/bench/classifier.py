@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from megaman.model.drawing import draw as draw_images
 from megaman.model.drawing import pipeline_of
+from megaman.model.drawing import words as read_words
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.tiny_sd.figures import (
     BACKGROUNDS,
@@ -136,7 +137,7 @@ def blobs(base: StableDiffusion, count: int, seed: int) -> Tensor:
         ]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(32)]
         images += draw_images(
-            base, pipeline_of(base), **words(base, prompts, [""] * len(prompts)),
+            base, pipeline_of(base), **read_words(base, prompts, [""] * len(prompts)),
             num_inference_steps=rng.choice((6, 10, 15)), height=64, width=64,
             guidance_scale=rng.choice((1.5, 3.0, 4.5)), generators=generators,
         )  # fmt: skip

@@ -1,0 +1,162 @@
+"""Looks at the drawings of a recommendation beside the training pictures, and measures each cell."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import open as open_image
+from torch import Tensor
+
+from megaman.generation import features, measures
+from megaman.generation.features import Features, Picture
+from megaman.generation.ranking import Measures
+from megaman.generation.trained_on import TrainingPicture
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The training picture that a drawing is nearest to."""
+
+    picture: int  # its place among them
+    distance: float  # 1 as far as two training pictures usually lie apart
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the drawing repeats it."""
+        return self.distance < measures.COPY_SHARE
+
+
+FileGrid = list[list[str | None]]  # a row a prompt, a column a seed; None where a drawing is missing
+
+
+@dataclass(frozen=True)
+class CellFiles:
+    """The drawings of a cell."""
+
+    named: FileGrid  # of prompts with the trigger
+    plain: FileGrid  # of those without
+
+    @property
+    def there(self) -> list[str]:
+        """Those that are not missing."""
+        return [file for row in (*self.named, *self.plain) for file in row if file is not None]
+
+    @property
+    def wanted(self) -> int:
+        """How many there should be."""
+        return sum(map(len, (*self.named, *self.plain)))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What all drawings that are there look like, and the training pictures."""
+
+    rows: Mapping[str, int]  # of a drawing's file, among the features
+    features: Features  # the drawings', then the training pictures'
+    looks: np.ndarray  # as features.looks, each number in units of what it varies by
+    nearest: Sequence[Nearest]  # of each drawing; of none without training pictures
+
+    def rows_of(self, files: Iterable[str | None]) -> list[int]:
+        """Those of the drawings that are there."""
+        return [self.rows[file] for file in files if file is not None]
+
+    @property
+    def trained(self) -> slice:
+        """The training pictures' rows."""
+        return slice(len(self.rows), None)
+
+    @property
+    def has_training(self) -> bool:
+        """Whether there are training pictures."""
+        return len(self.features.tones) > len(self.rows)
+
+
+def pictures_of(
+    drawn: Mapping[str, tuple[int, int]], folder: Path, training: Sequence[TrainingPicture]
+) -> list[Picture]:
+    """The drawings in a folder, by file with height and width, and behind them the training pictures, as they
+    are looked at.
+    """
+    found = [Picture(size, partial(_pixels, folder / file)) for file, size in drawn.items()]
+    crops = [each.crop for each in training]
+    return found + [Picture((crop.bucket.height, crop.bucket.width), crop.pixels) for crop in crops]
+
+
+def see(drawn: Sequence[str], base: CellFiles, found: Features) -> Seen:
+    """What was found of the drawings and, behind them, of the training pictures. base: the base's
+    drawings.
+    """
+    rows = {file: row for row, file in enumerate(drawn)}
+    of_base = [rows[file] for file in base.there]
+    known = [*of_base, *range(len(rows), len(found.tones))]
+    varies = found.looks[known].std(axis=0) if len(known) > 1 else np.ones(found.looks.shape[1])
+    looks = found.looks / np.where(varies < measures.TINY, 1, varies)
+    return Seen(rows, found, looks, _nearest(found.latents, len(rows), of_base))
+
+
+def _pixels(path: Path) -> Tensor:
+    with open_image(path) as image:
+        return features.pixels_of(image)
+
+
+def _nearest(latents: np.ndarray, drawn: int, of_base: Sequence[int]) -> list[Nearest]:
+    """The training picture nearest to each of the first rows, among the other rows. Where those are too few
+    to tell how far two of them usually lie apart, the base's drawings say it.
+    """
+    known = latents[drawn:]
+    if not len(known) or not drawn:
+        return []
+    away = measures.distances(latents[:drawn], known)
+    usual = measures.usual_distance(known)
+    if not usual:
+        usual = float(np.median(away[of_base].min(axis=1))) if of_base else 0.0
+    places = away.argmin(axis=1)
+    return [
+        Nearest(int(place), float(away[row, place]) / max(usual, measures.TINY))
+        for row, place in enumerate(places)
+    ]
+
+
+def measured(cell: CellFiles, base: CellFiles, seen: Seen, rise: float | None) -> Measures:
+    """What is measured of a cell. rise: of its checkpoint's held-out loss."""
+    drawn, of_base = (seen.rows_of(file for row in each.named for file in row) for each in (cell, base))
+    likeness = copies = None
+    if seen.has_training and drawn:
+        copies = float(np.mean([seen.nearest[row].is_copy for row in drawn]))
+        if of_base:
+            likeness = measures.likeness(seen.looks[drawn], seen.looks[of_base], seen.looks[seen.trained])
+    return Measures(
+        likeness=likeness,
+        copies=copies,
+        obedience=_compared(measures.obedience, seen.features.latents, seen, cell.named, base.named),
+        leakage=_compared(measures.leakage, seen.looks, seen, cell.plain, base.plain),
+        damage=_damage(cell, base, seen),
+        loss_rise=rise,
+    )
+
+
+def _compared(
+    measure: Callable[[np.ndarray, np.ndarray], float | None],
+    numbers: np.ndarray,
+    seen: Seen,
+    drawn: FileGrid,
+    of_base: FileGrid,
+) -> float | None:
+    """A measure of drawings against the base's, of the same prompts and seeds; None where one is missing."""
+    grids = [[seen.rows_of(row) for row in grid] for grid in (drawn, of_base)]
+    if not drawn or {len(row) for grid in grids for row in grid} != {len(drawn[0])}:
+        return None
+    return measure(*(numbers[np.array(grid)] for grid in grids))
+
+
+def _damage(cell: CellFiles, base: CellFiles, seen: Seen) -> float | None:
+    """The share of drawings that are missing or of a tone that neither base nor training shows."""
+    tones = seen.features.tones
+    known = [*(tones[row] for row in seen.rows_of(base.there)), *tones[seen.trained]]
+    if not known:
+        return None
+    rows = seen.rows_of(cell.there)
+    wild = sum(measures.is_outside(tones[row], known) for row in rows)
+    return (wild + cell.wanted - len(rows)) / cell.wanted
