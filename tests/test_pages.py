@@ -528,7 +528,7 @@ def run_seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             for domain in ("Network", "Log", "Runtime"):
                 chromium.ask(f"{domain}.enable")
             for width in WIDTHS_PX:
-                shape = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+                shape = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
                 chromium.ask("Emulation.setDeviceMetricsOverride", **shape)
                 chromium.open(page)
                 found[f"{width} first"] = chromium.run(SEEN_OF_A_RUN)

@@ -263,6 +263,15 @@ def test_a_killed_runs_page_tells_how_far_it_came_and_how_to_go_on(finished: Pat
     assert "step-000000/01.png" in page
 
 
+def test_a_finished_run_that_is_to_go_on_is_not_called_finished(finished: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    record = json.loads((output / "training_config.json").read_text())
+    (output / "training_config.json").write_text(json.dumps(record | {"max_train_steps": 6}))
+    told = text_of(run_page.report(RunFolder(output)).read_text(encoding="utf-8"))
+    assert "step 4 of 6 when this page was written" in told
+    assert "--resume_from_checkpoint latest" in told
+
+
 def as_of_before(output: Path) -> None:
     """Leaves of a run what one of before had: losses alone, and a page of its samples."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
