@@ -11,6 +11,8 @@ const CHINESE = {
   "Go on with the training, if it is no longer running:": "若訓練已經停止，接著訓練：",
   "Draw with it:": "用它來畫圖：",
   "Draw the same pictures with every checkpoint:": "用每個檢查點畫同樣的圖片：",
+  "Find out which checkpoint to take, and at what strength:": "找出該用哪個檢查點、多大強度：",
+  "Take an earlier checkpoint, such as this one:": "改用先前的檢查點，例如這一個：",
   "Make this page anew:": "重新產生這個頁面：",
   "Curves": "曲線",
   "No step is told of yet.": "還沒有任何一步的紀錄。",

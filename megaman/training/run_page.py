@@ -261,9 +261,12 @@ class RunStory:
             yield "Draw with it:", draw_command(run)
         if self.checkpoints:
             lora = run.weights if self.is_finished else run.checkpoint(self.checkpoints[-1])
-            flags = f"--lora_path {shell_quoted(str(lora))} --compare_checkpoints"
-            compare = f"{command_of('generate_megaman.py')} {flags}"
-            yield "Draw the same pictures with every checkpoint:", compare
+            draw = f"{command_of('generate_megaman.py')} --lora_path {shell_quoted(str(lora))}"
+            yield "Draw the same pictures with every checkpoint:", f"{draw} --compare_checkpoints"
+            yield "Find out which checkpoint to take, and at what strength:", f"{draw} --recommend"
+        if self.is_finished and len(self.checkpoints) > 1:
+            flags = f"--adopt {step_name(self.checkpoints[-2])} --output_dir {shell_quoted(str(run.path))}"
+            yield "Take an earlier checkpoint, such as this one:", f"{command_of('megaman_lora.py')} {flags}"
         anew = f"{command_of('megaman_lora.py')} --report {shell_quoted(str(run.path))}"
         yield "Make this page anew:", anew
 
