@@ -218,9 +218,11 @@ def test_a_little_of_a_fault_costs_nothing_and_more_of_it_ever_more() -> None:
 
 
 def test_a_cell_whose_pictures_overflowed_is_no_better_than_the_worst() -> None:
-    lost = cell(500, likeness=None, copies=None, obedience=None, leakage=None, damage=1.0)
-    order = ranked([lost, cell(100, likeness=0.1), cell(200)])
-    assert [each.cell.step for each in order] == [200, 100, 500]
+    lost = cell(500, obedience=None, damage=0.1)  # of one prompt a seed is missing
+    order = ranked([lost, cell(100, obedience=0.3), cell(200, likeness=0.8)])
+    assert order[0].cell.step == 200
+    points = {each.cell.step: each.points["obedience"] for each in order}
+    assert points[500] == points[100] < points[200]
 
 
 def test_what_nobody_has_costs_nobody() -> None:
