@@ -56,6 +56,7 @@ const CHINESE = {
   "captions made from names": "由檔名產生的描述",
   "captions without the trigger": "沒有觸發詞的描述",
   "captions that are too long": "太長的描述",
+  "masked": "有遮罩",
   "enlarged": "被放大",
   "look alike": "看起來相似",
   "skipped": "略過",
