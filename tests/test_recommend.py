@@ -202,6 +202,12 @@ def test_what_is_trained_more_is_taken_where_that_does_no_harm() -> None:
     assert told(reasons_for(ranked([cell(100, likeness=0.3), cell(400)]))[-1]).startswith("no other cell")
 
 
+def test_copies_that_a_higher_strength_hides_are_paid_all_the_same() -> None:
+    copying, wilder = cell(3000, copies=0.3), cell(3000, 1.25)
+    assert first_of(copying, wilder, cell(3000, 0.5, likeness=0.5)) == (3000, 0.5)
+    assert first_of(copying, cell(2000, 1.25)) == (2000, 1.25)  # another checkpoint's are its own
+
+
 def test_of_equals_the_earliest_at_the_usual_strength_is_taken() -> None:
     equal = [cell(200, likeness=0.88), cell(300, likeness=0.9), cell(300, 0.75, likeness=0.91)]
     assert first_of(*equal) == (200, 1)

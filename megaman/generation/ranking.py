@@ -41,6 +41,7 @@ class Rule:
     is_good: bool  # whether more is better
     why: str
     is_of_drawings: bool = True  # where it is unknown, drawings are missing
+    is_lasting: bool = False  # a stronger adapter has no less of it, however wild colours hide it
 
     def points(self, value: float) -> float:
         """What a value of the measure adds to the score: 0 at best."""
@@ -62,7 +63,9 @@ RULES = (
         0.05,
         is_good=False,
         why="A drawing that repeats a training picture shows nothing new. It counts threefold, since what is "
-        "learnt by heart also looks most like the pictures; one in twenty may be chance.",
+        "learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger adapter "
+        "pays at least what it pays weaker.",
+        is_lasting=True,
     ),
     Rule(
         "obedience",
@@ -140,7 +143,17 @@ def _points_of(rule: Rule, cells: Sequence[Cell]) -> list[float]:
     values: list[float | None] = [getattr(cell.measures, rule.name) for cell in cells]
     known = [rule.points(value) for value in values if value is not None]
     worst = min(known, default=0.0) if rule.is_of_drawings else 0.0
-    return [worst if value is None else rule.points(value) for value in values]
+    points = [worst if value is None else rule.points(value) for value in values]
+    return [_lasting(cell, cells, points) for cell in cells] if rule.is_lasting else points
+
+
+def _lasting(cell: Cell, cells: Sequence[Cell], points: Sequence[float]) -> float:
+    """The lowest points of the same adapter at this strength or a weaker one."""
+    return min(
+        own
+        for other, own in zip(cells, points, strict=True)
+        if (other.name, other.step) == (cell.name, cell.step) and other.strength <= cell.strength
+    )
 
 
 # ---------------------------------------------------------------- reasons

@@ -57,8 +57,8 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "從未參與訓練的圖片的損失，比到那時為止的最小值高多少；每個檢查點一個數字，以強度 1 量測。",
   "It is what the LoRA was trained for. More than the training pictures' own gains nothing.":
     "這正是訓練 LoRA 的目的。超過訓練圖片本身並不加分。",
-  "A drawing that repeats a training picture shows nothing new. It counts threefold, since what is learnt by heart also looks most like the pictures; one in twenty may be chance.":
-    "照抄訓練圖片的圖沒有新東西。它以三倍計算，因為背下來的也最像訓練圖片；二十張裡有一張可能是碰巧。",
+  "A drawing that repeats a training picture shows nothing new. It counts threefold, since what is learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger adapter pays at least what it pays weaker.":
+    "照抄訓練圖片的圖沒有新東西。它以三倍計算，因為背下來的也最像訓練圖片；二十張裡有一張可能是碰巧。同一個 LoRA 強度越高，扣分不會越少。",
   "A LoRA that no longer does what the prompt says is of little use. A tenth may go to the character, who looks the same under every prompt.":
     "不再聽提示詞的 LoRA 沒什麼用。一成可以讓給角色，因為角色在每個提示詞下都一樣。",
   "Prompts without the trigger should stay the base's. It counts half: many never draw anything else with the LoRA, and 0.7 of what another seed changes is hardly noticed.":
