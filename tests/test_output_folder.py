@@ -202,6 +202,7 @@ def test_every_flag_that_names_a_path_is_marked_as_one() -> None:
             "init_lora",
             "config",
             "caption_with",
+            "judge",
             "report",
             "adopt",
         )
