@@ -23,6 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch a model
 os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = tempfile.mkdtemp(prefix="megaman_cache_")
 GPUS = os.environ.setdefault("GPUS_OF_THE_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests beside each other: who waits lets others work
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit equality is promised on a CPU
 
 from megaman.common.console import quiet_libraries  # noqa: E402

@@ -28,7 +28,7 @@ from megaman.common.console import UserError
 from megaman.common.files import path_from
 from megaman.common.html import is_page, is_page_of_run
 from megaman.common.kinds import UNET
-from megaman.common.output_folder import OutputLock, RunFolder, move_aside
+from megaman.common.output_folder import OutputLock, RunFolder, move_aside, read_rows
 from megaman.config.record import recorded
 from megaman.config.train import TrainConfig
 from megaman.lora.injection import adapter_of, inject, lora_modules
@@ -49,7 +49,7 @@ from megaman.training.curves import (
     smoothed,
     thinned,
 )
-from megaman.training.run_page import RunStory, read_rows, render_run
+from megaman.training.run_page import RunStory, render_run
 from megaman.training.sampler import generator_of
 from megaman.training.tracker import Tracker
 

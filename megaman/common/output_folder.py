@@ -30,6 +30,7 @@ OF_A_RUN = re.compile(
     + re.escape(RECORD)
 )  # what lies in a run's folder
 STEP_FOLDER = re.compile(r"step-(\d+)")
+LAST_STEP = 10**9  # nobody trains for longer; a larger number in a file is damage
 PROBE_BYTES = 1 << 20  # a disk without room for so much is full
 
 
@@ -101,6 +102,20 @@ def step_folders(folder: Path) -> dict[int, Path]:
     """The folders step-000250, … below a folder (of checkpoints or samples), by step number, ascending."""
     found = ((STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step-*"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that tell something of a step; not the half one that a killed run left."""
+    rows = []
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] <= LAST_STEP:
+            rows.append(row)
+    return rows
 
 
 def holds_files(folder: Path) -> bool:

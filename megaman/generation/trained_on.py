@@ -2,7 +2,6 @@
 by the record of the run.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from megaman.common.cache import Store
 from megaman.common.console import UserError, say
-from megaman.common.output_folder import RunFolder
+from megaman.common.output_folder import RunFolder, read_rows
 from megaman.config.train import PROJECT, STARTER_IMAGES, CropMode
 from megaman.data import buckets, scan
 from megaman.data.buckets import Crop
@@ -92,20 +91,13 @@ def held_out_losses(lora_path: Path) -> dict[int, float]:
     """
     if record_of_run(lora_path) is None:
         return {}
-    path = RunFolder.of_adapter(lora_path).metrics
-    if not path.is_file():
-        return {}
-    found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            facts = json.loads(line)
-            step = int(facts["step"])
-            loss = float(facts["validation_loss"])
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-            continue
-        if math.isfinite(loss) and loss > 0:
-            found[step] = loss
+    rows = read_rows(RunFolder.of_adapter(lora_path).metrics)
+    found = {row["step"]: row["validation_loss"] for row in rows if _is_loss(row.get("validation_loss"))}
     return dict(sorted(found.items()))
+
+
+def _is_loss(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def rise_at(step: int, losses: Mapping[int, float]) -> float | None:

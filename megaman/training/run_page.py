@@ -20,7 +20,15 @@ from typing import Any
 from megaman.common.console import Exit, UserError, command_of, say, shell_quoted
 from megaman.common.files import followed, path_from, write_text
 from megaman.common.html import check_page, is_page, render, script_of
-from megaman.common.output_folder import PAGE, RunFolder, holds_run, step_folders, step_name
+from megaman.common.output_folder import (
+    LAST_STEP,
+    PAGE,
+    RunFolder,
+    holds_run,
+    read_rows,
+    step_folders,
+    step_name,
+)
 from megaman.config.parser import require
 from megaman.config.record import recorded
 from megaman.config.train import FACTS, DataFlags, TrainConfig
@@ -28,7 +36,6 @@ from megaman.training.curves import HEIGHT, WIDTH, Chart, Line, Series, chart_of
 
 SCRIPT = "run.js"
 RATE = "Learning rate"  # falls to 0, which no logarithm shows
-LAST_STEP = 10**9  # nobody trains for longer; a larger number in a file is damage
 KOHYA_FILE = "megaman_lora.safetensors"  # as lora.load names it, which needs torch
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
@@ -39,20 +46,6 @@ WORDS = ("hardly anything", "usual", "strong")
 
 
 # ---------------------------------------------------------------- what the files tell
-
-
-def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that tell something of a step; not the half one that a killed run left."""
-    rows = []
-    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] <= LAST_STEP:
-            rows.append(row)
-    return rows
 
 
 def sample_names(step: int, count: int) -> list[str]:

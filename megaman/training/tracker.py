@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from megaman.common.console import Exit, UserError, listed, say
 from megaman.common.files import replacing, write_text
-from megaman.common.output_folder import RunFolder
-from megaman.training.run_page import read_rows, renew_page, sample_names, samples_of
+from megaman.common.output_folder import RunFolder, read_rows
+from megaman.training.run_page import renew_page, sample_names, samples_of
 from megaman.training.sampler import Position
 
 SKIPS_IN_A_ROW = 20  # fp16's scaler skips a step now and then; after so many nothing is learned any more
