@@ -252,7 +252,8 @@ def test_a_run_that_was_never_timed_keeps_its_total(
 
 @pytest.mark.parametrize("other", [("--max_train_steps", "5"), ("--num_train_epochs", "2")])
 def test_two_lengths_contradict_each_other(other: tuple[str, str]) -> None:
-    with pytest.raises(UserError, match="contradict each other; give one") as error:
+    both = f"^{' and '.join(sorted(('--max_minutes', other[0])))} contradict each other; give one"
+    with pytest.raises(UserError, match=both) as error:
         read_config(["--max_minutes", "1", *other])
     assert error.value.exit_code == 2
     cfg, _ = read_config(["--preset", "demo", "--max_minutes", "1.5"])  # a preset's total gives way

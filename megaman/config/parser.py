@@ -279,9 +279,7 @@ def parse_flags(
     for source in (preset, file, given):
         rivals = either_or & source.keys()
         if len(rivals) > 1:
-            raise UserError(
-                f"--{' and --'.join(sorted(either_or))} contradict each other; give one", Exit.USAGE
-            )
+            raise UserError(f"--{' and --'.join(sorted(rivals))} contradict each other; give one", Exit.USAGE)
         if rivals:
             values |= {name: known[name].of_code(known[name].default) for name in either_or}
         values |= source

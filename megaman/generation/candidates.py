@@ -91,7 +91,7 @@ def has_checkpoints(adapter: Path) -> bool:
     """Whether the run that an adapter's file or folder belongs to has any; said if it has none."""
     folders = step_folders(RunFolder.of_adapter(adapter).checkpoints).values()
     found = any((folder / ADAPTER_FILE).is_file() for folder in folders)
-    if not found:
+    if adapter.exists() and not found:
         say(f"note: {adapter}: no checkpoints beside it; only strengths are compared")
     return found
 
