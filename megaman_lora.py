@@ -732,8 +732,11 @@ def show_dataset(cfg: TrainConfig) -> None:
         output = output / "dry_run"  # a run's files stay as they are
     report = with_captions_from_pictures(data.report, cfg, open_store(cfg), data.dataset.tokenizer)
     say(f"dry run: nothing was trained. {report.write(output)} shows every picture and its caption")
-    offered = report.offer_captions(output / CAPTIONS)
-    copied = report.copy_captions(output / CAPTIONS) if cfg.write_captions else []
+    earlier = Path(cfg.output_dir, CAPTIONS)  # made before the run, perhaps edited
+    folder = earlier if earlier.is_dir() else output / CAPTIONS
+    copies_only = cfg.write_captions and cfg.caption_with is None  # what somebody has read, not names
+    offered = [] if copies_only else report.offer_captions(folder)
+    copied = report.copy_captions(folder) if cfg.write_captions else []
     for line in (*offered, *copied):
         say(line)
 

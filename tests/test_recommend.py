@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from adapted import inject_lora
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from test_pages import Reader, digest_of, page_policy
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -59,10 +59,14 @@ def figures(make: Callable[[random.Random], Figure], seed: int) -> list[Image.Im
 
 
 def measured(
-    base: StableDiffusion, named: Sequence[Image.Image | None], plain: Sequence[Image.Image | None] = ()
+    base: StableDiffusion,
+    named: Sequence[Image.Image | None],
+    plain: Sequence[Image.Image | None] = (),
+    *,
+    flip: bool = False,
 ) -> Measures:
     """The measures of a cell that drew these, beside a base that drew foreign figures, and eight heroes that
-    were trained on.
+    were trained on, with `flip` mirrored too.
     """
     foreign = figures(random_figure, 1)
     training = [draw(random_hero(random.Random(seed))) for seed in range(8)]
@@ -75,10 +79,10 @@ def measured(
             grids.append([files[i : i + SEEDS] for i in range(0, len(files), SEEDS)])
         cells.append(CellFiles(*grids))
     there = {str(i): image for i, image in enumerate(pictures) if image is not None}
-    looked_at = [
-        Picture((64, 64), lambda image=image: pixels_of(image)) for image in (*there.values(), *training)
-    ]
-    seen = seeing.see(list(there), cells[0], features_of(looked_at, base, None))
+    mirrored = [ImageOps.mirror(image) for image in training] if flip else []
+    shown = (*there.values(), *training, *mirrored)
+    looked_at = [Picture((64, 64), lambda image=image: pixels_of(image)) for image in shown]
+    seen = seeing.see(list(there), cells[0], features_of(looked_at, base, None), len(mirrored))
     return seeing.measured(cells[1], cells[0], seen, None)
 
 
@@ -100,6 +104,12 @@ def test_a_copied_training_picture_is_found_and_a_new_one_is_none(embedded: Stab
     copied = [draw(random_hero(random.Random(seed))) for seed in (0, 1, 2)]
     assert measured(embedded, fresh).copies == 0
     assert measured(embedded, [*copied, *fresh[3:]]).copies == pytest.approx(0.5)
+
+
+def test_a_mirrored_copy_is_one_where_the_training_mirrored(embedded: StableDiffusion) -> None:
+    turned = [ImageOps.mirror(draw(random_hero(random.Random(seed)))) for seed in range(6)]
+    assert measured(embedded, turned).copies < 1
+    assert measured(embedded, turned, flip=True).copies == 1
 
 
 def test_a_copy_that_is_a_little_noisy_is_one_still(embedded: StableDiffusion) -> None:
@@ -297,8 +307,9 @@ def test_a_run_is_recommended_from_end_to_end(
     chosen = found["rows"][0]
     assert f"recommended: {chosen['adapter']}" in told_lines
     assert found["command"] in told_lines
-    flag = "--adopt step-000002" if chosen["adapter"] == "step-000002" else "--lora_scale"
-    assert flag in found["command"]
+    step = {"step-000002": 2, "megaman_lora": 4}[chosen["adapter"]]
+    is_plain = step == 4 and chosen["strength"] == 1  # the run's own adapter as it is
+    assert ("--lora_scale 1" if is_plain else f"--adopt step-{step:06}") in found["command"]
     again = recommend(finished / "lora_weights", tmp_path / "gen", *PROMPTS)
     assert "pictures: 0 to draw, 72 already there" in capsys.readouterr().err
     assert again == found
@@ -413,6 +424,7 @@ def test_without_checkpoints_or_a_run_only_strengths_are_compared(
 def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished / "lora_weights", run / "lora_weights")
+    shutil.copy(finished / "metrics.jsonl", run)
     record = json.loads((finished / "training_config.json").read_text())
 
     def missing(**changes: Any) -> str:
@@ -426,7 +438,12 @@ def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path
     assert missing(crop="?", resolution="large") == ""
     assert "no longer in" in missing(data_dir="./gone")
     assert "no longer in" in missing(data_dir=5)
-    assert "holds no pictures any more" in missing(data_dir=str(empty))
+    assert "holds other pictures than those of the training" in missing(data_dir=str(empty))
+    changed = tmp_path / "changed"
+    shutil.copytree(record["data_dir"], changed)
+    assert missing(data_dir=str(changed)) == ""
+    next(changed.glob("*.png")).unlink()
+    assert "holds other pictures than those of the training" in missing(data_dir=str(changed))
     (run / "training_config.json").write_text("{")
     assert "no training run of ours" in find_training_pictures(run / "lora_weights", 32, 4).missing
 
@@ -459,7 +476,41 @@ def test_held_out_losses_are_read_past_every_damage(finished: Path, tmp_path: Pa
     losses = held_out_losses(run / "lora_weights")
     assert losses == {0: 1.0, 20: 0.5, 30: 0.6}
     rises = [rise_at(step, losses) for step in (0, 10, 20, 30)]
-    assert rises == [0, None, 0, pytest.approx(0.2)]
+    assert rises == [0, 0, 0, pytest.approx(0.2)]  # at 10 as at the last measured before
+    assert rise_at(5, {10: 1.0}) is None
+
+
+@pytest.mark.parametrize("theirs", ['{"mine": 1}', "[1]", "no json", None])
+def test_numbers_of_another_s_in_the_place_are_refused_before_anything_is_drawn(
+    finished: Path, tmp_path: Path, theirs: str | None
+) -> None:
+    gallery, elsewhere = tmp_path / "gen", tmp_path / "mine.json"
+    recommend(finished / "lora_weights", gallery, *PROMPTS[:2], "--lora_scale", "1")
+    numbers = gallery / "recommend.json"
+    numbers.unlink()
+    if theirs is None:
+        numbers.mkdir()
+    else:
+        elsewhere.write_text(theirs)
+        numbers.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="no recommendation of ours") as error:
+        recommend(finished / "lora_weights", gallery, *PROMPTS[:2], "--lora_scale", "1")
+    assert error.value.exit_code == 7
+    assert theirs is None or elsewhere.read_text() == theirs
+
+
+def test_a_drawing_that_was_cropped_since_is_left_out_and_said(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [*PROMPTS, "--lora_scale", "1"]
+    found = recommend(finished / "lora_weights", tmp_path / "gen", *few)
+    file = tmp_path / "gen" / found["rows"][0]["named"][0]["file"]
+    Image.new("RGB", (120, 30)).save(file)
+    again = recommend(finished / "lora_weights", tmp_path / "gen", *few)
+    assert "1 picture of another size than drawn, left out" in capsys.readouterr().err
+    shots = [shot["file"] for row in again["rows"] for shot in row["named"]]
+    assert shots.count(None) == 1
+    assert file.is_file()
 
 
 def test_a_page_of_another_s_in_the_place_is_refused_before_anything_is_drawn(
@@ -520,7 +571,7 @@ def test_a_clip_model_looks_where_one_is_named(clip: Path, finished: Path, tmp_p
     few = [*PROMPTS, "--lora_scale", "1"]
     own = recommend(finished / "lora_weights", tmp_path / "gen", *few)
     found = recommend(finished / "lora_weights", tmp_path / "gen", *few, f"--judge={clip}")
-    assert found["judge"] == str(clip)
+    assert found["judge"] == clip.name  # no path: a page is shared
     for ours, theirs in zip(own["rows"], found["rows"], strict=True):
         assert ours["measures"]["copies"] == theirs["measures"]["copies"]  # the VAE tells those
         if ours["strength"] and ours["adapter"] == theirs["adapter"]:

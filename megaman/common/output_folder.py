@@ -30,6 +30,7 @@ OF_A_RUN = re.compile(
     + re.escape(RECORD)
 )  # what lies in a run's folder
 STEP_FOLDER = re.compile(r"step-(\d+)")
+CONTENT = "content"  # among what metrics.jsonl tells of the pictures: by it they are known again
 LAST_STEP = 10**9  # nobody trains for longer; a larger number in a file is damage
 PROBE_BYTES = 1 << 20  # a disk without room for so much is full
 

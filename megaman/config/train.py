@@ -389,7 +389,8 @@ class TrainConfig(CaptionFlags, RunFlags, PrecisionFlags, OptimisationFlags, Ada
         together = "must be given together with --preserve_weight above 0"
         require(preserves, f"--preserve_class {words}: {together}")
         check_captions(self, is_dry=self.dry_run)
-        is_pair = self.earlier_total is None or len(self.earlier_total) == 2
+        earlier = self.earlier_total or [0, 0]
+        is_pair = len(earlier) == 2 and earlier[0] <= earlier[-1]
         require(is_pair, f"--earlier_total {self.earlier_total}: must be two numbers, a step and a total")
 
 

@@ -1,11 +1,14 @@
 """Captions offered in a folder of .txt files, to be edited, and put beside the pictures that have none."""
 
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from megaman.common.console import Exit, UserError
 from megaman.common.files import replacing, write_text
+
+PICTURES = ".pictures.json"  # beside captions: whose they are
 
 
 def caption_files(
@@ -63,6 +66,20 @@ def _holds_one_of(file: Path, texts: Collection[str]) -> bool:
     with file.open("rb") as stream:
         data = stream.read(max((len(text.encode()) + 3 for text in texts), default=0))
     return data.rstrip(b"\r\n") in {text.encode() for text in texts if text}
+
+
+def pictures_behind(folder: Path) -> dict[str, list[str]]:
+    """Which pictures, by content, the captions in a folder were made for, by file; unknown ones lack."""
+    try:
+        known = json.loads((folder / PICTURES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def note_pictures(folder: Path, pictures: Mapping[str, list[str]]) -> None:
+    """Keeps for which pictures, by content, captions in a folder were made, by file."""
+    write_text(folder / PICTURES, json.dumps(pictures_behind(folder) | dict(pictures), indent=1) + "\n")
 
 
 def copy_caption_set(source: Path, files: Sequence[Path], folder: Path) -> tuple[list[Path], list[Path]]:

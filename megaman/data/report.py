@@ -1,5 +1,6 @@
 """What will be trained on, told before it costs anything: on the terminal and as a page."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +10,16 @@ from typing import Any
 from megaman.common.console import NAMED, count, listed, one_line, shell_quoted
 from megaman.common.files import followed, write_text
 from megaman.common.html import check_page, render
-from megaman.common.output_folder import PAGE
+from megaman.common.output_folder import CONTENT, PAGE
 from megaman.config.train import DataFlags
 from megaman.data.buckets import Bucket, Fit, fit_of
-from megaman.data.caption_set import caption_files, copy_caption_set, write_caption_set
+from megaman.data.caption_set import (
+    caption_files,
+    copy_caption_set,
+    note_pictures,
+    pictures_behind,
+    write_caption_set,
+)
 from megaman.data.captions import (
     Caption,
     captions_of_nobody,
@@ -23,7 +30,7 @@ from megaman.data.captions import (
     tag_frequencies,
 )
 from megaman.data.folder import Listing
-from megaman.data.scan import ScannedPicture, Skipped, duplicates
+from megaman.data.scan import ScannedPicture, Skipped, content_of, duplicates
 from megaman.data.tags import MadeCaptions
 
 MUCH_IS_CUT = 0.35  # of a picture, outside the frame; a photo of 3:2 in a square loses a third
@@ -165,6 +172,7 @@ class Report:
             "enlarged": len(self.enlarged),
             "look alike": sum(map(len, self.alike)),
             "skipped": len(self.skipped),
+            CONTENT: content_of(picture.scanned.digest for picture in self.pictures),
         }
 
     def lines(self) -> list[str]:
@@ -297,29 +305,53 @@ class Report:
         by_picture = self.made.by_picture
         from_names = {Path(p.name): p.caption.text for p in self.captioned_from_name if p.name in by_picture}
         made, kept = write_caption_set(folder, self._offered, from_names, self._taken)
+        contents = self._contents()
+        if made:
+            of_made = (file.relative_to(folder).as_posix() for file in made)
+            note_pictures(folder, {file: contents[file] for file in of_made})
+        known = pictures_behind(folder)
+        of_others = [file for file in contents if folder / file in kept and known.get(file) != contents[file]]
         of = "the pictures" if by_picture else "names"
         lines = []
         if made:
             copying = "edit them and copy them to your pictures (--dry_run --write_captions does)"
             lines.append(f"captions made from {of} lie in {folder}: {copying}")
-        if kept:
+        if found := len(kept) - len(of_others):
             again = "; delete those that you want anew" if by_picture else ""
-            lines.append(
-                f"{count(len(kept), 'caption')} of an earlier dry run left as found in {folder}{again}"
-            )
-        return lines
+            lines.append(f"{count(found, 'caption')} of an earlier dry run left as found in {folder}{again}")
+        return lines + _about_others(of_others, folder)
+
+    def _contents(self) -> dict[str, list[str]]:
+        """The pictures, by content, that each caption's file is for, below the folder of captions."""
+        digests = {Path(picture.name): picture.scanned.digest for picture in self.pictures}
+        found: dict[str, list[str]] = {}
+        files = caption_files(self._offered, self._taken)
+        for (picture, _), (file, _) in zip(self._offered, files, strict=True):
+            found.setdefault(file.as_posix(), []).append(digests[picture])
+        return {file: sorted(each) for file, each in found.items()}
 
     def copy_captions(self, folder: Path) -> list[str]:
-        """Copies the captions that `offer_captions` has put there beside their pictures, where none lies.
-        What to tell of it, a line each.
+        """Copies the captions that `offer_captions` has put there for these very pictures beside them, where
+        none lies. What to tell of it, a line each.
         """
-        files = [file for file, _ in caption_files(self._offered, self._taken)]
-        new, kept = copy_caption_set(folder, files, self.folder)
+        contents = self._contents()
+        known = pictures_behind(folder)
+        there = [file for file in contents if os.path.lexists(folder / file)]
+        own = [Path(file) for file in there if known.get(file) == contents[file]]
+        new, kept = copy_caption_set(folder, own, self.folder)
         lines = [f"{count(len(new), 'caption')} written beside the pictures in {self.folder}"]
+        if contents and not there:
+            lines.append(f"no captions lie in {folder} yet: make them with --dry_run, and edit them")
+        lines += _about_others([file for file in there if Path(file) not in own], folder)
         if kept:
             named = listed(file.as_posix() for file in kept)
             lines.append(f"{count(len(kept), 'caption file')} left as found in {self.folder}: {named}")
         return lines
+
+
+def _about_others(files: Sequence[str], folder: Path) -> list[str]:
+    whose = f"in {folder} made for other pictures, or nobody knows for which; left as found, and not copied"
+    return [f"note: {count(len(files), 'caption')} {whose}: {listed(files)}"] if files else []
 
 
 def _named(pictures: Sequence[TrainedPicture]) -> str:

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,3 +179,8 @@ def duplicates(fingerprints: Sequence[int], sizes: Sequence[tuple[int, int]]) ->
         same = np.flatnonzero(alike & (differing <= SAME_BITS))
         pairs += [(int(same[0]), later)] if same.size else []
     return pairs
+
+
+def content_of(digests: Iterable[str]) -> str:
+    """A sum over the content of pictures, whatever their names and order."""
+    return key_of(*sorted(digests))[:12]

@@ -3,21 +3,23 @@ it: recommend.html, recommend.json, a line.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaman.common.console import command_of, say, shell_quoted
+from megaman.common.console import Exit, UserError, command_of, count, say, shell_quoted
 from megaman.common.files import followed, path_from, write_text
 from megaman.common.html import SMALL_PX, check_page, render, script_of
-from megaman.common.output_folder import CHECKPOINTS, STEP_FOLDER, RunFolder
+from megaman.common.output_folder import ADAPTER_FILE, CHECKPOINTS, STEP_FOLDER, RunFolder, step_name
 from megaman.config.generate import TRIGGER, GenerateConfig
 from megaman.generation import judge, seeing
 from megaman.generation.candidates import Candidate, record_of_run
 from megaman.generation.comparison import Drawings, Shots, Task, drawings_of, tell_size
 from megaman.generation.features import Look, features_of
 from megaman.generation.ranking import (
+    NEAR,
     RULES,
     Cell,
     Ranked,
@@ -29,7 +31,7 @@ from megaman.generation.ranking import (
     told,
 )
 from megaman.generation.records import Job, read_records
-from megaman.generation.seeing import CellFiles, Seen
+from megaman.generation.seeing import CellFiles, Seen, size_of
 from megaman.generation.trained_on import (
     TrainingPictures,
     find_training_pictures,
@@ -37,9 +39,11 @@ from megaman.generation.trained_on import (
     rise_at,
 )
 from megaman.lora.adapter import Adapter
+from megaman.model.hub import is_local
 from megaman.model.stable_diffusion import StableDiffusion
 
 PAGE, NUMBERS = "recommend.html", "recommend.json"
+MARK, MAKER = "made_by", "megaman_lora"  # in the numbers: by it they are known for ours
 MEANINGS = {
     "likeness": "How much nearer to your training pictures the drawings are than the base's, by the features "
     "of what looks at them: 0 % as far as the base's, 100 % as near as your pictures are to each other.",
@@ -58,6 +62,10 @@ NO_TRAINING = "Likeness and copies are left out: {n}."
 NO_PLAIN: Reason = ("Leakage is left out: no prompt lacks the trigger.", "")
 NO_SEEDS: Reason = (
     "Obedience and leakage are left out: they need two seeds (--num_images_per_prompt 2).",
+    "",
+)
+NO_PROMPTS: Reason = (
+    "Obedience is left out: it needs two prompts with the trigger, drawn with the same seeds.",
     "",
 )
 NO_LOSS: Reason = ("No held-out loss was measured in this run.", "")
@@ -82,6 +90,7 @@ def gather(
     """
     tell_size(tasks)
     check_page(Path(cfg.output_dir) / PAGE)
+    check_numbers(Path(cfg.output_dir) / NUMBERS)
     look = None if cfg.judge is None else judge.load_judge(cfg.judge, base.device)
     side = adapter.metadata.get("resolution", base.native_resolution)
     training = find_training_pictures(lora_path, side, base.cell_px)
@@ -133,24 +142,29 @@ def next_command(chosen: Row, lora_path: Path) -> str:
     """What to type next: to make a checkpoint of a run of ours its adapter, or to draw at the strength."""
     candidate = chosen.drawings.candidate
     strength = f"{chosen.cell.strength:g}"
+    run = RunFolder.of_adapter(candidate.place)
     is_checkpoint = STEP_FOLDER.fullmatch(candidate.name) and candidate.place.parent.name == CHECKPOINTS
-    if is_checkpoint and record_of_run(candidate.place) is not None:
-        run = RunFolder.of_adapter(candidate.place).path
-        which = candidate.name if strength == "1" else f"{candidate.name}:{strength}"
-        place = shell_quoted(path_from(Path(), run) or str(run))
+    name = candidate.name if is_checkpoint else step_name(chosen.cell.step)
+    is_there = (run.checkpoints / name / ADAPTER_FILE).is_file()
+    is_ours = is_there and record_of_run(candidate.place) is not None
+    if is_ours and (is_checkpoint or strength != "1"):
+        which = name if strength == "1" else f"{name}:{strength}"
+        place = shell_quoted(path_from(Path(), run.path) or str(run.path))
         return f"{command_of('megaman_lora.py')} --adopt {which} --output_dir {place}"
     place = shell_quoted(str(lora_path if candidate.is_chosen else candidate.place))
     return f"{command_of('generate_megaman.py')} --lora_path {place} --lora_scale {strength}"
 
 
-def notes_on(base: Drawings, evidence: Evidence) -> list[Reason]:
+def notes_on(base: Drawings, evidence: Evidence, cells: Sequence[Cell]) -> list[Reason]:
     """What could not be measured, and why."""
     notes: list[Reason] = []
     if evidence.training.missing:
         notes.append((NO_TRAINING, evidence.training.missing))
     if max(map(len, base.named)) < 2:
         notes.append(NO_SEEDS)
-    elif not base.plain:
+    elif all(cell.measures.obedience is None for cell in cells):
+        notes.append(NO_PROMPTS)
+    if not base.plain:
         notes.append(NO_PLAIN)
     return notes if evidence.losses else [*notes, NO_LOSS]
 
@@ -209,22 +223,22 @@ def recommend(tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion,
     strength, why, and what to type next. The page.
     """
     output = Path(cfg.output_dir)
-    wanted = {task.digest for task in tasks}
-    there = {record.job: record.file for record in read_records(output) if record.job in wanted}
+    there = _drawn(tasks, output)
     drawings = drawings_of(tasks, evidence.trigger)
     files = [CellFiles(_files(each.named, there), _files(each.plain, there)) for each in drawings]
     sizes = {there[task.digest]: task.job for task in tasks if task.digest in there}
     drawn = {file: (job.height, job.width) for file, job in sizes.items()}
-    pictures = seeing.pictures_of(drawn, output, evidence.training.pictures)
-    seen = seeing.see(list(drawn), files[0], features_of(pictures, base, evidence.look))
+    pictures = seeing.pictures_of(drawn, output, evidence.training)
+    found = features_of(pictures, base, evidence.look)
+    seen = seeing.see(list(drawn), files[0], found, len(evidence.training.mirrored))
     rows = rows_of(drawings, files, evidence, seen)
     reasons = reasons_for([row.ranked for row in rows if row.ranked is not None])
     facts: dict[str, Any] = {
         "base": base.name,
         "trigger": evidence.trigger,
-        "judge": cfg.judge,
+        "judge": Path(cfg.judge).name if cfg.judge and is_local(cfg.judge) else cfg.judge,
         "reasons": reasons,
-        "notes": notes_on(drawings[0], evidence),
+        "notes": notes_on(drawings[0], evidence, [row.cell for row in rows]),
         "command": next_command(rows[0], evidence.lora_path),
         "rows": [row_told(row, place, seen) for place, row in enumerate(rows)],
     }
@@ -233,6 +247,17 @@ def recommend(tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion,
     say(f"recommended: {named(rows[0].cell)}: {'; '.join(map(told, reasons))}")
     say(f"next: {facts['command']}")
     return output / PAGE
+
+
+def _drawn(tasks: Sequence[Task], output: Path) -> dict[str, str]:
+    """The file of each task that is drawn, by its digest; none that somebody has cropped or scaled since."""
+    wanted = {task.digest: task.job for task in tasks}
+    records = [record for record in read_records(output) if record.job in wanted]
+    sizes = {digest: (job.width, job.height) for digest, job in wanted.items()}
+    whole = [each for each in records if size_of(output / each.file) == sizes[each.job]]
+    if changed := len(records) - len(whole):
+        say(f"note: {count(changed, 'picture')} of another size than drawn, left out; delete to draw anew")
+    return {record.job: record.file for record in whole}
 
 
 def _files(shots: Shots, there: Mapping[str, str]) -> list[list[str | None]]:
@@ -245,10 +270,22 @@ def named(cell: Cell) -> str:
     return f"{cell.name}{step} at strength {cell.strength:g}"
 
 
+def check_numbers(path: Path) -> None:
+    """UserError (exit 7) if something of that name is there that no recommendation of ours made."""
+    if not os.path.lexists(path):
+        return
+    try:
+        is_ours = json.loads(path.read_text(encoding="utf-8"))[MARK] == MAKER
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{path}: no recommendation of ours. Name another --output_dir.", Exit.STATE)
+
+
 def write_numbers(path: Path, facts: Mapping[str, Any], training: Sequence[str]) -> None:
     """Every number of the page as JSON."""
     rules = [asdict(rule) for rule in RULES]
-    text = json.dumps({**facts, "rules": rules, "training": training}, indent=1, allow_nan=False)
+    text = json.dumps({MARK: MAKER, **facts, "rules": rules, "training": training}, indent=1, allow_nan=False)
     write_text(followed(path), text + "\n")
 
 
@@ -262,6 +299,7 @@ def write_page(path: Path, facts: Mapping[str, Any], training: TrainingPictures)
         training=training.pictures,
         is_small=max(sides, default=0) <= SMALL_PX,
         rules=RULES,
+        near=NEAR,
         meanings=MEANINGS,
         cost_of=cost_of,
         percent=percent,

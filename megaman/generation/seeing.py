@@ -12,7 +12,7 @@ from torch import Tensor
 from megaman.generation import features, measures
 from megaman.generation.features import Features, Picture
 from megaman.generation.ranking import Measures
-from megaman.generation.trained_on import TrainingPicture
+from megaman.generation.trained_on import TrainingPictures
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Seen:
     features: Features  # the drawings', then the training pictures'
     looks: np.ndarray  # as features.looks, each number in units of what it varies by
     nearest: Sequence[Nearest]  # of each drawing; of none without training pictures
+    mirrored: int = 0  # of the features, the last so many are training pictures again, mirrored
 
     def rows_of(self, files: Iterable[str | None]) -> list[int]:
         """Those of the drawings that are there."""
@@ -65,7 +66,7 @@ class Seen:
     @property
     def trained(self) -> slice:
         """The training pictures' rows."""
-        return slice(len(self.rows), None)
+        return slice(len(self.rows), len(self.features.tones) - self.mirrored)
 
     @property
     def has_training(self) -> bool:
@@ -74,26 +75,36 @@ class Seen:
 
 
 def pictures_of(
-    drawn: Mapping[str, tuple[int, int]], folder: Path, training: Sequence[TrainingPicture]
+    drawn: Mapping[str, tuple[int, int]], folder: Path, training: TrainingPictures
 ) -> list[Picture]:
     """The drawings in a folder, by file with height and width, and behind them the training pictures, as they
-    are looked at.
+    are looked at, and the mirrored ones.
     """
     found = [Picture(size, partial(_pixels, folder / file)) for file, size in drawn.items()]
-    crops = [each.crop for each in training]
+    crops = [*(each.crop for each in training.pictures), *training.mirrored]
     return found + [Picture((crop.bucket.height, crop.bucket.width), crop.pixels) for crop in crops]
 
 
-def see(drawn: Sequence[str], base: CellFiles, found: Features) -> Seen:
-    """What was found of the drawings and, behind them, of the training pictures. base: the base's
-    drawings.
+def see(drawn: Sequence[str], base: CellFiles, found: Features, mirrored: int = 0) -> Seen:
+    """What was found of the drawings and, behind them, of the training pictures, the last so many of them
+    mirrored. base: the base's drawings.
     """
     rows = {file: row for row, file in enumerate(drawn)}
     of_base = [rows[file] for file in base.there]
     known = [*of_base, *range(len(rows), len(found.tones))]
     varies = found.looks[known].std(axis=0) if len(known) > 1 else np.ones(found.looks.shape[1])
     looks = found.looks / np.where(varies < measures.TINY, 1, varies)
-    return Seen(rows, found, looks, _nearest(found.latents, len(rows), of_base))
+    nearest = _nearest(found.latents, len(rows), of_base, mirrored)
+    return Seen(rows, found, looks, nearest, mirrored)
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """A picture's width and height; None where it can't be read."""
+    try:
+        with open_image(path) as image:
+            return image.size
+    except OSError:
+        return None
 
 
 def _pixels(path: Path) -> Tensor:
@@ -101,14 +112,16 @@ def _pixels(path: Path) -> Tensor:
         return features.pixels_of(image)
 
 
-def _nearest(latents: np.ndarray, drawn: int, of_base: Sequence[int]) -> list[Nearest]:
-    """The training picture nearest to each of the first rows, among the other rows. Where those are too few
-    to tell how far two of them usually lie apart, the base's drawings say it.
+def _nearest(latents: np.ndarray, drawn: int, of_base: Sequence[int], mirrored: int) -> list[Nearest]:
+    """The training picture nearest to each of the first rows, among the other rows, as it is or mirrored.
+    Where those are too few to tell how far two of them usually lie apart, the base's drawings say it.
     """
-    known = latents[drawn:]
+    known = latents[drawn : len(latents) - mirrored]
     if not len(known) or not drawn:
         return []
     away = measures.distances(latents[:drawn], known)
+    if mirrored:
+        away = np.minimum(away, measures.distances(latents[:drawn], latents[-mirrored:]))
     usual = measures.usual_distance(known)
     if not usual:
         usual = float(np.median(away[of_base].min(axis=1))) if of_base else 0.0

@@ -4,7 +4,7 @@ by the record of the run.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from megaman.common.cache import Store
 from megaman.common.console import UserError, say
-from megaman.common.output_folder import RunFolder, read_rows
-from megaman.config.train import PROJECT, STARTER_IMAGES, CropMode
+from megaman.common.output_folder import CONTENT, RunFolder, read_rows
+from megaman.config.train import PROJECT, CropMode
 from megaman.data import buckets, scan
 from megaman.data.buckets import Crop
 from megaman.data.folder import look_into
@@ -37,6 +37,7 @@ class TrainingPictures:
 
     pictures: tuple[TrainingPicture, ...] = ()
     missing: str = ""
+    mirrored: tuple[Crop, ...] = ()  # the same, where they were also trained on mirrored
 
 
 def find_training_pictures(lora_path: Path, side: int, cell_px: int) -> TrainingPictures:
@@ -46,43 +47,54 @@ def find_training_pictures(lora_path: Path, side: int, cell_px: int) -> Training
     record = record_of_run(lora_path)
     if record is None:
         return TrainingPictures(missing="the adapter lies in no training run of ours")
-    folder = _folder_in(record)
-    if folder is None:
+    run = RunFolder.of_adapter(lora_path)
+    trained = next((row["dataset"].get(CONTENT) for row in read_rows(run.metrics) if _tells(row)), None)
+    folders = _folders_in(record, run)
+    if not folders:
         return TrainingPictures(missing=f"the training pictures are no longer in {record.get('data_dir')}")
     resolution = record.get("resolution")
     side = resolution if isinstance(resolution, int) and resolution > 0 else side
     modes: tuple[CropMode, ...] = get_args(CropMode)
     crop = next((mode for mode in modes if mode == record.get("crop")), modes[0])
-    try:
-        scanned, _ = scan.scan(look_into(folder), Store(None))
-    except UserError as error:
-        return TrainingPictures(missing=str(error))
-    if not scanned:
-        return TrainingPictures(missing=f"{folder} holds no pictures any more")
+    for folder in folders:
+        try:
+            scanned, _ = scan.scan(look_into(folder), Store(None))
+        except UserError as error:
+            return TrainingPictures(missing=str(error))
+        if scanned and trained in (None, scan.content_of(each.digest for each in scanned)):
+            break
+    else:
+        return TrainingPictures(missing=f"{folders[0]} holds other pictures than those of the training")
     if len(scanned) > MOST:
         say(f"note: {MOST} of the {len(scanned)} training pictures are compared, evenly picked")
         scanned = [scanned[i] for i in np.linspace(0, len(scanned) - 1, MOST).astype(int)]
     offered = buckets.buckets_of(side, cell_px, crop)
-    return TrainingPictures(
-        tuple(
-            TrainingPicture(
-                each.path.relative_to(folder).as_posix(),
-                Crop(each.path, each.digest, buckets.bucket_for(each.size, offered), whole=each.size),
-                each.thumbnail,
-            )
-            for each in scanned
+    found = tuple(
+        TrainingPicture(
+            each.path.relative_to(folder).as_posix(),
+            Crop(each.path, each.digest, buckets.bucket_for(each.size, offered), whole=each.size),
+            each.thumbnail,
         )
+        for each in scanned
     )
+    turned = found if record.get("flip") is True else ()
+    return TrainingPictures(found, mirrored=tuple(replace(each.crop, is_mirrored=True) for each in turned))
 
 
-def _folder_in(record: dict[str, Any]) -> Path | None:
-    """The data folder that a run's record names, if it is still there; the demo's wherever it runs."""
+def _tells(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("dataset"), dict)
+
+
+def _folders_in(record: dict[str, Any], run: RunFolder) -> list[Path]:
+    """Where the data folder that a run's record names may be: a relative one is seen from here, from beside
+    the run, or from the project. Only those that are there.
+    """
     named = record.get("data_dir")
     if not isinstance(named, str):
-        return None
+        return []
     folder = Path(named).expanduser()
-    places = [folder, PROJECT / folder] if Path(named) == Path(STARTER_IMAGES) else [folder]
-    return next((place for place in places if place.is_dir()), None)
+    beside = [] if folder.is_absolute() else [run.path.parent / folder, PROJECT / folder]
+    return [place for place in (folder, *beside) if place.is_dir()]
 
 
 def held_out_losses(lora_path: Path) -> dict[int, float]:
@@ -101,9 +113,8 @@ def _is_loss(value: object) -> bool:
 
 
 def rise_at(step: int, losses: Mapping[int, float]) -> float | None:
-    """By how much the held-out loss of a step lies above the smallest until then, as a share of that; None
-    where that step was not measured.
+    """By how much the held-out loss of a step lies above the smallest until then, as a share of that: of the
+    last one measured, where this one was not; None where none was until then.
     """
-    if step not in losses:
-        return None
-    return losses[step] / min(loss for at, loss in losses.items() if at <= step) - 1
+    known = [loss for at, loss in sorted(losses.items()) if at <= step]
+    return known[-1] / min(known) - 1 if known else None

@@ -42,6 +42,10 @@ const CHINESE = { // 正體中文, by the English that stands in the page
   "Leakage is left out: no prompt lacks the trigger.": "沒有量外洩：每個提示詞都有觸發詞。",
   "Obedience and leakage are left out: they need two seeds (--num_images_per_prompt 2).":
     "沒有量聽話和外洩：它們需要兩個種子（--num_images_per_prompt 2）。",
+  "Obedience is left out: it needs two prompts with the trigger, drawn with the same seeds.":
+    "沒有量聽話：它需要兩個有觸發詞、用同樣種子畫的提示詞。",
+  "Of cells within {n} of the best score the one nearest to strength 1 is taken, then the earliest.":
+    "與最好的分數相差 {n} 以內的組合裡，取強度最接近 1 的，再取最早的。",
   "No held-out loss was measured in this run.": "這次訓練沒有量保留圖片的損失。",
   "How much nearer to your training pictures the drawings are than the base's, by the features of what looks at them: 0 % as far as the base's, 100 % as near as your pictures are to each other.":
     "依觀看者的特徵，畫出的圖片比基礎模型的更接近您的訓練圖片多少：0 % 和基礎模型一樣遠，100 % 和您的圖片彼此之間一樣近。",

@@ -36,6 +36,7 @@ from megaman.lora.names import canonical
 from megaman.lora.save import FLOAT16, check_written, deltas_in, write_adapter
 from megaman.training.checkpoints import STATE_FILE, Damaged, read_checkpoint, read_manifest
 from megaman.training.optim import EMA_PREFIX
+from megaman.training.run_page import renew_page
 
 PARTIAL = f".{WEIGHTS}.partial"  # a folder of this name in a run's holds what is not finished
 ASIDE = re.compile(rf"{WEIGHTS}\.\d{{3,}}")
@@ -188,6 +189,7 @@ def adopt(cfg: TrainConfig) -> None:
         preview = run.samples / step_name(choice.step) / "01.png"
         write_adapter(adapter, partial, preview=preview if preview.is_file() else None)
         aside = _put_in_place(partial, run.weights)
+    renew_page(run)
     if aside is not None:
         say(f"output: the earlier {WEIGHTS} is kept as {aside}")
     drawn = "" if choice.strength is None else f", to be drawn at strength {choice.strength:g}"

@@ -21,6 +21,7 @@ from megaman.common.console import Exit, UserError, command_of, say, shell_quote
 from megaman.common.files import followed, path_from, write_text
 from megaman.common.html import check_page, is_page, render, script_of
 from megaman.common.output_folder import (
+    CONTENT,
     LAST_STEP,
     PAGE,
     RunFolder,
@@ -226,7 +227,7 @@ class RunStory:
     def dataset(self) -> dict[str, Any]:
         """What the run told of its pictures when it began."""
         told = (row["dataset"] for row in self.rows if isinstance(row.get("dataset"), dict))
-        return next(told, {})
+        return {name: value for name, value in next(told, {}).items() if name != CONTENT}
 
     @property
     def has_dataset_page(self) -> bool:
