@@ -265,3 +265,16 @@ def test_a_time_that_is_none_is_refused(wrong: str, capsys: pytest.CaptureFixtur
     with pytest.raises((UserError, SystemExit)) as error:
         read_config([f"--max_minutes={wrong}"])
     assert getattr(error.value, "exit_code", getattr(error.value, "code", None)) == 2
+
+
+def test_a_run_that_goes_on_without_its_clock_says_so(
+    by_the_clock: Callable[..., Path],
+    train: Callable[..., Path],
+    stop_after: Callable[..., None],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_after(1)
+    with pytest.raises(Stopped):
+        by_the_clock()
+    train("--resume_from_checkpoint", "latest")
+    assert "note: the run went by the clock (--max_minutes" in capsys.readouterr().err

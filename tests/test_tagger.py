@@ -20,6 +20,7 @@ from megaman.common.console import UserError, one_line
 from megaman.config.record import recorded
 from megaman.config.train import TrainConfig
 from megaman.data import tags
+from megaman.data.caption_set import PICTURES
 from megaman.data.pictures import load_image
 from megaman.model import hub, tagger
 from megaman.model.captioner import Captioner
@@ -239,7 +240,8 @@ def test_pictures_without_a_caption_get_one_and_the_users_folder_stays(
     assert contents_of(folder_of_pictures) == before
     offered = tmp_path / "out" / "captions"
     caption = b"mega man, blue eyes, ^_^, rockman (character)\n"
-    assert contents_of(offered) == {"megaman_4.txt": caption, "megaman_5.txt": caption}
+    texts = {name: data for name, data in contents_of(offered).items() if name != PICTURES}
+    assert texts == {"megaman_4.txt": caption, "megaman_5.txt": caption}
     assert f"captions: {steady}, a tagger of 9 tags, looks at 2 pictures on cpu" in lines
     assert "captions: 4 pictures with a caption of your own, which stays as it is" in lines
     assert any(line.startswith(f"captions made from the pictures lie in {offered}: ") for line in lines)
@@ -294,6 +296,43 @@ def test_edited_captions_are_put_beside_pictures_that_have_none(
     after = contents_of(folder_of_pictures)
     assert after == before | {"megaman_4.txt": (offered / "megaman_4.txt").read_bytes()}
     assert "mega man, 我的" in " ".join(Words(tmp_path / "out" / "dataset.html").words for _ in [dry_run()])
+
+
+def test_captions_of_another_folder_are_not_put_beside_pictures_of_the_same_names(
+    dry_run: Ran, steady: Path, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    dry_run("--caption_with", steady)
+    for name in ("megaman_4.png", "megaman_5.png"):  # others, under the same names
+        Image.new("RGB", (40, 48), "green").save(folder_of_pictures / name)
+    before = contents_of(folder_of_pictures)
+    for flags in (("--write_captions",), ("--caption_with", steady, "--write_captions")):
+        code, lines = dry_run(*flags)
+        assert code == 0
+        assert f"0 captions written beside the pictures in {folder_of_pictures}" in lines
+        assert any("2 captions" in line and "made for other pictures" in line for line in lines)
+    assert contents_of(folder_of_pictures) == before
+
+
+def test_captions_from_names_are_never_made_and_put_there_in_one_command(
+    dry_run: Ran, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    before = contents_of(folder_of_pictures)
+    code, lines = dry_run("--write_captions")
+    assert code == 0
+    assert any(line.startswith(f"no captions lie in {tmp_path / 'out' / 'captions'} yet") for line in lines)
+    assert contents_of(folder_of_pictures) == before
+
+
+def test_what_was_edited_before_a_run_is_put_there_after_it(
+    dry_run: Ran, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    dry_run()
+    output = tmp_path / "out"
+    (output / "captions" / "megaman_4.txt").write_text("mega man, my edit", encoding="utf-8")
+    settings = recorded(TrainConfig(output_dir=str(output), data_dir=str(folder_of_pictures)))
+    (output / "training_config.json").write_text(json.dumps(settings), encoding="utf-8")  # a run began there
+    assert dry_run("--write_captions")[0] == 0
+    assert (folder_of_pictures / "megaman_4.txt").read_text(encoding="utf-8") == "mega man, my edit"
 
 
 def test_a_written_caption_speaks_for_no_picture_that_has_one_in_a_list(

@@ -19,6 +19,9 @@ def plan(cfg: TrainConfig, sampler: Sampler, checkpoint: Checkpoint | None = Non
     """
     if cfg.max_minutes is not None:
         return cfg if checkpoint is None else _as_decided(cfg, checkpoint)
+    timed = None if checkpoint is None else checkpoint.settings.get("max_minutes")
+    if timed is not None:
+        say(f"note: the run went by the clock (--max_minutes {timed:g}), and goes on without one")
     steps = cfg.max_train_steps
     if cfg.num_train_epochs is not None:
         steps = math.ceil(cfg.num_train_epochs * len(sampler) / sampler.step_size)
