@@ -21,6 +21,7 @@ from PIL import Image
 import generate_megaman
 import megaman_lora
 from megaman.common.console import Exit, UserError, control_in, say
+from megaman.data.caption_set import PICTURES
 from megaman.data.captions import Caption
 from megaman.data.report import Report
 from megaman.generation.gallery import render_gallery
@@ -272,7 +273,7 @@ def _look_at_dataset(texts: Sequence[str], data: Path, output: Path, counts: Cou
     offered = output / "captions" / data.name
     told.offer_captions(offered)
     derived = sum(row.caption.source == "name" for row in told.pictures)
-    counts["changed_texts"] += len(list(offered.iterdir())) != derived
+    counts["changed_texts"] += len({path.name for path in offered.iterdir()} - {PICTURES}) != derived
     _look_at_page(told, (output / "dataset.html").read_bytes().decode(), counts)
 
 
