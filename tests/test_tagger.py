@@ -1,6 +1,7 @@
 """Captions from the pictures: what taggers and captioners see, which of it becomes a caption, and where."""
 
 import json
+import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
 from html.parser import HTMLParser
@@ -421,6 +422,21 @@ def as_other_weights(folder: Path) -> None:
 TABLE, CONFIG = "selected_tags.csv", "config.json"
 
 
+def harmed(model: Path, folder: Path, harm: Callable[[Path], object]) -> Path:
+    """A copy of a model's folder that something has happened to."""
+    shutil.copytree(model, folder)
+    harm(folder)
+    return folder
+
+
+def refused(folder: Path, complaint: str, dry_run: Ran) -> None:
+    """Checks that a model's folder is refused in one line that says why."""
+    code, lines = dry_run("--caption_with", folder)
+    assert code == 4
+    assert complaint in lines[-1]
+    assert lines[-1].startswith("error: ")
+
+
 @pytest.mark.parametrize(
     ("harm", "complaint"),
     [
@@ -447,15 +463,7 @@ TABLE, CONFIG = "selected_tags.csv", "config.json"
 def test_a_broken_tagger_is_one_line(
     harm: Callable[[Path], object], complaint: str, steady: Path, tmp_path: Path, dry_run: Ran
 ) -> None:
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for file in steady.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    harm(folder)
-    code, lines = dry_run("--caption_with", folder)
-    assert code == 4
-    assert complaint in lines[-1]
-    assert lines[-1].startswith("error: ")
+    refused(harmed(steady, tmp_path / "broken", harm), complaint, dry_run)
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, dry_run: Ran) -> None:
@@ -484,15 +492,7 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, dry_run: Ran) ->
 def test_a_broken_captioner_is_one_line(
     harm: Callable[[Path], object], complaint: str, blip: Path, tmp_path: Path, dry_run: Ran
 ) -> None:
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for file in blip.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    harm(folder)
-    code, lines = dry_run("--caption_with", folder)
-    assert code == 4
-    assert complaint in lines[-1]
-    assert lines[-1].startswith("error: ")
+    refused(harmed(blip, tmp_path / "broken", harm), complaint, dry_run)
 
 
 def test_a_captioner_of_which_weights_are_missing_is_not_made_up(

@@ -107,6 +107,7 @@ class Captioner:
         asked = ASKED[self.kind]
 
         def read(images: Sequence[Image.Image]) -> list[str]:
+            """What is said of each picture, in a sentence."""
             texts = {"text": [asked] * len(images)} if asked else {}
             inputs = processor(images=list(images), return_tensors="pt", **texts).to(device)
             with torch.inference_mode():

@@ -150,6 +150,9 @@ class Tagger:
         model.eval().to(device, torch.float32)
 
         def read(images: Sequence[Image.Image]) -> list[list[Seen]]:
+            """What is seen in each picture, the surest first. UserError (exit 5) on scores that are not
+            finite.
+            """
             pixels = torch.stack([pixels_of(image, self.look) for image in images])
             with torch.inference_mode():
                 scores = model(pixels.to(device)).sigmoid().cpu()
