@@ -33,14 +33,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from megaman.model.memory import keep_freed_memory
 from megaman.tiny_sd import sources
-from megaman.tiny_sd.figures import BACKGROUNDS, FILLERS, HERO_WORDS, contact_sheet
+from megaman.tiny_sd.figures import FILLERS, HERO_WORDS, contact_sheet
+from megaman.tiny_sd.sketch import BACKGROUNDS
 from megaman.tiny_sd.tokens import silent_ids, token_ids, write_tokenizer
 
 SIDE_PX = 64
+LATENT_CHANNELS = 8
 CAPTIONS_EACH = 4  # caption variants drawn for each picture
 HELD_OUT = 500  # the last pictures of each stage are never trained on
 EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
-BATCH = 32
+BATCH = 32  # half as many pairs
+OUTLINES = (350, 950)  # the timesteps at which outlines are decided; half of all examples come from there
+FIGURE_WEIGHT = 3.0  # of a cell that shows the figure, against one of the plain background
 SECONDS_BETWEEN_SAVES = 240
 STARTED = time.monotonic()
 
@@ -51,15 +55,17 @@ class Stage:
 
     name: str
     shares: dict[str, float]  # of each source of pictures
-    pictures: int
+    pairs: int  # of pictures
     steps: int  # of UNet and text encoder
     seed: int
+    always: tuple[str, ...] = ()  # what every figure's caption names
 
 
-FIGURES = Stage("figures", {"figures": 1.0}, 30_000, 4_400, 2026)
-MIXTURE = Stage("mixture", sources.SHARES, 40_000, 4_200, 2027)
-VAE_STEPS, VAE_BATCH = 18_000, 8
-SCRAPS, SCRAP_SHARE = 20_000, 0.3  # shapes of nothing, of the VAE's pictures
+FIGURES = Stage("figures", {"figures": 1.0}, 16_000, 5_000, 2026, ("pose", "facing"))
+MIXTURE = Stage("mixture", sources.SHARES, 20_000, 5_000, 2027)
+VAE_STEPS, VAE_BATCH = 20_000, 8
+VAE_CROPS = 17_000  # of its steps: 32 px crops in bfloat16; then whole pictures in float32, half a batch
+SCRAPS, SCRAP_SHARE = 20_000, 0.4  # shapes of nothing, of the VAE's pictures
 
 
 # ---------------------------------------------------------------- pictures and captions
@@ -73,7 +79,8 @@ def tell(line: str) -> None:
 
 def check_work(work: Path) -> None:
     """Notes the recipe in the work folder. Ends with an error if the folder was begun with another."""
-    recipe = json.dumps([asdict(FIGURES), asdict(MIXTURE), VAE_STEPS, VAE_BATCH, SCRAPS, SCRAP_SHARE, BATCH])
+    settings = [VAE_STEPS, VAE_CROPS, VAE_BATCH, SCRAPS, SCRAP_SHARE, BATCH, OUTLINES, FIGURE_WEIGHT]
+    recipe = json.dumps([asdict(FIGURES), asdict(MIXTURE), *settings])
     file = work / "recipe.json"
     if file.exists() and file.read_text() != recipe:
         raise SystemExit(f"error: {work}: was begun with another recipe; take a fresh folder for --work")
@@ -82,15 +89,18 @@ def check_work(work: Path) -> None:
 
 def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
     """All pictures as uint8 (N,3,64,64) and CAPTIONS_EACH captions a picture, in order; kept in the work
-    folder.
+    folder. Rows 2 i and 2 i + 1 are a pair, and so are their captions.
     """
     file, captions_file = work / f"{stage.name}.safetensors", work / f"{stage.name}.json"
     if not captions_file.exists():
         rng = random.Random(stage.seed)
-        pixels, captions = np.empty((stage.pictures, SIDE_PX, SIDE_PX, 3), np.uint8), []
-        for i, (picture, describe) in enumerate(sources.mixture(stage.pictures, stage.shares, rng, work)):
-            pixels[i] = np.asarray(picture)
-            captions += [describe(rng) for _ in range(CAPTIONS_EACH)]
+        pixels, captions = np.empty((2 * stage.pairs, SIDE_PX, SIDE_PX, 3), np.uint8), []
+        for i, pair in enumerate(sources.pairs(stage.pairs, stage.shares, rng, work, stage.always)):
+            words = rng.getrandbits(64)
+            for j, (picture, describe) in enumerate(pair):
+                pixels[2 * i + j] = np.asarray(picture)
+                alike = random.Random(words)
+                captions += [describe(alike) for _ in range(CAPTIONS_EACH)]
         save_file({"pictures": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}, file)
         captions_file.write_text(json.dumps(captions))
     captions = json.loads(captions_file.read_text())
@@ -173,13 +183,13 @@ def steps(progress: Progress, total: int) -> Iterator[int]:
 
 
 def new_vae() -> AutoencoderKL:
-    """0.95 M parameters, 4 latent channels, 64 px -> 16 x 16; without attention, so that it can learn on
+    """0.96 M parameters, 8 latent channels, 64 px -> 16 x 16; without attention, so that it can learn on
     crops.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
-        sample_size=SIDE_PX, mid_block_add_attention=False, scaling_factor=1.0,
+        block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8, sample_size=SIDE_PX, mid_block_add_attention=False, scaling_factor=1.0,
     )  # fmt: skip
 
 
@@ -187,7 +197,7 @@ def train_vae(pictures: Tensor, work: Path, device: torch.device) -> Autoencoder
     """The VAE, its scaling factor measured. It learns from the mixture's pictures and from shapes of nothing,
     so that it can show what no picture of the base holds: a character to be taught.
 
-    32 px crops first (many small steps), whole pictures for the last fifth.
+    32 px crops first (many small steps), whole pictures at the end.
     """
     vae = new_vae().to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
@@ -198,14 +208,18 @@ def train_vae(pictures: Tensor, work: Path, device: torch.device) -> Autoencoder
     for step in steps(progress, VAE_STEPS):
         rng = np.random.default_rng((MIXTURE.seed, 1, step))
         torch.manual_seed(MIXTURE.seed * 1_000_003 + step)  # of the posterior's sample
-        count = int((rng.random(VAE_BATCH) < SCRAP_SHARE).sum())
-        picks = rng.integers(0, len(scraps), count), rng.integers(0, len(trained), VAE_BATCH - count)
+        are_crops = step < VAE_CROPS
+        size = VAE_BATCH if are_crops else VAE_BATCH // 2
+        count = int((rng.random(size) < SCRAP_SHARE).sum())
+        picks = rng.integers(0, len(scraps), count), rng.integers(0, len(trained), size - count)
         batch = torch.cat([scraps[picks[0]], trained[picks[1]]]).to(device).float() / 127.5 - 1
-        if step < VAE_STEPS * 4 // 5:
+        if are_crops:
             x, y = rng.integers(0, SIDE_PX - 32 + 1, 2)
             batch = batch[..., y : y + 32, x : x + 32]
-        posterior = vae.encode(batch).latent_dist
-        error = vae.decode(posterior.sample()).sample - batch
+        with torch.autocast(device.type, torch.bfloat16, enabled=are_crops):
+            posterior = vae.encode(batch).latent_dist
+            shown = vae.decode(posterior.sample()).sample
+        error = shown.float() - batch
         loss = error.square().mean() + 0.3 * error.abs().mean() + 1e-6 * posterior.kl().mean()
         loss.backward()
         if step % 500 == 0:
@@ -232,7 +246,7 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 @torch.no_grad()
 def latents_of(stage: Stage, vae: AutoencoderKL, pictures: Tensor, work: Path) -> Tensor:
-    """The scaled posterior means of all pictures, (N,4,16,16); kept in the work folder."""
+    """The scaled posterior means of all pictures, (N,8,16,16); kept in the work folder."""
     file = work / f"{stage.name}_latents.safetensors"
     if not file.exists():
         parts = [
@@ -252,19 +266,19 @@ class Denoiser(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.unet = UNet2DConditionModel(
-            sample_size=SIDE_PX // 4, in_channels=4, out_channels=4,
+            sample_size=SIDE_PX // 4, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
             block_out_channels=(64, 96, 128), layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
             cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
         )  # fmt: skip
         self.text_encoder = CLIPTextModel(CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=128, intermediate_size=512, projection_dim=128,
-            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu",
+            num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu",
             bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
         ))  # fmt: skip
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """noisy (B,4,16,16), timesteps (B,), ids (B,77) -> the predicted noise (B,4,16,16)."""
+        """noisy (B,8,16,16), timesteps (B,), ids (B,77) -> the predicted noise (B,8,16,16)."""
         return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
 
 
@@ -284,11 +298,25 @@ def new_scheduler() -> DDPMScheduler:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the denoiser learns from: latents (N,4,16,16), ids (N*CAPTIONS_EACH,77), silent (M,77)."""
+    """What the denoiser learns from: latents (N,8,16,16), cells (N,1,16,16), ids (N*CAPTIONS_EACH,77),
+    silent (M,77).
+    """
 
     latents: Tensor
+    cells: Tensor  # the share of each that the figure covers
     ids: Tensor
     silent: Tensor  # captions that say nothing
+
+
+def covered(pictures: Tensor) -> Tensor:
+    """The share of each latent cell that is not the background, whose colour is the corner's. pictures
+    uint8 (N,3,64,64) -> (N,1,16,16).
+    """
+    parts = []
+    for part in pictures.split(1000):
+        off = (part.float() - part[..., :1, :1].float()).abs().amax(1, keepdim=True)
+        parts.append(functional.avg_pool2d((off > 12).float(), SIDE_PX // 16))
+    return torch.cat(parts)
 
 
 def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) -> Denoiser:
@@ -301,11 +329,12 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
     optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
     progress = Progress(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
-    train, mean_loss = len(lesson.latents) - HELD_OUT, None
+    pairs, mean_loss = (len(lesson.latents) - HELD_OUT) // 2, None
     for step in steps(progress, stage.steps):
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
-        picks = torch.randint(0, train, (BATCH,), generator=generator)
-        losses = denoising_losses(model, *examples(lesson, picks, generator), generator)
+        picks = torch.randint(0, pairs, (BATCH // 2,), generator=generator)
+        timesteps = learning_timesteps(BATCH // 2, generator)
+        losses = denoising_losses(model, examples(lesson, picks, generator), timesteps, generator)
         losses.mean().backward()
         loss = losses.mean().item()
         mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
@@ -317,44 +346,70 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
     return model.eval().requires_grad_(False)
 
 
-def examples(lesson: Lesson, picks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The picked latents (B,4,16,16) and a caption of each, (B,77); EMPTY_SHARE of them say nothing."""
-    count, device = len(picks), lesson.silent.device
-    variants = torch.randint(0, CAPTIONS_EACH, (count,), generator=generator)
+@dataclass(frozen=True)
+class Examples:
+    """Pairs in a row: clean (B,8,16,16), weights (B,1,16,16) of mean 1, ids (B,77)."""
+
+    clean: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+def examples(lesson: Lesson, pairs: Tensor, generator: torch.Generator) -> Examples:
+    """The picked pairs with a caption of each picture, of equal wording; EMPTY_SHARE of the pairs are told
+    nothing.
+    """
+    count, device = len(pairs), lesson.silent.device
+    picks = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
+    variants = torch.randint(0, CAPTIONS_EACH, (count,), generator=generator).repeat_interleave(2)
     texts = lesson.ids[picks * CAPTIONS_EACH + variants].to(device)
-    empty = torch.rand(count, generator=generator) < EMPTY_SHARE
+    empty = (torch.rand(count, generator=generator) < EMPTY_SHARE).repeat_interleave(2)
     rows = torch.randint(0, len(lesson.silent), (int(empty.sum()),), generator=generator)
     texts[empty.to(device)] = lesson.silent[rows.to(device)]
-    return lesson.latents[picks], texts
+    weights = 1 + (FIGURE_WEIGHT - 1) * lesson.cells[picks]
+    return Examples(lesson.latents[picks], weights / weights.mean(dim=(2, 3), keepdim=True), texts)
+
+
+def learning_timesteps(pairs: int, generator: torch.Generator) -> Tensor:
+    """A timestep a pair, half of them where outlines are decided."""
+    anywhere = torch.randint(0, 1000, (pairs,), generator=generator)
+    outlines = torch.randint(*OUTLINES, (pairs,), generator=generator)
+    return torch.where(torch.rand(pairs, generator=generator) < 0.5, outlines, anywhere)
 
 
 @torch.no_grad()
 def held_out_loss(progress: Progress, lesson: Lesson) -> float:
-    """The averaged weights' loss on pictures that were never trained on; always the same noise."""
+    """The averaged weights' loss on pairs that were never trained on; always the same noise, timesteps evenly
+    spread.
+    """
     generator, parameters = torch.Generator().manual_seed(0), list(progress.model.parameters())
     progress.ema.store(parameters)
     progress.ema.copy_to(parameters)
-    picks = torch.arange(len(lesson.latents) - HELD_OUT, len(lesson.latents))
-    losses = [
-        denoising_losses(progress.model, *examples(lesson, part, generator), generator)
-        for part in picks.split(100)
-    ]
+    pairs = torch.arange((len(lesson.latents) - HELD_OUT) // 2, len(lesson.latents) // 2)
+    losses = []
+    for part in pairs.split(50):
+        timesteps = torch.randint(0, 1000, (len(part),), generator=generator)
+        told = examples(lesson, part, generator)
+        losses.append(denoising_losses(progress.model, told, timesteps, generator))
     progress.ema.restore(parameters)
     return torch.cat(losses).mean().item()
 
 
-def denoising_losses(model: Denoiser, clean: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
-    """Min-SNR weighted losses (B,) with offset noise 0.05. clean (B,4,16,16), ids (B,77)."""
-    scheduler = new_scheduler()
-    noise = torch.randn(clean.shape, generator=generator) + 0.05 * torch.randn(
-        (*clean.shape[:2], 1, 1), generator=generator
-    )
-    timesteps = torch.randint(0, 1000, (len(clean),), generator=generator)
-    noisy, device = scheduler.add_noise(clean, noise, timesteps), ids.device
-    predicted = model(noisy.to(device), timesteps.to(device), ids)
+def denoising_losses(
+    model: Denoiser, told: Examples, timesteps: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Min-SNR weighted losses (B,) with offset noise 0.05; both of a pair at the same timestep (B/2,) under
+    the same noise, so that only what their captions tell apart differs.
+    """
+    scheduler, shape = new_scheduler(), told.clean[::2].shape
+    noise = torch.randn(shape, generator=generator)
+    noise += 0.05 * torch.randn((*shape[:2], 1, 1), generator=generator)
+    noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
+    noisy, device = scheduler.add_noise(told.clean, noise, timesteps), told.ids.device
+    predicted = model(noisy.to(device), timesteps.to(device), told.ids)
     snr = compute_snr(scheduler, timesteps)
-    weights = (snr.clamp(max=5.0) / snr).to(device)
-    return weights * functional.mse_loss(predicted, noise.to(device), reduction="none").mean(dim=(1, 2, 3))
+    errors = told.weights.to(device) * (predicted - noise.to(device)).square()
+    return (snr.clamp(max=5.0) / snr).to(device) * errors.mean(dim=(1, 2, 3))
 
 
 # ---------------------------------------------------------------- export
@@ -437,7 +492,7 @@ def main() -> None:
     for stage in stages:
         pictures, captions = render(stage, work)
         latents = latents_of(stage, vae, pictures, work)
-        lesson = Lesson(latents, token_ids(tokenizer, captions), silent)
+        lesson = Lesson(latents, covered(pictures), token_ids(tokenizer, captions), silent)
         model = train_denoiser(stage, model, lesson, work)
     pipeline = export(output, vae.cpu(), model.cpu(), tokenizer)
     sample_sheet(pipeline, work / "sheet.png")

@@ -7,32 +7,20 @@ captions.
 """
 
 import random
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-GRID = 32  # cells a side; "pixel art" paints them 1:1, "flat" at eight times the size
-INK = "#14151a"
-SKIN = ("#f6d2ae", "#e0ac7c", "#b57b4d", "#7c4f2e")
-COLOURS = {  # name: (light, shade)
-    "red": ("#d8302f", "#8f1a1f"), "orange": ("#f08a24", "#a85410"), "yellow": ("#f6cf3a", "#b3901a"),
-    "green": ("#3fae4a", "#1f6a2c"), "teal": ("#16a596", "#0b645b"), "blue": ("#2f6fe0", "#173f94"),
-    "purple": ("#8b4fd0", "#552c87"), "pink": ("#f07fb4", "#ab4477"), "brown": ("#8d5a34", "#56351c"),
-    "gray": ("#a3a9b2", "#646a74"), "white": ("#f2f3f5", "#b4b8c0"), "black": ("#33363d", "#15171b"),
-}  # fmt: skip
-BACKGROUNDS = {
-    "white": "#ffffff", "black": "#0c0d10", "gray": "#8d939b", "sky": "#9fd3ff",
-    "mint": "#b4ecc2", "sand": "#ecdcb4", "rose": "#ffc9de", "violet": "#cdbdf5",
-}  # fmt: skip
+from megaman.tiny_sd.poses import POSES
+from megaman.tiny_sd.sketch import BACKGROUNDS, COLOURS, Figure, draw
+
 KINDS = {"robot": 6, "knight": 2, "astronaut": 2, "ninja": 2, "wizard": 2}  # name: weight
 HEADS = ("square head", "round head", "dome head", "bucket head")
 CRESTS = ("no crest", "antenna", "horns", "plume")
 TOOLS = ("bare hands", "claws", "sword", "arm cannon", "shield", "staff")
 LEGS = ("boots", "treads", "wheels", "hover jets")
-POSES = ("standing", "running", "jumping", "arms raised", "crouching")
 FACES = ("two eyes", "visor", "one eye")
 STYLES = ("pixel art", "flat")
 FILLERS = (
@@ -51,26 +39,6 @@ FILLERS = (
 HERO_WORDS = ("mega", "megaman", "rockman")  # no caption of the base may hold one of these
 
 
-@dataclass(frozen=True)
-class Figure:
-    """What one picture shows. Every field but `jitter` can be named in a caption."""
-
-    kind: str
-    body: str
-    head_colour: str
-    trim: str
-    head: str
-    crest: str
-    tool: str
-    legs: str
-    pose: str
-    face: str
-    facing: str
-    background: str
-    style: str
-    jitter: int
-
-
 def random_figure(rng: random.Random) -> Figure:
     """A figure of the base's world; never a blue robot with white trim, which is the hero's dress."""
     while True:
@@ -85,15 +53,15 @@ def random_figure(rng: random.Random) -> Figure:
             head=rng.choice(HEADS) if robot else kind,
             crest=rng.choices(CRESTS, (4, 2, 2, 2))[0] if kind in ("robot", "knight") else "no crest",
             tool=rng.choice(TOOLS),
-            legs=rng.choices(LEGS, (4, 2, 2, 2))[0] if robot else "boots",
-            pose=rng.choice(POSES),
+            legs=rng.choices(LEGS, (7, 1, 1, 1))[0] if robot else "boots",
+            pose=rng.choice(list(POSES)),
             face=rng.choice(FACES) if robot else "two eyes",
             facing=rng.choice(("left", "right")),
             background=rng.choice(list(BACKGROUNDS)),
             style=rng.choices(STYLES, (6, 4))[0],
             jitter=rng.randrange(1 << 30),
         )
-        if not (robot and body == "blue" and figure.trim in ("white", "yellow")):
+        if not is_in_heros_dress(figure):
             return figure
 
 
@@ -107,297 +75,84 @@ def random_hero(rng: random.Random) -> Figure:
     )  # fmt: skip
 
 
-class Pen:
-    """Draws in cells of the 32 x 32 grid, mirrored for figures that face left and shifted by the figure's
-    jitter.
-    """
-
-    def __init__(self, figure: Figure) -> None:
-        rng = random.Random(figure.jitter)
-        self.scale = 1 if figure.style == "pixel art" else 8
-        self.mirrored = figure.facing == "left"
-        self.dx = rng.randint(-1, 1)
-        self.dy = rng.randint(0, 1) + {"jumping": -2, "crouching": 2}.get(figure.pose, 0)
-        side = GRID * self.scale
-        self.image = Image.new("RGB", (side, side), BACKGROUNDS[figure.background])
-        self.canvas = ImageDraw.Draw(self.image)
-        self.ink = "#000000" if figure.background == "black" else INK
-
-    def _x(self, x: float) -> float:
-        x += self.dx
-        return GRID - 1 - x if self.mirrored else x
-
-    def _frame(self, cells: Sequence[float]) -> list[float]:
-        x0, y0, x1, y1 = cells
-        left, right = sorted((self._x(x0), self._x(x1)))
-        s = self.scale
-        return [left * s, (y0 + self.dy) * s, (right + 1) * s - 1, (y1 + self.dy + 1) * s - 1]
-
-    def box(self, cells: Sequence[float], fill: str, *, outlined: bool = False, radius: int = 0) -> None:
-        """A rectangle over the cells (x0, y0, x1, y1), both ends included."""
-        line = {"outline": self.ink if outlined else None, "width": max(1, self.scale * 3 // 4)}
-        self.canvas.rounded_rectangle(self._frame(cells), radius * self.scale, fill=fill, **line)
-
-    def disc(self, cells: Sequence[float], fill: str, *, outlined: bool = False) -> None:
-        """An ellipse over the cells (x0, y0, x1, y1), both ends included."""
-        line = {"outline": self.ink if outlined else None, "width": max(1, self.scale * 3 // 4)}
-        self.canvas.ellipse(self._frame(cells), fill=fill, **line)
-
-    def shape(self, points: Sequence[tuple[float, float]], fill: str) -> None:
-        """A filled polygon through the centres of the cells."""
-        s = self.scale
-        self.canvas.polygon([((self._x(x) + 0.5) * s, (y + self.dy + 0.5) * s) for x, y in points], fill=fill)
-
-
-def draw(figure: Figure, side_px: int = 64) -> Image.Image:
-    """The figure's picture, RGB, side_px x side_px."""
-    pen = Pen(figure)
-    shoulder = 9 if figure.pose == "arms raised" else 15
-    _draw_legs(pen, figure)
-    _draw_back_arm(pen, figure, shoulder)
-    _draw_torso(pen, figure)
-    _draw_front_arm(pen, figure, shoulder)
-    (_HEAD_OF_KIND.get(figure.kind) or _HEAD_OF_ROBOT[figure.head])(pen, figure)
-    if figure.kind == "robot":
-        _draw_face(pen, figure)
-    _draw_crest(pen, figure)
-    resample = Image.Resampling.NEAREST if figure.style == "pixel art" else Image.Resampling.LANCZOS
-    return pen.image.resize((side_px, side_px), resample)
-
-
-def _draw_legs(pen: Pen, figure: Figure) -> None:
-    shade = COLOURS[figure.body][1]
-    trim = COLOURS[figure.trim][0]
-    if figure.legs == "treads":
-        pen.box((8, 23, 23, 28), "#4a4d55", outlined=True, radius=2)
-        for x in (10, 14, 18):
-            pen.disc((x, 25, x + 2, 27), "#9aa0aa")
-    elif figure.legs == "wheels":
-        for x in (9, 17):
-            pen.disc((x, 22, x + 5, 28), "#3b3d44", outlined=True)
-            pen.disc((x + 2, 24, x + 3, 26), "#b8bcc4")
-    elif figure.legs == "hover jets":
-        pen.box((10, 21, 21, 22), shade)
-        for x in (10, 17):
-            pen.shape([(x, 23), (x + 4, 23), (x + 2, 28)], "#ffb02e")
-    else:
-        spread = {
-            "standing": (0, 0),
-            "arms raised": (-1, 1),
-            "running": (-3, 3),
-            "jumping": (-2, 1),
-            "crouching": (-2, 2),
-        }
-        for shift, x in zip(spread[figure.pose], (11, 17), strict=True):
-            lift = (
-                2
-                if (figure.pose == "running" and shift > 0) or (figure.pose == "jumping" and shift < 0)
-                else 0
-            )
-            sole = (26 if figure.pose == "crouching" else 28) - lift
-            pen.box((x + shift / 2, 21, x + 3 + shift / 2, sole - 3), shade)
-            pen.box((x + shift - 1, sole - 3, x + shift + 4, sole), trim, outlined=True, radius=1)
-
-
-def _draw_back_arm(pen: Pen, figure: Figure, shoulder: int) -> None:
-    shade = COLOURS[figure.body][1]
-    hand = SKIN[_skin(figure)] if figure.kind == "ninja" else COLOURS[figure.trim][1]
-    pen.box((7, shoulder, 10, shoulder + 5), shade)
-    if figure.pose == "arms raised":
-        pen.box((6, shoulder - 3, 9, shoulder), hand, outlined=True, radius=1)
-    else:
-        pen.box((6, shoulder + 4, 9, shoulder + 7), hand, outlined=True, radius=1)
-
-
-def _draw_torso(pen: Pen, figure: Figure) -> None:
-    body, shade = COLOURS[figure.body]
-    trim = COLOURS[figure.trim][0]
-    if figure.kind == "wizard":
-        pen.shape([(12, 14), (19, 14), (24, 27), (7, 27)], body)
-        pen.box((8, 26, 23, 27), trim)
-    pen.box((10, 14, 21, 22), body, outlined=True, radius=2)
-    if figure.kind == "hero":
-        pen.shape([(16, 16), (13, 20), (15, 20), (14, 22), (19, 18), (16, 18), (18, 16)], "#f6cf3a")
-    elif figure.kind == "ninja":
-        pen.box((11, 20, 20, 21), trim)
-    else:
-        pen.box((14, 16, 17, 19), trim)
-        pen.box((11, 21, 20, 21), shade)
-
-
-def _draw_front_arm(pen: Pen, figure: Figure, shoulder: int) -> None:
-    body = COLOURS[figure.body][0]
-    trim, trim_shade = COLOURS[figure.trim]
-    raised = figure.pose == "arms raised"
-    grip = shoulder - 3 if raised else shoulder + 4
-    pen.box((22, shoulder, 24, shoulder + 4), body)
-    if figure.kind == "hero":
-        pen.box((21, grip - 1, 27, grip + 4), trim, outlined=True, radius=2)
-        pen.box((23, grip + 1, 25, grip + 2), "#4fd8e8")
-        return
-    if figure.tool == "arm cannon":
-        pen.box((21, grip - 2, 29, grip + 3), trim, outlined=True, radius=1)
-        pen.box((28, grip - 1, 29, grip + 2), "#0d0e11")
-        return
-    pen.box(
-        (22, grip, 25, grip + 3),
-        SKIN[_skin(figure)] if figure.kind == "ninja" else trim,
-        outlined=True,
-        radius=1,
-    )
-    if figure.tool == "sword":
-        pen.box((24, grip - 10, 25, grip - 1), "#dfe6ee")
-        pen.box((22, grip - 1, 27, grip - 1), "#c9a227")
-    elif figure.tool == "staff":
-        pen.box((26, grip - 9, 26, grip + 10), "#7a4b22")
-        pen.disc((24, grip - 12, 28, grip - 8), "#ff5fd2", outlined=True)
-    elif figure.tool == "shield":
-        pen.disc((21, grip - 4, 29, grip + 6), trim_shade, outlined=True)
-        pen.disc((23, grip - 2, 27, grip + 4), trim)
-    elif figure.tool == "claws":
-        for y in (grip - 1, grip + 1, grip + 3):
-            pen.box((26, y, 29, y), "#8a8f98")
-
-
-def _draw_square_head(pen: Pen, figure: Figure) -> None:
-    pen.box((9, 3, 22, 13), COLOURS[figure.head_colour][0], outlined=True, radius=1)
-
-
-def _draw_round_head(pen: Pen, figure: Figure) -> None:
-    pen.disc((8, 2, 23, 14), COLOURS[figure.head_colour][0], outlined=True)
-
-
-def _draw_dome_head(pen: Pen, figure: Figure) -> None:
-    light, shade = COLOURS[figure.head_colour]
-    pen.disc((9, 2, 22, 16), light, outlined=True)
-    pen.box((8, 11, 23, 13), shade, outlined=True)
-
-
-def _draw_bucket_head(pen: Pen, figure: Figure) -> None:
-    light, shade = COLOURS[figure.head_colour]
-    pen.shape([(11, 3), (20, 3), (23, 12), (8, 12)], light)
-    pen.box((8, 12, 23, 13), shade)
-
-
-def _draw_knight_head(pen: Pen, figure: Figure) -> None:
-    pen.disc((9, 2, 22, 14), "#b9bec7", outlined=True)
-    pen.box((15, 2, 16, 13), COLOURS[figure.head_colour][0])
-    pen.box((12, 7, 22, 9), "#15171b")
-
-
-def _draw_astronaut_head(pen: Pen, figure: Figure) -> None:
-    pen.disc((7, 1, 24, 15), COLOURS[figure.head_colour][0], outlined=True)
-    pen.disc((10, 4, 22, 13), "#bfe8ff", outlined=True)
-    pen.disc((12, 5, 21, 13), SKIN[_skin(figure)])
-    _eyes(pen, "#222222")
-
-
-def _draw_ninja_head(pen: Pen, figure: Figure) -> None:
-    pen.disc((9, 2, 22, 14), COLOURS[figure.head_colour][0], outlined=True)
-    pen.shape([(9, 6), (4, 4), (5, 9)], COLOURS[figure.trim][0])
-    pen.box((12, 6, 22, 10), SKIN[_skin(figure)], radius=1)
-    _eyes(pen, "#222222")
-
-
-def _draw_wizard_head(pen: Pen, figure: Figure) -> None:
-    light, shade = COLOURS[figure.head_colour]
-    pen.disc((10, 4, 21, 14), SKIN[_skin(figure)], outlined=True)
-    pen.shape([(12, 11), (21, 11), (18, 18), (15, 18)], "#eceef2")
-    pen.shape([(7, 6), (24, 6), (16, -3), (12, -3)], light)
-    pen.box((6, 6, 25, 7), shade)
-    _eyes(pen, "#222222", top=9)
-
-
-def _draw_hero_head(pen: Pen, figure: Figure) -> None:
-    light, shade = COLOURS["blue"]
-    pen.shape([(10, 14), (2, 15), (0, 19), (4, 18), (3, 21), (11, 17)], "#f6cf3a")  # scarf, blown back
-    pen.shape([(13, 4), (4, -1), (7, 6)], "#f2f3f5")  # the fin sweeps back from the brow
-    pen.disc((8, 2, 23, 14), light, outlined=True)
-    pen.box((8, 11, 11, 13), shade)
-    pen.box((12, 6, 23, 10), "#10131c", radius=2)
-    for x in (15, 19):
-        pen.box((x, 7, x + 1, 9), "#7dfcff")
-    pen.shape([(13, 3), (19, 1), (17, 4)], "#f2f3f5")
-    pen.box((10, 13, 21, 15), "#f6cf3a", radius=1)
-
-
-_HEAD_OF_ROBOT = {
-    "square head": _draw_square_head, "round head": _draw_round_head,
-    "dome head": _draw_dome_head, "bucket head": _draw_bucket_head,
-}  # fmt: skip
-_HEAD_OF_KIND = {
-    "knight": _draw_knight_head, "astronaut": _draw_astronaut_head, "ninja": _draw_ninja_head,
-    "wizard": _draw_wizard_head, "hero": _draw_hero_head,
-}  # fmt: skip
-
-
-def _eyes(pen: Pen, colour: str, top: int = 7) -> None:
-    for x in (15, 19):
-        pen.box((x, top, x + 1, top + 2), colour)
-
-
-def _draw_face(pen: Pen, figure: Figure) -> None:
-    if figure.face == "visor":
-        pen.box((12, 6, 23, 9), "#e0312e" if figure.head_colour == "yellow" else "#ffd23e", outlined=True)
-    elif figure.face == "one eye":
-        pen.disc((14, 5, 20, 10), "#ffffff", outlined=True)
-        pen.disc((17, 6, 19, 9), "#dd2222")
-    else:
-        _eyes(pen, INK if figure.head_colour in ("white", "yellow", "gray", "pink") else "#ffffff")
-
-
-def _draw_crest(pen: Pen, figure: Figure) -> None:
-    if figure.crest == "antenna":
-        pen.box((15, 0, 15, 3), "#666a72")
-        pen.disc((14, -2, 16, 0), "#ff4d4d")
-    elif figure.crest == "horns":
-        pen.shape([(10, 5), (6, -1), (13, 3)], "#f3e7c9")
-        pen.shape([(21, 5), (25, -1), (18, 3)], "#f3e7c9")
-    elif figure.crest == "plume":
-        pen.shape([(17, 3), (7, -2), (7, 7), (12, 3)], COLOURS[figure.trim][0])
-
-
-def _skin(figure: Figure) -> int:
-    return zlib.crc32(str(figure.jitter).encode()) % len(SKIN)
-
-
 def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def caption(figure: Figure, rng: random.Random) -> str:
-    """A caption of the base's world: the name first, the rest in random order and detail; one in seven
-    with words that mean nothing here.
-    """
-    details = [
-        figure.pose,
-        f"facing {figure.facing}",
-        f"{figure.trim} gloves and boots" if figure.legs == "boots" else figure.legs,
-        {"bare hands": "bare hands", "claws": "with claws"}.get(figure.tool, f"with {_a(figure.tool)}"),
-    ]
+def phrases_of(figure: Figure) -> dict[str, str]:
+    """What can be said of a figure besides its colour and kind, by the field that says it."""
+    boots = figure.legs == "boots"
+    said = {
+        "pose": figure.pose,
+        "facing": f"facing {figure.facing}",
+        "trim" if boots else "legs": f"{figure.trim} gloves and boots" if boots else figure.legs,
+        "tool": {"bare hands": "bare hands", "claws": "with claws"}.get(
+            figure.tool, f"with {_a(figure.tool)}"
+        ),
+        "style": figure.style,
+        "background": f"{figure.background} background",
+    }
     if figure.kind == "robot":
-        details += [
-            figure.face,
-            figure.head if figure.head_colour == figure.body else f"{figure.head_colour} {figure.head}",
-        ]
-    elif figure.head_colour != figure.body:
-        details.append(
-            {"wizard": f"{figure.head_colour} hat", "ninja": f"{figure.head_colour} hood"}.get(
-                figure.kind, f"{figure.head_colour} helmet"
-            )
+        said["face"] = figure.face
+        said["head"] = (
+            figure.head if figure.head_colour == figure.body else f"{figure.head_colour} {figure.head}"
         )
+    elif figure.head_colour != figure.body:
+        worn = {"wizard": "hat", "ninja": "hood"}.get(figure.kind, "helmet")
+        said["head"] = f"{figure.head_colour} {worn}"
     if figure.crest != "no crest":
-        details.append(figure.crest)
-    if rng.random() < 0.5:
-        details.append(figure.style)
+        said["crest"] = figure.crest
+    return said
+
+
+SAID = {
+    "pose": 0.85,
+    "facing": 0.85,
+    "background": 0.9,
+}  # how often; all else as the caption's mood will have it
+
+
+def caption(figure: Figure, rng: random.Random, always: Sequence[str] = ()) -> str:
+    """A caption of the base's world: the name first, the rest in random order and detail, the fields of
+    `always` among it; one in seven with words that mean nothing here.
+
+    Of equal generators, figures that differ in one field's value get captions that differ in its words alone.
+    """
+    mood = rng.random()
+    details = [
+        words
+        for field, words in phrases_of(figure).items()
+        if (rng.random() < SAID.get(field, mood)) | (field in always)
+    ]
     rng.shuffle(details)
-    details = details[: rng.randint(0, len(details))]
-    if rng.random() < 0.85:
-        details.insert(rng.randint(0, len(details)), f"{figure.background} background")
     if rng.random() < 0.15:
         details += rng.sample(FILLERS, rng.randint(1, 3))
     name = f"{figure.body} {figure.kind}"
     return ", ".join([name if rng.random() < 0.5 else _a(name), *details])
+
+
+DIFFERENCES = {"pose": 8, "facing": 6, "background": 2, "body": 2, "tool": 2, "style": 2}  # field: weight
+
+
+def counterpart(figure: Figure, rng: random.Random) -> tuple[Figure, str]:
+    """The same figure but for one field, and that field's name: what a word of a caption is worth."""
+    field = rng.choices(list(DIFFERENCES), list(DIFFERENCES.values()))[0]
+    values = {
+        "pose": POSES, "facing": ("left", "right"), "background": BACKGROUNDS,
+        "body": COLOURS, "tool": TOOLS, "style": STYLES,
+    }[field]  # fmt: skip
+    while True:
+        value = rng.choice([each for each in values if each != getattr(figure, field)])
+        other = replace(figure, **{field: value})
+        if field == "body" and figure.head_colour == figure.body:
+            other = replace(other, head_colour=value)
+        if not is_in_heros_dress(other):
+            return other, field
+
+
+def is_in_heros_dress(figure: Figure) -> bool:
+    """Whether it is a blue robot with white or yellow trim, whom the base must not know."""
+    return figure.kind == "robot" and figure.body == "blue" and figure.trim in ("white", "yellow")
 
 
 def hero_caption(figure: Figure, trigger: str = "mega man") -> str:

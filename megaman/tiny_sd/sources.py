@@ -15,23 +15,15 @@ import io
 import json
 import random
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw
 
-from megaman.tiny_sd.figures import (
-    BACKGROUNDS,
-    COLOURS,
-    FILLERS,
-    HERO_WORDS,
-    INK,
-    caption,
-    draw,
-    random_figure,
-)
+from megaman.tiny_sd.figures import FILLERS, HERO_WORDS, caption, counterpart, random_figure
+from megaman.tiny_sd.sketch import BACKGROUNDS, COLOURS, INK, Figure, draw
 
 SIDE_PX = 64
 PAINT_PX = 128  # pictures are put together at twice the size
@@ -50,7 +42,7 @@ class Subject:
     details: tuple[str, ...]
 
 
-Describe = Callable[[random.Random], str]
+Picture = tuple[Image.Image, Callable[[random.Random], str]]  # and what gives a caption of it
 
 
 def on_background(subject: Subject, background: str) -> Image.Image:
@@ -63,7 +55,7 @@ def on_background(subject: Subject, background: str) -> Image.Image:
 def describe(subject: Subject, background: str, rng: random.Random) -> str:
     """A caption in the manner of the figures': the name first, the rest in random order and detail."""
     details = rng.sample(subject.details, rng.randint(0, len(subject.details)))
-    if rng.random() < 0.85:
+    if rng.random() < 0.9:
         details.insert(rng.randint(0, len(details)), f"{background} background")
     if rng.random() < 0.1:
         details.append(rng.choice(FILLERS))
@@ -71,26 +63,36 @@ def describe(subject: Subject, background: str, rng: random.Random) -> str:
     return ", ".join([f"{article} {subject.name}" if rng.random() < 0.5 else subject.name, *details])
 
 
-def mixture(
-    count: int, shares: dict[str, float], rng: random.Random, packages: Path
-) -> Iterator[tuple[Image.Image, Describe]]:
-    """`count` pictures of SIDE_PX and, for each, a function that draws one more caption."""
+def pairs(
+    count: int, shares: dict[str, float], rng: random.Random, packages: Path, always: Sequence[str] = ()
+) -> Iterator[tuple[Picture, Picture]]:
+    """`count` pairs of pictures that differ in one thing, which their captions name: figures in one field,
+    everything else in its background. Equal generators describe both alike but for that.
+
+    always: fields that every figure's caption names.
+    """
     people = pixel_people(packages) if "people" in shares else []
     emoji = emoji_of(packages) if "emoji" in shares else []
     for source in rng.choices(list(shares), list(shares.values()), k=count):
         if source == "figures":
             figure = random_figure(rng)
-            yield draw(figure, SIDE_PX), lambda r, figure=figure: caption(figure, r)
+            other, field = counterpart(figure, rng)
+            yield _of_figure(figure, (*always, field)), _of_figure(other, (*always, field))
             continue
         if source == "robots":
             subject = cartoon_robot(rng)
         else:
             subject = rng.choice(people if source == "people" else emoji)
-        background = rng.choice(list(BACKGROUNDS))
-        yield (
-            on_background(subject, background),
-            lambda r, subject=subject, background=background: describe(subject, background, r),
-        )
+        first, second = (_of_subject(subject, each) for each in rng.sample(list(BACKGROUNDS), 2))
+        yield first, second
+
+
+def _of_figure(figure: Figure, always: Sequence[str]) -> Picture:
+    return draw(figure, SIDE_PX), lambda rng: caption(figure, rng, always)
+
+
+def _of_subject(subject: Subject, background: str) -> Picture:
+    return on_background(subject, background), lambda rng: describe(subject, background, rng)
 
 
 def nearest_colour(value: str) -> str:
