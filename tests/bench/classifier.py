@@ -1,4 +1,5 @@
-"""A small judge of generated figures: which kind, which body colour, which background; the hero is a kind.
+"""A small judge of generated figures: kind (the hero is one), body colour, background, pose, facing, style,
+and which of the hero's parts are there.
 
 Trained on renders of our own generator, plain, blurred, noisy and after a round trip through the base's VAE;
 a share of it is rubbish, so that a smear is called a smear: noise, two figures in one, and what the base
@@ -23,21 +24,27 @@ from megaman.model.drawing import pipeline_of
 from megaman.model.drawing import words as read_words
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.tiny_sd.figures import (
-    BACKGROUNDS,
-    COLOURS,
     HERO_WORDS,
     KINDS,
-    Figure,
-    draw,
+    STYLES,
     random_figure,
     random_hero,
 )
+from megaman.tiny_sd.poses import POSES
+from megaman.tiny_sd.sketch import BACKGROUNDS, COLOURS, HERO_PARTS, Figure, draw
 
 KIND_NAMES = (*KINDS, "hero", "nothing")
-COLOUR_NAMES, BACKGROUND_NAMES = tuple(COLOURS), tuple(BACKGROUNDS)
-HEADS = {"kind": KIND_NAMES, "body": COLOUR_NAMES, "background": BACKGROUND_NAMES}
-RENDERS, TESTED = 12_000, 1_500
-STEPS, BATCH = 1_400, 64
+BACKGROUND_NAMES = tuple(BACKGROUNDS)
+HEADS: dict[str, tuple[str, ...]] = {
+    "kind": KIND_NAMES,
+    "body": tuple(COLOURS),
+    "background": BACKGROUND_NAMES,
+    "pose": tuple(POSES),
+    "facing": ("left", "right"),
+    "style": STYLES,
+} | {part: ("missing", part) for part in HERO_PARTS}
+RENDERS, TESTED = 16_000, 2_000
+STEPS, BATCH = 2_000, 64
 BLOBS = 256  # of the base's pictures of no figure
 
 
@@ -48,14 +55,18 @@ class Verdict:
     kind: str
     body: str
     background: str
+    pose: str
+    facing: str
+    style: str
+    parts: tuple[str, ...]  # of the hero, that are seen
 
 
 class Classifier(nn.Module):
-    """pixels (B,3,64,64) in [-1, 1] -> logits of each head. 0.3 M parameters."""
+    """pixels (B,3,64,64) in [-1, 1] -> logits of each head. 0.4 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 24, 48, 96, 128)
+        widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
@@ -75,14 +86,15 @@ def pixels_of(images: Sequence[Image.Image]) -> Tensor:
 
 
 def random_example(rng: random.Random) -> Figure:
-    """A figure to judge: a hero, one of the world, or a blue robot in the hero's own colours without being
-    him.
+    """A figure to judge: a hero, one without some of his parts, one of the world, or a blue robot in the
+    hero's own colours without being him.
     """
     fate = rng.random()
-    if fate < 0.2:
-        return random_hero(rng)
+    if fate < 0.4:
+        lost = tuple(part for part in HERO_PARTS if rng.random() < 0.4) if fate < 0.2 else ()
+        return replace(random_hero(rng), without=lost)
     figure = random_figure(rng)
-    if fate < 0.3:
+    if fate < 0.5:
         trim = rng.choice(("white", "yellow"))
         return replace(figure, kind="robot", body="blue", head_colour="blue", trim=trim, head="round head")
     return figure
@@ -93,11 +105,17 @@ def renders(count: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     rng = random.Random(seed)
     figures = [random_example(rng) for _ in range(count)]
     labels = {
-        "kind": [KIND_NAMES.index(figure.kind) for figure in figures],
-        "body": [COLOUR_NAMES.index(figure.body) for figure in figures],
-        "background": [BACKGROUND_NAMES.index(figure.background) for figure in figures],
+        name: torch.tensor([classes.index(truth_of(figure, name)) for figure in figures])
+        for name, classes in HEADS.items()
     }
-    return pixels_of([draw(f) for f in figures]), {key: torch.tensor(value) for key, value in labels.items()}
+    return pixels_of([draw(figure) for figure in figures]), labels
+
+
+def truth_of(figure: Figure, head: str) -> str:
+    """What a head should say of a figure."""
+    if head in HERO_PARTS:
+        return head if figure.kind == "hero" and head not in figure.without else "missing"
+    return str(getattr(figure, head))
 
 
 @torch.no_grad()
@@ -184,7 +202,7 @@ def _train(model: Classifier, base: StableDiffusion) -> None:
         nothing = torch.full((BATCH // 4,), KIND_NAMES.index("nothing"))
         logits = model.train()(batch)
         loss = functional.cross_entropy(logits["kind"], torch.cat([labels["kind"][picks], nothing]))
-        for name in ("body", "background"):
+        for name in [*HEADS][1:]:
             loss = loss + functional.cross_entropy(logits[name][:BATCH], labels[name][picks])
         optimizer.zero_grad()
         loss.backward()
@@ -214,5 +232,9 @@ def accuracy(model: Classifier, base: StableDiffusion) -> dict[str, float]:
 def judged(model: Classifier, images: Sequence[Image.Image]) -> list[Verdict]:
     """A verdict an image."""
     found = {name: logits.argmax(1).tolist() for name, logits in model.eval()(pixels_of(images)).items()}
-    answers = [[HEADS[name][i] for i in found[name]] for name in ("kind", "body", "background")]
-    return [Verdict(*answer) for answer in zip(*answers, strict=True)]
+    verdicts = []
+    for i in range(len(images)):
+        said = {name: classes[found[name][i]] for name, classes in HEADS.items()}
+        parts = tuple(part for part in HERO_PARTS if said.pop(part) == part)
+        verdicts.append(Verdict(**said, parts=parts))
+    return verdicts

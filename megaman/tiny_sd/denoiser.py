@@ -1,0 +1,174 @@
+"""The embedded base's UNet and text encoder: their shape and how they learn from pairs of pictures."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from megaman.tiny_sd.autoencoder import LATENT_CHANNELS
+from megaman.tiny_sd.progress import Progress, steps, tell
+from megaman.tiny_sd.stages import CAPTIONS_EACH, HELD_OUT, SIDE_PX, Stage
+
+EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
+BATCH = 32  # half as many pairs
+OUTLINES = (350, 950)  # the timesteps at which outlines are decided; half of all examples come from there
+FIGURE_WEIGHT = 3.0  # of a cell that shows the figure, against one of the plain background
+RECIPE = (EMPTY_SHARE, BATCH, OUTLINES, FIGURE_WEIGHT)
+
+
+class Denoiser(nn.Module):
+    """UNet and text encoder, trained as one."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel(
+            sample_size=SIDE_PX // 4, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+            block_out_channels=(64, 96, 128), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+        )  # fmt: skip
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=128, intermediate_size=512, projection_dim=128,
+            num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu",
+            bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+        ))  # fmt: skip
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """noisy (B,8,16,16), timesteps (B,), ids (B,77) -> the predicted noise (B,8,16,16)."""
+        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+@cache
+def new_scheduler() -> DDPMScheduler:
+    """Stable Diffusion's own schedule."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the denoiser learns from: latents (N,8,16,16), cells (N,1,16,16), ids (N*CAPTIONS_EACH,77),
+    silent (M,77).
+    """
+
+    latents: Tensor
+    cells: Tensor  # the share of each that the figure covers
+    ids: Tensor
+    silent: Tensor  # captions that say nothing
+
+
+def covered(pictures: Tensor) -> Tensor:
+    """The share of each latent cell that is not the background, whose colour is the corner's. pictures
+    uint8 (N,3,64,64) -> (N,1,16,16).
+    """
+    parts = []
+    for part in pictures.split(1000):
+        off = (part.float() - part[..., :1, :1].float()).abs().amax(1, keepdim=True)
+        parts.append(functional.avg_pool2d((off > 12).float(), SIDE_PX // 16))
+    return torch.cat(parts)
+
+
+def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) -> Denoiser:
+    """The denoiser after this stage: the averaged weights."""
+    model.train().requires_grad_(True)
+    rates = [
+        {"params": model.unet.parameters(), "lr": 5e-4},
+        {"params": model.text_encoder.parameters(), "lr": 2.5e-4},
+    ]
+    optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
+    progress = Progress(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
+    pairs, mean_loss = (len(lesson.latents) - HELD_OUT) // 2, None
+    for step in steps(progress, stage.steps):
+        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
+        picks = torch.randint(0, pairs, (BATCH // 2,), generator=generator)
+        timesteps = learning_timesteps(BATCH // 2, generator)
+        losses = denoising_losses(model, examples(lesson, picks, generator), timesteps, generator)
+        losses.mean().backward()
+        loss = losses.mean().item()
+        mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
+        if step % 100 == 0:
+            tell(f"{stage.name}: denoiser step {step}: loss {mean_loss:.4f}")
+        if step % 500 == 0 and step > 0:
+            tell(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f}")
+    tell(f"{stage.name}: held-out loss {held_out_loss(progress, lesson):.4f} at the end")
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pairs in a row: clean (B,8,16,16), weights (B,1,16,16) of mean 1, ids (B,77)."""
+
+    clean: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+def examples(lesson: Lesson, pairs: Tensor, generator: torch.Generator) -> Examples:
+    """The picked pairs with a caption of each picture, of equal wording; EMPTY_SHARE of the pairs are told
+    nothing.
+    """
+    count, device = len(pairs), lesson.silent.device
+    picks = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
+    variants = torch.randint(0, CAPTIONS_EACH, (count,), generator=generator).repeat_interleave(2)
+    texts = lesson.ids[picks * CAPTIONS_EACH + variants].to(device)
+    empty = (torch.rand(count, generator=generator) < EMPTY_SHARE).repeat_interleave(2)
+    rows = torch.randint(0, len(lesson.silent), (int(empty.sum()),), generator=generator)
+    texts[empty.to(device)] = lesson.silent[rows.to(device)]
+    weights = 1 + (FIGURE_WEIGHT - 1) * lesson.cells[picks]
+    return Examples(lesson.latents[picks], weights / weights.mean(dim=(2, 3), keepdim=True), texts)
+
+
+def learning_timesteps(pairs: int, generator: torch.Generator) -> Tensor:
+    """A timestep a pair, half of them where outlines are decided."""
+    anywhere = torch.randint(0, 1000, (pairs,), generator=generator)
+    outlines = torch.randint(*OUTLINES, (pairs,), generator=generator)
+    return torch.where(torch.rand(pairs, generator=generator) < 0.5, outlines, anywhere)
+
+
+@torch.no_grad()
+def held_out_loss(progress: Progress, lesson: Lesson) -> float:
+    """The averaged weights' loss on pairs that were never trained on; always the same noise, timesteps evenly
+    spread.
+    """
+    generator, parameters = torch.Generator().manual_seed(0), list(progress.model.parameters())
+    progress.ema.store(parameters)
+    progress.ema.copy_to(parameters)
+    pairs = torch.arange((len(lesson.latents) - HELD_OUT) // 2, len(lesson.latents) // 2)
+    losses = []
+    for part in pairs.split(50):
+        timesteps = torch.randint(0, 1000, (len(part),), generator=generator)
+        told = examples(lesson, part, generator)
+        losses.append(denoising_losses(progress.model, told, timesteps, generator))
+    progress.ema.restore(parameters)
+    return torch.cat(losses).mean().item()
+
+
+def denoising_losses(
+    model: Denoiser, told: Examples, timesteps: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Min-SNR weighted losses (B,) with offset noise 0.05; both of a pair at the same timestep (B/2,) under
+    the same noise, so that only what their captions tell apart differs.
+    """
+    scheduler, shape = new_scheduler(), told.clean[::2].shape
+    noise = torch.randn(shape, generator=generator)
+    noise += 0.05 * torch.randn((*shape[:2], 1, 1), generator=generator)
+    noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
+    noisy, device = scheduler.add_noise(told.clean, noise, timesteps), told.ids.device
+    predicted = model(noisy.to(device), timesteps.to(device), told.ids)
+    snr = compute_snr(scheduler, timesteps)
+    errors = told.weights.to(device) * (predicted - noise.to(device)).square()
+    return (snr.clamp(max=5.0) / snr).to(device) * errors.mean(dim=(1, 2, 3))

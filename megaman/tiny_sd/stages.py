@@ -1,0 +1,57 @@
+"""The curriculum: the stages in which the embedded base learns, each with its pictures and captions."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megaman.tiny_sd import sources
+from megaman.tiny_sd.figures import HERO_WORDS
+
+SIDE_PX = sources.SIDE_PX
+CAPTIONS_EACH = 4  # caption variants drawn for each picture
+HELD_OUT = 500  # the last pictures of each stage are never trained on
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the curriculum. All of it, with the seed, decides the weights, besides the code."""
+
+    name: str
+    shares: dict[str, float]  # of each source of pictures
+    pairs: int  # of pictures
+    steps: int  # of UNet and text encoder
+    seed: int
+    always: tuple[str, ...] = ()  # what every figure's caption names
+
+
+FIGURES = Stage("figures", {"figures": 1.0}, 16_000, 5_000, 2026, ("pose", "facing"))
+MIXTURE = Stage("mixture", sources.SHARES, 20_000, 5_000, 2027)
+
+
+def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
+    """All pictures as uint8 (N,3,64,64) and CAPTIONS_EACH captions a picture, in order; kept in the work
+    folder. Rows 2 i and 2 i + 1 are a pair, and so are their captions.
+    """
+    file, captions_file = work / f"{stage.name}.safetensors", work / f"{stage.name}.json"
+    if not captions_file.exists():
+        rng = random.Random(stage.seed)
+        pixels, captions = np.empty((2 * stage.pairs, SIDE_PX, SIDE_PX, 3), np.uint8), []
+        for i, pair in enumerate(sources.pairs(stage.pairs, stage.shares, rng, work, stage.always)):
+            words = rng.getrandbits(64)
+            for j, (picture, describe) in enumerate(pair):
+                pixels[2 * i + j] = np.asarray(picture)
+                alike = random.Random(words)
+                captions += [describe(alike) for _ in range(CAPTIONS_EACH)]
+        save_file({"pictures": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}, file)
+        captions_file.write_text(json.dumps(captions))
+    captions = json.loads(captions_file.read_text())
+    told = [text for text in captions if any(word in text for word in HERO_WORDS)]
+    if told:
+        raise SystemExit(f"error: the base must not know the hero, but a caption reads {told[0]!r}")
+    return load_file(file)["pictures"], captions
