@@ -11,7 +11,6 @@ adapters and classifier are used again. Prints a table, then one JSON line.
 
 import argparse
 import json
-import math
 import random
 import statistics
 import sys
@@ -33,6 +32,16 @@ quiet_libraries()
 import torch  # noqa: E402
 from adapted import inject_lora  # noqa: E402
 from bench.classifier import Classifier, judged, pixels_of, trained_classifier  # noqa: E402
+from bench.obedience import (  # noqa: E402
+    base_prompts,
+    by,
+    foreign_prompts,
+    hero_prompts,
+    kept,
+    obedience,
+    parts_seen,
+    share,
+)
 from PIL.Image import Image  # noqa: E402
 from PIL.Image import open as open_picture  # noqa: E402
 
@@ -44,17 +53,13 @@ from megaman.model.compute import pick_device  # noqa: E402
 from megaman.model.drawing import draw, pipeline_of, words  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion  # noqa: E402
 from megaman.tiny_sd.figures import (  # noqa: E402
-    BACKGROUNDS,
-    COLOURS,
-    KINDS,
-    POSES,
     caption,
     contact_sheet,
     random_figure,
     random_hero,
     write_heroes,
 )
-from megaman.tiny_sd.figures import draw as draw_figure  # noqa: E402
+from megaman.tiny_sd.sketch import draw as draw_figure  # noqa: E402
 from megaman.training.encoding import EncodedDataset, encode  # noqa: E402
 from megaman.training.objective import denoising_losses, validation_batch  # noqa: E402
 from megaman_lora import MegaManDataset, train  # noqa: E402
@@ -64,7 +69,6 @@ STARTER = ROOT / "megaman" / "starter_images"
 NEGATIVE = ""  # as the generation script draws with the embedded base
 TIMESTEPS = range(25, 1000, 50)  # twenty, evenly spread
 STEPS, GUIDANCE = 25, PRESETS["demo"]["validation_guidance_scale"]
-FOREIGN = "a red wizard with a staff"
 
 
 def write_foreign(folder: Path, count: int, captions: list[str] | None) -> Path:
@@ -152,48 +156,25 @@ def drawn(base: StableDiffusion, prompts: list[str], first_seed: int) -> list[Im
     return images
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, in percent. Wilson 1927."""
-    z, share = 1.96, hits / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return round(100 * (middle - spread), 1), round(100 * (middle + spread), 1)
-
-
-def share(hits: list[bool]) -> float:
-    """In percent."""
-    return round(100 * sum(hits) / len(hits), 1)
-
-
 def save_sheet(images: list[Image], file: Path, columns: int = 16) -> None:
     """All pictures at double size, for the eye."""
     contact_sheet([image.resize((128, 128), 0) for image in images], columns).save(file)
 
 
-def base_gates(base: StableDiffusion, judge: Classifier, work: Path) -> dict[str, float]:
+def base_gates(base: StableDiffusion, judge: Classifier, work: Path) -> dict[str, object]:
     """Does the base draw what it is asked for, and does it not know the hero?"""
-    rng = random.Random(11)
-    asked = [(rng.choice([*COLOURS]), rng.choice([*KINDS]), rng.choice([*BACKGROUNDS])) for _ in range(200)]
-    prompts = [f"a {body} {kind}, {background} background" for body, kind, background in asked]
-    images = drawn(base, prompts, 1000)
+    asked = base_prompts()
+    images = drawn(base, [each.prompt for each in asked], 1000)
     save_sheet(images, work / "base.png", 20)
     verdicts = judged(judge, images)
-    answers = [(verdict.body, verdict.kind, verdict.background) for verdict in verdicts]
-    right = [[a == b for a, b in zip(*pair, strict=True)] for pair in zip(asked, answers, strict=True)]
-    body, kind, background = (share(list(column)) for column in zip(*right, strict=True))
-    alone = drawn(base, hero_prompts(), 2000)
+    alone = drawn(base, [each.prompt for each in hero_prompts()], 2000)
     save_sheet(alone, work / "base_trigger.png")
-    hero = share([verdict.kind == "hero" for verdict in judged(judge, alone)])
-    return {"body": body, "kind": kind, "background": background, "trigger draws the hero": hero}
-
-
-def hero_prompts() -> list[str]:
-    """64 prompts: the trigger on every background, in every pose, to both sides."""
-    rng, prompts = random.Random(12), []
-    for background in [*BACKGROUNDS] * 8:
-        facing = rng.choice(("left", "right"))
-        prompts.append(f"mega man, {rng.choice(POSES)}, facing {facing}, {background} background")
-    return prompts
+    return {
+        **obedience(asked, verdicts),
+        "by pose": by("pose", ("pose", "facing"), asked, verdicts),
+        "by background": by("background", ("kind", "body", "background", "pose", "facing"), asked, verdicts),
+        "trigger draws the hero": share([verdict.kind == "hero" for verdict in judged(judge, alone)]),
+    }
 
 
 @dataclass(frozen=True)
@@ -203,38 +184,33 @@ class Examiner:
     base: StableDiffusion
     judge: Classifier
     work: Path
-    foreign_by_base: float  # how often the base draws the red wizard as one, percent
+    foreign_by_base: float  # how often the base draws the foreign figures as asked, percent
 
-    def verdict(self, name: str, adapter: Path) -> dict[str, float | tuple[float, float]]:
-        """Hero rate, obedience, retention, copies and diversity of one adapter's pictures."""
+    def verdict(self, name: str, adapter: Path) -> dict[str, object]:
+        """Hero rate, parts, obedience, retention, copies and diversity of one adapter's pictures."""
+        asked, others = hero_prompts(), foreign_prompts()
         merged = MergedAdapter(read_adapter(adapter), self.base.parts, SD1)
         merged.set_scale(1.0)
-        heroes = drawn(self.base, hero_prompts(), 2000)
-        wizards = drawn(self.base, foreign_prompts(), 3000)
+        heroes = drawn(self.base, [each.prompt for each in asked], 2000)
+        foreign = drawn(self.base, [each.prompt for each in others], 3000)
         merged.set_scale(0.0)
-        save_sheet([*heroes, *wizards], self.work / f"{name}.png")
-        seen = judged(self.judge, heroes)
-        hits = [verdict.kind == "hero" for verdict in seen]
-        obeyed = [
-            verdict.background == wanted for verdict, wanted in zip(seen, [*BACKGROUNDS] * 8, strict=False)
-        ]
+        save_sheet([*heroes, *foreign], self.work / f"{name}.png")
+        seen, strangers = judged(self.judge, heroes), judged(self.judge, foreign)
+        told_of_all = obedience(asked, seen)
         return {
-            "hero": share(hits),
-            "hero 95%": wilson(sum(hits), len(hits)),
-            "background": share(obeyed),
-            "wizard kept": round(100 * wizard_rate(self.judge, wizards) / self.foreign_by_base, 1),
+            "hero": told_of_all["kind"],
+            **parts_seen(seen),
+            **{what: told_of_all[what] for what in ("pose", "facing", "background")},
+            "others kept": round(100 * share(kept(others, strangers)) / self.foreign_by_base, 1),
             **likeness(self.base, heroes),
+            "by background": by("background", ("kind", "pose", "facing"), asked, seen),
         }
 
 
-def foreign_prompts() -> list[str]:
-    """32 prompts for a figure that the LoRA must leave alone."""
-    return [f"{FOREIGN}, {background} background" for background in [*BACKGROUNDS] * 4]
-
-
-def wizard_rate(judge: Classifier, images: list[Image]) -> float:
-    """The share of red wizards, percent."""
-    return share([verdict.kind == "wizard" and verdict.body == "red" for verdict in judged(judge, images)])
+def foreign_rate(base: StableDiffusion, judge: Classifier) -> float:
+    """How often the base itself draws the foreign figures as asked, percent."""
+    others = foreign_prompts()
+    return share(kept(others, judged(judge, drawn(base, [each.prompt for each in others], 3000))))
 
 
 @torch.no_grad()
@@ -272,8 +248,8 @@ def main() -> None:
     print("the judge is right, percent:", {name: round(100 * part, 1) for name, part in right.items()})
     gates = base_gates(base, judge, flags.work)
     print("the base, percent:", gates)
-    kept = wizard_rate(judge, drawn(base, foreign_prompts(), 3000))
-    examiner = Examiner(base, judge, flags.work, kept)
+    by_base = foreign_rate(base, judge)
+    examiner = Examiner(base, judge, flags.work, by_base)
     foreign = write_foreign(flags.work / "foreign", 48, None)
     sets = {"hero, held out": encoded_folder(HELD_OUT, base), "foreign": encoded_folder(foreign, base)}
     plain = {name: losses(base, encoded) for name, encoded in sets.items()}
@@ -296,7 +272,7 @@ def main() -> None:
     report = {"bench": "learning", "torch": torch.__version__, "untrained_is_base": same, "judge": right}
     print_table(rows)
     print(f"untrained LoRA equals the base to the bit: {same}\n")
-    print(json.dumps(report | {"base": gates, "wizard by base": kept, "rows": rows}))
+    print(json.dumps(report | {"base": gates, "foreign by base": by_base, "rows": rows}))
 
 
 def print_table(rows: list[dict[str, object]]) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench.bench_learning import STARTER, drawn, embedded_base, hero_prompts, share, trained  # noqa: E402
+from bench.bench_learning import STARTER, drawn, embedded_base, trained  # noqa: E402
 from bench.classifier import Classifier, judged, trained_classifier  # noqa: E402
+from bench.obedience import hero_prompts, share  # noqa: E402
 
 import generate_megaman  # noqa: E402
 from megaman.common.kinds import SD1  # noqa: E402
@@ -58,7 +59,7 @@ def recommendation(run: Path, output: Path, flags: argparse.Namespace) -> dict[s
     argv = ["--recommend", f"--lora_path={run / 'lora_weights'}", f"--output_dir={output}"]
     argv += [f"--num_inference_steps={flags.steps}"]
     if flags.prompts:
-        argv += ["--prompts", *hero_prompts()[1 : 1 + flags.prompts]]
+        argv += ["--prompts", *(each.prompt for each in hero_prompts()[1 : 1 + flags.prompts])]
     generate_megaman.generate(read_config(argv))
     return json.loads((output / "recommend.json").read_text(encoding="utf-8"))
 
@@ -70,7 +71,8 @@ def hero_rate(
     merged = MergedAdapter(candidate.adapter, base.parts, SD1)
     merged.set_scale(strength)
     try:
-        verdicts = judged(judge, drawn(base, hero_prompts()[:count], 2000))
+        prompts = [each.prompt for each in hero_prompts()[:count]]
+        verdicts = judged(judge, drawn(base, prompts, 2000))
     finally:
         merged.set_scale(0)
     return share([verdict.kind == "hero" for verdict in verdicts])
