@@ -38,7 +38,8 @@ from megaman.lora.adapter import Adapter
 from megaman.lora.injection import adapter_of
 from megaman.lora.save import write_kohya
 from megaman.model.stable_diffusion import StableDiffusion, load_base
-from megaman.tiny_sd.figures import BACKGROUNDS, Figure, draw, random_figure, random_hero
+from megaman.tiny_sd.figures import random_figure, random_hero
+from megaman.tiny_sd.sketch import BACKGROUNDS, Figure, draw
 
 # ---------------------------------------------------------------- measures, each on pictures made for it
 

@@ -25,7 +25,8 @@ from bench.bench_learning import change, embedded_base, encoded_folder, losses, 
 from PIL import Image, ImageOps  # noqa: E402
 
 from megaman.data.masks import MaskSource  # noqa: E402
-from megaman.tiny_sd.figures import Figure, distinct_heroes, draw, hero_caption  # noqa: E402
+from megaman.tiny_sd.figures import distinct_heroes, hero_caption  # noqa: E402
+from megaman.tiny_sd.sketch import Figure, draw  # noqa: E402
 
 WAYS = ("no masks", "painted white", "left in place")
 SHORT = ["--max_train_steps", "80", "--train_batch_size", "4", "--preserve_weight", "0"]
