@@ -92,14 +92,18 @@ LARGEST_BATCH = 16
 
 def resolve(cfg: GenerateConfig, adapter: Adapter, base: StableDiffusion) -> GenerateConfig:
     """The configuration with size, guidance, strength and negative prompt decided: where the user is silent,
-    those of the training. The embedded base knows no words like "blurry": they would only disturb it.
+    those of the training. The embedded base knows no words like "blurry": they would only disturb it; and it
+    is quick enough to show beside each of our own prompts what it draws without the adapter.
     """
     known = adapter.metadata
     side = known.get("resolution", base.native_resolution)
     side = max(1, round(side / base.cell_px)) * base.cell_px  # an adapter may be trained on other sizes
-    usual = "" if base.name == EMBEDDED else NEGATIVE
+    is_embedded = base.name == EMBEDDED
+    usual = "" if is_embedded else NEGATIVE
+    is_asked = cfg.prompts or cfg.prompts_file is not None or cfg.lora_scale is not None
     return replace(
         cfg,
+        compare_base=cfg.compare_base or (is_embedded and not is_asked and not cfg.compare_checkpoints),
         negative_prompt=usual if cfg.negative_prompt is None else cfg.negative_prompt,
         lora_scale=[float(known.get(STRENGTH, 1))] if cfg.lora_scale is None else cfg.lora_scale,
         width=side if cfg.width is None else cfg.width,

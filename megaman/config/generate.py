@@ -56,13 +56,13 @@ BUILT_IN_PROMPTS = (
     "mega man, standing, facing right, sky background",
     "mega man, running, facing left, sand background",
     "mega man, jumping, facing right, mint background",
-    "mega man, arms raised, rose background",
-    "mega man, crouching, facing left, violet background",
-    "mega man, running, black background, pixel art",
-    "mega man, standing, white background, pixel art",
-    "mega man, jumping, gray background, flat",
+    "mega man, arms raised, facing left, rose background",
+    "mega man, crouching, facing right, violet background",
+    "mega man, running, facing right, black background, pixel art",
+    "mega man, jumping, facing left, white background, flat",
+    "mega man, crouching, facing left, gray background, pixel art",
     "mega man, blue robot, helmet, game character, high quality",
-    "mega man, futuristic armor, action pose, sci-fi, detailed",
+    "a red wizard with a staff, arms raised, facing right, mint background",  # a friend, who stays himself
 )
 
 

@@ -55,8 +55,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "validation_prompt": [
             "mega man, standing, facing right, sky background",
             "mega man, running, facing left, sand background",
-            "mega man, arms raised, mint background",
-            "a red wizard with a staff, white background",
+            "mega man, arms raised, facing right, mint background",
+            "mega man, crouching, facing left, black background",
+            "a red wizard with a staff, jumping, facing right, white background",
         ],
     },
     "starter": {"lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-4, "max_train_steps": 1000},
