@@ -3,9 +3,9 @@
     python tests/bench/bench_concept.py TRAIN HELD_OUT --trigger "two words" [--seeds 3] [--work FOLDER]
 
 TRAIN and HELD_OUT hold pictures with captions that begin with the trigger. Losses of each held-out picture
-(fixed noise, 20 fixed timesteps, plain squared error) with the adapter against the base's, and a sheet of what
-each adapter draws for the held-out captions, above it the pictures themselves, for the eye. Prints a table,
-then one JSON line.
+(fixed noise, 20 fixed timesteps, plain squared error) with the adapter against the base's, and a sheet for
+the eye: the held-out pictures, below them what each adapter draws for their captions. Prints a table, then
+one JSON line.
 """
 
 import argparse
