@@ -44,7 +44,7 @@ def train_vae(pictures: Tensor, work: Path, device: torch.device) -> Autoencoder
     progress = Progress(work / "vae.safetensors", vae, optimizer, ema)
     trained, held_out = pictures[:-HELD_OUT], pictures[-HELD_OUT:].to(device).float() / 127.5 - 1
     scraps = scraps_of(MIXTURE.seed)
-    for step in steps(progress, VAE_STEPS):
+    for step in steps(progress, VAE_STEPS, VAE_STEPS):
         rng = np.random.default_rng((MIXTURE.seed, 1, step))
         torch.manual_seed(MIXTURE.seed * 1_000_003 + step)  # of the posterior's sample
         are_crops = step < VAE_CROPS

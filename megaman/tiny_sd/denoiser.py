@@ -92,7 +92,7 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
     progress = Progress(work / f"{stage.name}_denoiser.safetensors", model, optimizer, ema)
     pairs, mean_loss = (len(lesson.latents) - HELD_OUT) // 2, None
-    for step in steps(progress, stage.steps):
+    for step in steps(progress, stage.steps, stage.rate_steps):
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
         picks = torch.randint(0, pairs, (BATCH // 2,), generator=generator)
         timesteps = learning_timesteps(BATCH // 2, generator)

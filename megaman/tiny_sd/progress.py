@@ -66,15 +66,15 @@ def cosine(step: int, total: int, warmup: int = 200, floor: float = 0.03) -> flo
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def steps(progress: Progress, total: int) -> Iterator[int]:
-    """The steps still to do, with the learning rate set, the step taken (clipped) and the state saved
-    around the caller's backward.
+def steps(progress: Progress, total: int, rate_steps: int) -> Iterator[int]:
+    """The steps still to do of `total`, with the learning rate set (a cosine over `rate_steps`), the step
+    taken (clipped) and the state saved around the caller's backward.
     """
     peaks = [group["lr"] for group in progress.optimizer.param_groups]
     start = progress.restore()
     for step in range(start, total):
         for group, peak in zip(progress.optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * cosine(step, total)
+            group["lr"] = peak * cosine(step, rate_steps)
         progress.optimizer.zero_grad(set_to_none=True)
         yield step
         nn.utils.clip_grad_norm_(list(progress.model.parameters()), 1.0)

@@ -26,12 +26,13 @@ class Stage:
     shares: dict[str, float]  # of each source of pictures
     pairs: int  # of pictures
     steps: int  # of UNet and text encoder
+    rate_steps: int  # until the rate has fallen; a stage that another follows may end before
     seed: int
     always: tuple[str, ...] = ()  # what every figure's caption names
 
 
-FIGURES = Stage("figures", {"figures": 1.0}, 16_000, 5_000, 2026, ("pose", "facing"))
-MIXTURE = Stage("mixture", sources.SHARES, 20_000, 5_000, 2027)
+FIGURES = Stage("figures", {"figures": 1.0}, 16_000, 3_000, 5_000, 2026, ("pose", "facing"))
+MIXTURE = Stage("mixture", sources.SHARES, 20_000, 5_000, 5_000, 2027)
 
 
 def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
