@@ -273,9 +273,9 @@ PHASES = {
     "sample picture": ("PIL.Image:Image.save", 2, "after"),
     "sample page": ("megaman.training.tracker:render_samples", 2, "after"),
     "metrics": ("megaman.training.tracker:Tracker._show", 1, "before"),
-    "final export": ("megaman.lora.save:write_adapter", 1, "before"),
+    "final export": ("megaman.training.adoption:write_adapter", 1, "before"),
     "final file": ("megaman.lora.save:save_tensors", 5, "after"),
-    "exported": ("megaman.lora.save:write_adapter", 1, "after"),
+    "exported": ("megaman.training.adoption:write_adapter", 1, "after"),
 }
 DRAWING = {
     "picture": ("PIL.Image:Image.save", 2, "before"),
