@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from megaman.lora.injection import adapter_of
 from megaman.lora.save import write_kohya
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.tiny_sd.figures import BACKGROUNDS, Figure, draw, random_figure, random_hero
+from megaman_lora import open_training_set
 
 # ---------------------------------------------------------------- measures, each on pictures made for it
 
@@ -458,10 +460,27 @@ def test_the_demo_s_own_pictures_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run" / "lora_weights").mkdir(parents=True)
-    record = recorded(TrainConfig(data_dir=STARTER_IMAGES, resolution=64))
+    record = recorded(TrainConfig(data_dir=STARTER_IMAGES, resolution=64, validation_split=0))
     (tmp_path / "run" / "training_config.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
     assert len(find_training_pictures(tmp_path / "run" / "lora_weights", 64, 8).pictures) == 30
+
+
+def test_pictures_that_the_run_held_out_are_no_training_pictures(tmp_path: Path) -> None:
+    (tmp_path / "run" / "lora_weights").mkdir(parents=True)
+    cfg = TrainConfig(data_dir=STARTER_IMAGES, resolution=64, validation_split=0.2, seed=5)
+    data, _ = open_training_set(replace(cfg, output_dir=str(tmp_path / "none")), processes=1)
+    assert len(data.held_out) == 6
+
+    def found_of(record: dict[str, Any]) -> set[str]:
+        (tmp_path / "run" / "training_config.json").write_text(json.dumps(record))
+        found = find_training_pictures(tmp_path / "run" / "lora_weights", 64, 8)
+        return {each.name for each in found.pictures}
+
+    names = [path.name for path in data.dataset.paths]
+    assert found_of(recorded(cfg)) == {name for i, name in enumerate(names) if i not in data.held_out}
+    for damage in ({"validation_split": "x"}, {"validation_split": 2.0}, {"seed": None}):
+        assert found_of(recorded(cfg) | damage) == set(names)
 
 
 def test_held_out_losses_are_read_past_every_damage(finished: Path, tmp_path: Path) -> None:

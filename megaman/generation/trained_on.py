@@ -3,7 +3,7 @@ by the record of the run.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,8 @@ from megaman.config.train import PROJECT, CropMode
 from megaman.data import buckets, scan
 from megaman.data.buckets import Crop
 from megaman.data.folder import look_into
+from megaman.data.held_out import held_out_of
+from megaman.data.scan import ScannedPicture
 from megaman.generation.candidates import record_of_run
 
 MOST = 400  # pictures that are looked at: as many as all drawings of a usual comparison
@@ -52,22 +54,31 @@ def find_training_pictures(lora_path: Path, side: int, cell_px: int) -> Training
     folders = _folders_in(record, run)
     if not folders:
         return TrainingPictures(missing=f"the training pictures are no longer in {record.get('data_dir')}")
-    resolution = record.get("resolution")
-    side = resolution if isinstance(resolution, int) and resolution > 0 else side
-    modes: tuple[CropMode, ...] = get_args(CropMode)
-    crop = next((mode for mode in modes if mode == record.get("crop")), modes[0])
     for folder in folders:
         try:
             scanned, _ = scan.scan(look_into(folder), Store(None))
         except UserError as error:
             return TrainingPictures(missing=str(error))
         if scanned and trained in (None, scan.content_of(each.digest for each in scanned)):
-            break
-    else:
-        return TrainingPictures(missing=f"{folders[0]} holds other pictures than those of the training")
-    if len(scanned) > MOST:
-        say(f"note: {MOST} of the {len(scanned)} training pictures are compared, evenly picked")
-        scanned = [scanned[i] for i in np.linspace(0, len(scanned) - 1, MOST).astype(int)]
+            return _as_trained(scanned, folder, record, side, cell_px)
+    return TrainingPictures(missing=f"{folders[0]} holds other pictures than those of the training")
+
+
+def _as_trained(
+    scanned: Sequence[ScannedPicture], folder: Path, record: Mapping[str, Any], side: int, cell_px: int
+) -> TrainingPictures:
+    """The pictures of a run's folder as the run has trained on them: those that it held out are none of
+    them.
+    """
+    without = _held_out(scanned, record)
+    trained = [each for index, each in enumerate(scanned) if index not in without]
+    if len(trained) > MOST:
+        say(f"note: {MOST} of the {len(trained)} training pictures are compared, evenly picked")
+        trained = [trained[i] for i in np.linspace(0, len(trained) - 1, MOST).astype(int)]
+    resolution = record.get("resolution")
+    side = resolution if isinstance(resolution, int) and resolution > 0 else side
+    modes: tuple[CropMode, ...] = get_args(CropMode)
+    crop = next((mode for mode in modes if mode == record.get("crop")), modes[0])
     offered = buckets.buckets_of(side, cell_px, crop)
     found = tuple(
         TrainingPicture(
@@ -75,10 +86,18 @@ def find_training_pictures(lora_path: Path, side: int, cell_px: int) -> Training
             Crop(each.path, each.digest, buckets.bucket_for(each.size, offered), whole=each.size),
             each.thumbnail,
         )
-        for each in scanned
+        for each in trained
     )
     turned = found if record.get("flip") is True else ()
     return TrainingPictures(found, mirrored=tuple(replace(each.crop, is_mirrored=True) for each in turned))
+
+
+def _held_out(scanned: Sequence[ScannedPicture], record: Mapping[str, Any]) -> frozenset[int]:
+    """Those that the run never trained on, as it chose them by its record; none where that is damaged."""
+    share, seed = record.get("validation_split"), record.get("seed")
+    if type(share) not in (int, float) or type(seed) is not int or not 0 < share < 1:  # type: ignore[operator]
+        return frozenset()
+    return held_out_of([each.digest for each in scanned], share, seed)  # type: ignore[arg-type]
 
 
 def _tells(row: Mapping[str, Any]) -> bool:
