@@ -79,7 +79,7 @@ def measured(
             files = [None if image is None else f"{len(pictures) + i}" for i, image in enumerate(images)]
             pictures += images
             grids.append([files[i : i + SEEDS] for i in range(0, len(files), SEEDS)])
-        cells.append(CellFiles(*grids))
+        cells.append(CellFiles(*grids, seeds=[[*range(SEEDS)]] * len(PLACES)))
     there = {str(i): image for i, image in enumerate(pictures) if image is not None}
     mirrored = [ImageOps.mirror(image) for image in training] if flip else []
     shown = (*there.values(), *training, *mirrored)
@@ -150,11 +150,52 @@ def test_burnt_pale_and_missing_pictures_are_damage(embedded: StableDiffusion) -
 
 
 def test_one_seed_or_one_prompt_tells_nothing_of_obedience() -> None:
-    looks = np.random.default_rng(0).normal(size=(3, 2, 5))
-    assert measures.obedience(looks, looks) == pytest.approx(1)
-    assert measures.obedience(looks[:1], looks[:1]) is None
-    assert measures.obedience(looks[:, :1], looks[:, :1]) is None
+    looks, seeds = np.random.default_rng(0).normal(size=(3, 2, 5)), [[1, 2]] * 3
+    assert measures.obedience(looks, looks, seeds) == pytest.approx(1)
+    assert measures.obedience(looks[:1], looks[:1], seeds[:1]) is None
+    assert measures.obedience(looks[:, :1], looks[:, :1], [[1], [1], [2]]) is None
+    assert measures.obedience(np.zeros_like(looks), np.zeros_like(looks), seeds) is None
     assert measures.leakage(looks[:, :1], looks[:, :1]) is None
+    assert measures.leakage([], []) is None
+
+
+def made_of(seeds: Sequence[Sequence[int]], answer: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Features of drawings in which the prompt counts `answer`, and the seed as much as the prompt at 1."""
+    prompts, noises = np.random.default_rng(1).normal(size=(2, 99, 400))
+    rest = rng.normal(size=400) / 4
+    return [np.array([answer * prompts[p] + noises[s] + rest for s in row]) for p, row in enumerate(seeds)]
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [[[7, 8]] * 6, [[2 * p, 2 * p + 1] for p in range(6)], [[p, p + 1] for p in range(6)],
+     [[7, 8, 9], [7, 8], [1, 2], [1, 2, 3, 4], [5, 6], [5, 8]]],
+    ids=["the same", "others", "one shared", "of every number"],
+)  # fmt: skip
+def test_obedience_is_measured_whatever_seeds_the_prompts_have(seeds: list[list[int]]) -> None:
+    rng = np.random.default_rng(0)
+    base = made_of(seeds, 1, rng)
+    for answer in (0.0, 0.5, 1.0):
+        assert measures.obedience(made_of(seeds, answer, rng), base, seeds) == pytest.approx(answer, abs=0.1)
+
+
+def test_obedience_of_the_same_seeds_is_what_prompts_and_drawings_vary_together_by() -> None:
+    drawn, base = np.random.default_rng(0).normal(size=(2, 4, 3, 5)) + 1
+
+    def together(these: np.ndarray) -> float:  # without the mean over the prompts, two seeds with each other
+        own, other = (each - each.mean(axis=0) for each in (these, base))
+        return sum((own[:, s] * other[:, t]).sum() for s in range(3) for t in range(3) if s != t)
+
+    found = measures.obedience(drawn, base, [[1, 2, 3]] * 4)
+    assert found == pytest.approx(together(drawn) / together(base))
+
+
+def test_leakage_is_measured_whatever_number_of_seeds_the_prompts_have() -> None:
+    rng = np.random.default_rng(0)
+    base = [rng.normal(size=(count, 400)) for count in (1, 2, 3)]
+    moved = [each + rng.normal(size=each.shape) for each in base]
+    assert measures.leakage(moved, base) == pytest.approx(1 / 2**0.5, abs=0.1)
+    assert measures.leakage(base, base) == 0
 
 
 def test_distances_are_those_of_every_pair() -> None:
@@ -315,6 +356,27 @@ def test_a_run_is_recommended_from_end_to_end(
     again = recommend(finished / "lora_weights", tmp_path / "gen", *PROMPTS)
     assert "pictures: 0 to draw, 72 already there" in capsys.readouterr().err
     assert again == found
+
+
+def test_prompts_with_seeds_of_their_own_are_measured_and_what_can_t_be_is_told(
+    finished: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    few = [f"--prompts_file={prompts}", "--lora_scale", "1"]
+
+    def found_of(*lines: str, name: str) -> dict[str, Any]:
+        prompts.write_text("\n".join(lines), encoding="utf-8")
+        return recommend(finished / "lora_weights", tmp_path / name, *few)
+
+    found = found_of("mega man, red --d 3", "mega man, blue --d 3", "mega man, red --d 6", name="own")
+    assert [len(row["named"]) for row in found["rows"]] == [6] * 3
+    for row in found["rows"]:
+        assert isinstance(row["measures"]["obedience"], float)
+        assert isinstance(row["measures"]["leakage"], float)
+    assert found["notes"] == [list(recommendation.NO_LOSS)]
+    alone = found_of("mega man, red --d 3", name="alone")
+    assert {row["measures"]["obedience"] for row in alone["rows"]} == {None}
+    assert list(recommendation.NO_PROMPTS) in alone["notes"]
 
 
 def test_an_interrupted_recommendation_keeps_what_is_drawn(
@@ -665,6 +727,7 @@ def page_of(tmp_path: Path, **changes: Any) -> str:
     row |= {"named": [shot | changes, shot | {"file": None}], "plain": [shot]}
     base = row | {"id": "cell-1", "strength": 0, "score": None, "label": ("{n}", "x")}
     notes = [recommendation.NO_SEEDS, recommendation.NO_PLAIN, recommendation.NO_LOSS]
+    notes += [recommendation.NO_PROMPTS, recommendation.NOT_DRAWN, recommendation.NO_ANSWER]
     texts = [(text, "1 %") for text in (*ranking.SAID.values(), *ranking.REJECTED.values())]
     facts = {"base": "b", "trigger": "t", "judge": None, "command": "python <x>", "rows": [row, base]}
     facts |= {"notes": [*notes, (recommendation.NO_TRAINING, "x")], "reasons": [*texts, ranking.UNSURPASSED]}

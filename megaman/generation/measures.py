@@ -4,6 +4,7 @@ pure arithmetic on features and pixels, without a model.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, permutations, product
 
 import numpy as np
 
@@ -63,36 +64,49 @@ def usual_distance(training: np.ndarray) -> float | None:
     return float(np.median(found.min(axis=1)))
 
 
-def obedience(drawn: np.ndarray, base: np.ndarray) -> float | None:
-    """How much of the base's answer to the prompts is left, by looks (P,S,D) of P prompts with the same S
-    seeds: 1 as with the base, 0 where prompts no longer decide. None with fewer than two of either.
+Rows = Sequence[np.ndarray]  # of each prompt the features (S,D) of its S drawings, a seed each
 
-    Of every seed the mean over the prompts is taken off; what two seeds then have in common is the prompts'.
+
+def obedience(drawn: Rows, base: Rows, seeds: Sequence[Sequence[int]]) -> float | None:
+    """How much of the base's answer to the prompts is left, by their drawings' features: 1 as with the base,
+    0 where prompts no longer decide. None unless two prompts have two seeds each. seeds: of each prompt's
+    drawings.
     """
-    if min(base.shape[:2]) < 2:
-        return None
-    whole = _in_common(base, base)
-    return None if whole < TINY else _in_common(drawn, base) / whole
+    whole, left = _in_common(base, base, seeds), _in_common(drawn, base, seeds)
+    return None if whole is None or left is None or whole < TINY else left / whole
 
 
-def _in_common(these: np.ndarray, those: np.ndarray) -> float:
-    """The mean product of what prompts make of the features, between different seeds."""
-    seeds = these.shape[1]
-    own, other = (each - each.mean(axis=0, keepdims=True) for each in (these, those))
-    products = np.einsum("psd,ptd->st", own, other)
-    return float((products.sum() - np.trace(products)) / (seeds * (seeds - 1)))
+def _in_common(these: Rows, those: Rows, seeds: Sequence[Sequence[int]]) -> float | None:
+    """The mean product of what a change of the prompt changes in these and in those: between drawings that
+    share no seed, so what they have in common is the prompts'. None where no drawings are such ones.
+    """
+    products = []
+    for one, other in combinations(range(len(seeds)), 2):
+        for (a, b), (c, d) in permutations(_compared(seeds[one], seeds[other]), 2):
+            if {seeds[one][a], seeds[other][b]}.isdisjoint({seeds[one][c], seeds[other][d]}):
+                products.append((these[one][a] - these[other][b]) @ (those[one][c] - those[other][d]))
+    return float(np.mean(products)) if products else None
 
 
-def leakage(drawn: np.ndarray, base: np.ndarray) -> float | None:
+def _compared(one: Sequence[int], other: Sequence[int]) -> list[tuple[int, int]]:
+    """Which drawings of two prompts are compared: those of the same seed, where there are two such seeds,
+    since then nothing but the prompt differs; else all.
+    """
+    every = list(product(range(len(one)), range(len(other))))
+    alike = [(a, b) for a, b in every if one[a] == other[b]]
+    return alike if len(alike) > 1 else every
+
+
+def leakage(drawn: Rows, base: Rows) -> float | None:
     """How far pictures of prompts without the trigger have moved from the base's of the same prompts and
-    seeds, by looks (P,S,D): 0 not at all, 1 as far as another seed would. None without such prompts, or of
-    one seed.
+    seeds, by their looks: 0 not at all, 1 as far as another seed would. None without such prompts, or of one
+    seed.
     """
-    prompts, seeds = base.shape[:2]
-    if prompts < 1 or seeds < 2:
+    spreads = [spread(each) for each in base if len(each) > 1]
+    if not spreads:
         return None
-    usual = float(np.mean([spread(each) for each in base]))
-    moved = np.sqrt(((drawn - base) ** 2).mean(axis=2)).mean()
+    usual = float(np.mean(spreads))
+    moved = np.sqrt(((np.concatenate(drawn) - np.concatenate(base)) ** 2).mean(axis=1)).mean()
     return None if usual < TINY else float(moved) / usual
 
 

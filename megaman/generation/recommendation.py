@@ -16,7 +16,7 @@ from megaman.common.output_folder import ADAPTER_FILE, CHECKPOINTS, STEP_FOLDER,
 from megaman.config.generate import TRIGGER, GenerateConfig
 from megaman.generation import judge, seeing
 from megaman.generation.candidates import Candidate, record_of_run
-from megaman.generation.comparison import Drawings, Shots, Task, drawings_of, tell_size
+from megaman.generation.comparison import Drawings, Task, drawings_of, tell_size
 from megaman.generation.features import Look, features_of
 from megaman.generation.ranking import (
     NEAR,
@@ -65,7 +65,15 @@ NO_SEEDS: Reason = (
     "",
 )
 NO_PROMPTS: Reason = (
-    "Obedience is left out: it needs two prompts with the trigger, drawn with the same seeds.",
+    "Obedience is left out: it needs two prompts with the trigger, of two seeds each.",
+    "",
+)
+NOT_DRAWN: Reason = (
+    "Obedience is left out: the base could not draw all of its pictures, or they were changed since.",
+    "",
+)
+NO_ANSWER: Reason = (
+    "Obedience is left out: what prompts change in the base's own drawings is lost in what seeds change.",
     "",
 )
 NO_LOSS: Reason = ("No held-out loss was measured in this run.", "")
@@ -155,18 +163,23 @@ def next_command(chosen: Row, lora_path: Path) -> str:
     return f"{command_of('generate_megaman.py')} --lora_path {place} --lora_scale {strength}"
 
 
-def notes_on(base: Drawings, evidence: Evidence, cells: Sequence[Cell]) -> list[Reason]:
-    """What could not be measured, and why."""
+def notes_on(base: Row, evidence: Evidence) -> list[Reason]:
+    """What could not be measured, and why. base: the base's own row."""
     notes: list[Reason] = []
     if evidence.training.missing:
         notes.append((NO_TRAINING, evidence.training.missing))
-    if max(map(len, base.named)) < 2:
-        notes.append(NO_SEEDS)
-    elif all(cell.measures.obedience is None for cell in cells):
-        notes.append(NO_PROMPTS)
-    if not base.plain:
+    if base.cell.measures.obedience is None:
+        notes.append(_why_no_obedience(base))
+    if not base.drawings.plain:
         notes.append(NO_PLAIN)
     return notes if evidence.losses else [*notes, NO_LOSS]
+
+
+def _why_no_obedience(base: Row) -> Reason:
+    comparable = sum(len(row) > 1 for row in base.files.named)
+    if comparable < 2:
+        return NO_PROMPTS if comparable else NO_SEEDS
+    return NOT_DRAWN if any(None in row for row in base.files.named) else NO_ANSWER
 
 
 # ---------------------------------------------------------------- telling
@@ -225,7 +238,7 @@ def recommend(tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion,
     output = Path(cfg.output_dir)
     there = _drawn(tasks, output)
     drawings = drawings_of(tasks, evidence.trigger)
-    files = [CellFiles(_files(each.named, there), _files(each.plain, there)) for each in drawings]
+    files = [files_of(each, there) for each in drawings]
     sizes = {there[task.digest]: task.job for task in tasks if task.digest in there}
     drawn = {file: (job.height, job.width) for file, job in sizes.items()}
     pictures = seeing.pictures_of(drawn, output, evidence.training)
@@ -238,7 +251,7 @@ def recommend(tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion,
         "trigger": evidence.trigger,
         "judge": Path(cfg.judge).name if cfg.judge and is_local(cfg.judge) else cfg.judge,
         "reasons": reasons,
-        "notes": notes_on(drawings[0], evidence, [row.cell for row in rows]),
+        "notes": notes_on(rows[-1], evidence),
         "command": next_command(rows[0], evidence.lora_path),
         "rows": [row_told(row, place, seen) for place, row in enumerate(rows)],
     }
@@ -260,8 +273,13 @@ def _drawn(tasks: Sequence[Task], output: Path) -> dict[str, str]:
     return {record.job: record.file for record in whole}
 
 
-def _files(shots: Shots, there: Mapping[str, str]) -> list[list[str | None]]:
-    return [[there.get(task.digest) for task in row] for row in shots]
+def files_of(drawings: Drawings, there: Mapping[str, str]) -> CellFiles:
+    """The files of a cell's drawings, by their digests."""
+    named, plain = (
+        [[there.get(task.digest) for task in row] for row in shots]
+        for shots in (drawings.named, drawings.plain)
+    )
+    return CellFiles(named, plain, [[task.job.seed for task in row] for row in drawings.named])
 
 
 def named(cell: Cell) -> str:

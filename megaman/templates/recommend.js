@@ -42,8 +42,12 @@ const CHINESE = { // 正體中文, by the English that stands in the page
   "Leakage is left out: no prompt lacks the trigger.": "沒有量外洩：每個提示詞都有觸發詞。",
   "Obedience and leakage are left out: they need two seeds (--num_images_per_prompt 2).":
     "沒有量聽話和外洩：它們需要兩個種子（--num_images_per_prompt 2）。",
-  "Obedience is left out: it needs two prompts with the trigger, drawn with the same seeds.":
-    "沒有量聽話：它需要兩個有觸發詞、用同樣種子畫的提示詞。",
+  "Obedience is left out: it needs two prompts with the trigger, of two seeds each.":
+    "沒有量聽話：它需要兩個有觸發詞的提示詞，各有兩個種子。",
+  "Obedience is left out: the base could not draw all of its pictures, or they were changed since.":
+    "沒有量聽話：基礎模型沒能畫出全部的圖片，或者圖片後來被改過。",
+  "Obedience is left out: what prompts change in the base's own drawings is lost in what seeds change.":
+    "沒有量聽話：在基礎模型自己的圖片裡，提示詞造成的差別淹沒在種子造成的差別裡。",
   "Of cells within {n} of the best score the one nearest to strength 1 is taken, then the earliest.":
     "與最好的分數相差 {n} 以內的組合裡，取強度最接近 1 的，再取最早的。",
   "No held-out loss was measured in this run.": "這次訓練沒有量保留圖片的損失。",
