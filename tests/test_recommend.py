@@ -28,7 +28,7 @@ from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.config.generate import read_config
 from megaman.config.record import recorded
 from megaman.config.train import EMBEDDED, STARTER_IMAGES, TrainConfig
-from megaman.generation import judge, measures, ranking, recommendation, seeing
+from megaman.generation import judge, measures, ranking, recommendation, seeing, trained_on
 from megaman.generation.comparison import prompts_for
 from megaman.generation.features import Picture, features_of, pixels_of
 from megaman.generation.prompts import Prompt
@@ -493,7 +493,9 @@ def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path
 
     def missing(**changes: Any) -> str:
         (run / "training_config.json").write_text(json.dumps(record | changes))
-        return find_training_pictures(run / "lora_weights", 32, 4).missing
+        found = find_training_pictures(run / "lora_weights", 32, 4)
+        assert found.missing is None or not found.pictures
+        return "" if found.missing is None else told(found.missing)
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -509,7 +511,7 @@ def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path
     next(changed.glob("*.png")).unlink()
     assert "holds other pictures than those of the training" in missing(data_dir=str(changed))
     (run / "training_config.json").write_text("{")
-    assert "no training run of ours" in find_training_pictures(run / "lora_weights", 32, 4).missing
+    assert find_training_pictures(run / "lora_weights", 32, 4).missing == (trained_on.NO_RUN, "")
 
 
 def test_pictures_are_cut_and_sized_as_the_training_did(finished: Path) -> None:
@@ -730,7 +732,8 @@ def page_of(tmp_path: Path, **changes: Any) -> str:
     notes += [recommendation.NO_PROMPTS, recommendation.NOT_DRAWN, recommendation.NO_ANSWER]
     texts = [(text, "1 %") for text in (*ranking.SAID.values(), *ranking.REJECTED.values())]
     facts = {"base": "b", "trigger": "t", "judge": None, "command": "python <x>", "rows": [row, base]}
-    facts |= {"notes": [*notes, (recommendation.NO_TRAINING, "x")], "reasons": [*texts, ranking.UNSURPASSED]}
+    missing = [trained_on.NO_RUN, trained_on.GONE, trained_on.CHANGED]
+    facts |= {"notes": [*notes, *((text, "x") for text in missing)], "reasons": [*texts, ranking.UNSURPASSED]}
     recommendation.write_page(tmp_path / "recommend.html", facts, TrainingPictures())
     return (tmp_path / "recommend.html").read_text(encoding="utf-8")
 

@@ -58,7 +58,6 @@ MEANINGS = {
     "loss_rise": "How far the loss on pictures that were never trained on lies above its smallest until "
     "then; one number a checkpoint, at strength 1.",
 }
-NO_TRAINING = "Likeness and copies are left out: {n}."
 NO_PLAIN: Reason = ("Leakage is left out: no prompt lacks the trigger.", "")
 NO_SEEDS: Reason = (
     "Obedience and leakage are left out: they need two seeds (--num_images_per_prompt 2).",
@@ -102,8 +101,8 @@ def gather(
     look = None if cfg.judge is None else judge.load_judge(cfg.judge, base.device)
     side = adapter.metadata.get("resolution", base.native_resolution)
     training = find_training_pictures(lora_path, side, base.cell_px)
-    if training.missing:
-        say(f"note: {told((NO_TRAINING, training.missing))}")
+    if training.missing is not None:
+        say(f"note: {told(training.missing)}")
     trigger = adapter.metadata.get("trigger", TRIGGER)
     return Evidence(lora_path, trigger, training, held_out_losses(lora_path), look)
 
@@ -166,8 +165,8 @@ def next_command(chosen: Row, lora_path: Path) -> str:
 def notes_on(base: Row, evidence: Evidence) -> list[Reason]:
     """What could not be measured, and why. base: the base's own row."""
     notes: list[Reason] = []
-    if evidence.training.missing:
-        notes.append((NO_TRAINING, evidence.training.missing))
+    if evidence.training.missing is not None:
+        notes.append(evidence.training.missing)
     if base.cell.measures.obedience is None:
         notes.append(_why_no_obedience(base))
     if not base.drawings.plain:

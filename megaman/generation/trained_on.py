@@ -20,7 +20,11 @@ from megaman.data.folder import look_into
 from megaman.data.held_out import held_out_of
 from megaman.data.scan import ScannedPicture
 from megaman.generation.candidates import record_of_run
+from megaman.generation.ranking import Reason
 
+NO_RUN = "Likeness and copies are left out: the adapter lies in no training run of ours."
+GONE = "Likeness and copies are left out: the training pictures are no longer in {n}."
+CHANGED = "Likeness and copies are left out: {n} holds other pictures than those of the training."
 MOST = 400  # pictures that are looked at: as many as all drawings of a usual comparison
 
 
@@ -35,10 +39,10 @@ class TrainingPicture:
 
 @dataclass(frozen=True)
 class TrainingPictures:
-    """Those that can be found, or why there are none, in words."""
+    """Those that can be found, or why there are none."""
 
     pictures: tuple[TrainingPicture, ...] = ()
-    missing: str = ""
+    missing: Reason | None = None
     mirrored: tuple[Crop, ...] = ()  # the same, where they were also trained on mirrored
 
 
@@ -48,20 +52,20 @@ def find_training_pictures(lora_path: Path, side: int, cell_px: int) -> Training
     """
     record = record_of_run(lora_path)
     if record is None:
-        return TrainingPictures(missing="the adapter lies in no training run of ours")
+        return TrainingPictures(missing=(NO_RUN, ""))
     run = RunFolder.of_adapter(lora_path)
     trained = next((row["dataset"].get(CONTENT) for row in read_rows(run.metrics) if _tells(row)), None)
     folders = _folders_in(record, run)
     if not folders:
-        return TrainingPictures(missing=f"the training pictures are no longer in {record.get('data_dir')}")
+        return TrainingPictures(missing=(GONE, str(record.get("data_dir"))))
     for folder in folders:
         try:
             scanned, _ = scan.scan(look_into(folder), Store(None))
-        except UserError as error:
-            return TrainingPictures(missing=str(error))
+        except UserError:  # it has just gone
+            continue
         if scanned and trained in (None, scan.content_of(each.digest for each in scanned)):
             return _as_trained(scanned, folder, record, side, cell_px)
-    return TrainingPictures(missing=f"{folders[0]} holds other pictures than those of the training")
+    return TrainingPictures(missing=(CHANGED, str(folders[0])))
 
 
 def _as_trained(

@@ -38,7 +38,12 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "每張圖片下方是最接近的訓練圖片，以及距離（{n} 表示和訓練圖片與其最接近者之間的一般距離相同）。",
   "This page holds small copies of your training pictures: think of that before you publish it.":
     "本頁含有您的訓練圖片的縮圖：公開之前請想一想。",
-  "Likeness and copies are left out: {n}.": "沒有量相似和照抄：{n}。",
+  "Likeness and copies are left out: the adapter lies in no training run of ours.":
+    "沒有量相似和照抄：這個 LoRA 不屬於我們的任何一次訓練。",
+  "Likeness and copies are left out: the training pictures are no longer in {n}.":
+    "沒有量相似和照抄：訓練圖片已經不在 {n}。",
+  "Likeness and copies are left out: {n} holds other pictures than those of the training.":
+    "沒有量相似和照抄：{n} 裡的圖片和訓練時的不同。",
   "Leakage is left out: no prompt lacks the trigger.": "沒有量外洩：每個提示詞都有觸發詞。",
   "Obedience and leakage are left out: they need two seeds (--num_images_per_prompt 2).":
     "沒有量聽話和外洩：它們需要兩個種子（--num_images_per_prompt 2）。",
