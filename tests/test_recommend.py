@@ -485,6 +485,19 @@ def test_without_checkpoints_or_a_run_only_strengths_are_compared(
     assert recommendation.NO_SEEDS[0] in notes
 
 
+def test_an_adapter_from_elsewhere_is_called_by_its_name(
+    adapter_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "Rockman v2.safetensors"
+    shutil.copy(adapter_folder / "megaman_lora.safetensors", theirs)  # which tells its 5 steps
+    few = [*PROMPTS[:2], "--lora_scale", "1", f"--base_model={tiny_folder}", "--num_images_per_prompt=1"]
+    found = recommend(theirs, tmp_path / "gen", *few)
+    assert found["rows"][0]["label"] == ["{n}", "Rockman v2"]
+    assert "recommended: Rockman v2 at strength 1: " in capsys.readouterr().err
+    shown = [a for _, a in Reader((tmp_path / "gen" / "recommend.html").read_text(encoding="utf-8")).tags]
+    assert not [a for a in shown if a.get("data-t") == "step {n}"]
+
+
 def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished / "lora_weights", run / "lora_weights")

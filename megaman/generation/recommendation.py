@@ -138,8 +138,10 @@ def rows_of(
 
 def step_of(candidate: Candidate) -> int:
     """The step of its run that an adapter is from: by its folder's name, else by its metadata; 0 where
-    nothing tells.
+    nothing tells, or where it lies in no run of ours: steps of elsewhere say nothing beside its name.
     """
+    if record_of_run(candidate.place) is None:
+        return 0
     folder = STEP_FOLDER.fullmatch(candidate.name)
     steps = int(folder[1]) if folder else candidate.adapter.metadata.get("steps")
     return steps if isinstance(steps, int) else 0
