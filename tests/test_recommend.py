@@ -149,6 +149,27 @@ def test_burnt_pale_and_missing_pictures_are_damage(embedded: StableDiffusion) -
     assert found.likeness is not None
 
 
+def noise_of(side: int, spots: int) -> Image.Image:
+    """A picture of soft spots, so many along a side, within the tones of the heroes."""
+    shades = np.random.default_rng(0).normal(130, 70, (spots, spots, 1)) + np.array([40, 0, -40])
+    return Image.fromarray(shades.clip(10, 245).astype("uint8")).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+
+
+def test_noise_is_damage_and_hard_edges_are_none(embedded: StableDiffusion) -> None:
+    heroes = figures(random_hero, 8)
+    assert measured(embedded, [noise_of(64, 64), noise_of(64, 24), *heroes[2:]]).damage == pytest.approx(
+        2 / 12
+    )
+    grains = [measures.tone_of(np.asarray(noise_of(side, 24))).grain for side in (64, 512)]
+    assert grains[0] == pytest.approx(grains[1], rel=0.1)
+    stripes = Image.new("RGB", (64, 64), "#406080")
+    for x in range(0, 64, 4):
+        stripes.paste("#e0c060", (x, 0, x + 2, 64))
+    assert measures.tone_of(np.asarray(stripes)).grain == 0
+
+
 def test_one_seed_or_one_prompt_tells_nothing_of_obedience() -> None:
     looks, seeds = np.random.default_rng(0).normal(size=(3, 2, 5)), [[1, 2]] * 3
     assert measures.obedience(looks, looks, seeds) == pytest.approx(1)
@@ -461,6 +482,7 @@ def test_a_lora_at_strength_3_leaks_disobeys_and_comes_last(noisy_run: dict) -> 
     usual, wild = noisy_run[1], noisy_run[3]
     assert wild["leakage"] > usual["leakage"] > 0.05
     assert wild["obedience"] < usual["obedience"]
+    assert wild["damage"] > 0.9 > 0.5 > usual["damage"]
     assert noisy_run["found"]["rows"][-2]["strength"] == 3  # behind all others but the base
 
 

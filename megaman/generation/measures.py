@@ -14,6 +14,8 @@ TINY = 1e-9  # below, a spread is none
 EXTREME = 8  # of 255: so near to an end a channel counts as burnt out
 RANGE_SLACK = 0.15  # of a range's width, by which pictures may leave it and be sound
 RANGE_LEAST = 0.02  # of full scale: the slack where all training pictures are alike
+GRAIN_SPOTS = 64  # along the shorter side: the latents of 512 px, in which a broken adapter's noise lies
+GRAIN_FACTOR = 2  # of the grain of what is sound: noise has thrice and more, a sharper style less
 
 
 # ---------------------------------------------------------------- distances
@@ -118,6 +120,7 @@ class Tone:
     burnt: float  # the share of its channels that is at an end
     contrast: float  # of its grey
     colour: float  # how strong its colours are
+    grain: float  # by how much neighbouring spots differ, the median
 
 
 def tone_of(pixels: np.ndarray) -> Tone:
@@ -129,14 +132,29 @@ def tone_of(pixels: np.ndarray) -> Tone:
         float(ends.mean()),
         float(grey.std()),
         float((numbers.max(axis=2) - numbers.min(axis=2)).mean()),
+        _grain_of(numbers),
     )
 
 
+def _grain_of(numbers: np.ndarray) -> float:
+    """The median difference of neighbouring spots of a picture (H,W,3) in [0, 1]: edges, however hard, are
+    few, and noise is everywhere.
+    """
+    side = max(1, round(min(numbers.shape[:2]) / GRAIN_SPOTS))
+    height, width = (length // side for length in numbers.shape[:2])
+    cut = numbers[: height * side, : width * side].reshape(height, side, width, side, 3)
+    spots = cut.mean(axis=(1, 3))
+    steps = [np.abs(np.diff(spots, axis=axis)).max(axis=2).ravel() for axis in (0, 1)]
+    return float(np.median(np.concatenate(steps)))
+
+
 def is_outside(tone: Tone, known: Sequence[Tone]) -> bool:
-    """Whether a picture's tone lies clearly outside of those that are known to be sound."""
+    """Whether a picture's tone lies clearly outside of those that are known to be sound, or its grain far
+    above theirs.
+    """
     for name in ("burnt", "contrast", "colour"):
         values = [getattr(each, name) for each in known]
         slack = max(RANGE_LEAST, RANGE_SLACK * (max(values) - min(values)))
         if not min(values) - slack <= getattr(tone, name) <= max(values) + slack:
             return True
-    return False
+    return tone.grain > GRAIN_FACTOR * max(each.grain for each in known) + RANGE_LEAST

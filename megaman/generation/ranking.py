@@ -88,7 +88,8 @@ RULES = (
         1.5,
         0.1,
         is_good=False,
-        why="Burnt, pale or missing pictures can't be repaired by a prompt. One in ten may be the prompt's.",
+        why="Burnt, pale, noisy or missing pictures can't be repaired by a prompt. One in ten may be the "
+        "prompt's.",
     ),
     Rule(
         "loss_rise",
@@ -163,14 +164,14 @@ SAID = {
     "copies": "drawings that repeat a training picture: {n}",
     "obedience": "obedience to prompts: {n} of the base's",
     "leakage": "without the trigger it changes {n} of what another seed would",
-    "damage": "drawings with wild colours: {n}",
+    "damage": "drawings with wild colours or noise: {n}",
     "loss_rise": "held-out loss above its smallest by {n}",
 }
 REJECTED = {
     "copies": "more likeness than this is bought with copies: up to {n} of the drawings elsewhere",
     "obedience": "more likeness than this is bought with obedience: down to {n} of the base's elsewhere",
     "leakage": "more likeness than this leaks into other prompts: up to {n} of a seed's change elsewhere",
-    "damage": "more likeness than this is bought with wild colours: up to {n} of the drawings elsewhere",
+    "damage": "more likeness than this is bought with wild colours or noise: up to {n} of drawings elsewhere",
     "loss_rise": "more likeness than this is learnt by heart: a held-out loss up to {n} above its smallest",
 }
 UNSURPASSED = ("no other cell looks clearly more like your pictures", "")

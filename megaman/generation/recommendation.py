@@ -53,8 +53,9 @@ MEANINGS = {
     "the VAE's latents, beside what seeds change.",
     "leakage": "How far pictures of prompts without the trigger have moved from the base's of the same "
     "seeds, measured by what another seed changes.",
-    "damage": "The share of drawings that are missing, or whose burnt channels, contrast or colour lie "
-    "outside of what the training pictures and the base show.",
+    "damage": "The share of drawings that are missing, whose burnt channels, contrast or colour lie outside "
+    "of what the training pictures and the base show, or that are noise: neighbouring spots differ over "
+    "twice as much as in any of those.",
     "loss_rise": "How far the loss on pictures that were never trained on lies above its smallest until "
     "then; one number a checkpoint, at strength 1.",
 }

@@ -64,8 +64,8 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "提示詞是否仍然作主：基礎模型對提示詞的反應還剩多少（在 VAE 的潛在表示裡，扣除種子造成的差別）。",
   "How far pictures of prompts without the trigger have moved from the base's of the same seeds, measured by what another seed changes.":
     "沒有觸發詞的圖片，與基礎模型同一種子的圖片差多少，以換一個種子的差別為單位。",
-  "The share of drawings that are missing, or whose burnt channels, contrast or colour lie outside of what the training pictures and the base show.":
-    "有多少圖片沒畫出來，或者過曝、對比、色彩超出訓練圖片和基礎模型的範圍。",
+  "The share of drawings that are missing, whose burnt channels, contrast or colour lie outside of what the training pictures and the base show, or that are noise: neighbouring spots differ over twice as much as in any of those.":
+    "有多少圖片沒畫出來，或者過曝、對比、色彩超出訓練圖片和基礎模型的範圍，或者只是雜訊：相鄰之處的差別超過其中任何一張的兩倍。",
   "How far the loss on pictures that were never trained on lies above its smallest until then; one number a checkpoint, at strength 1.":
     "從未參與訓練的圖片的損失，比到那時為止的最小值高多少；每個檢查點一個數字，以強度 1 量測。",
   "It is what the LoRA was trained for. More than the training pictures' own gains nothing.":
@@ -76,15 +76,15 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "不再聽提示詞的 LoRA 沒什麼用。一成可以讓給角色，因為角色在每個提示詞下都一樣。",
   "Prompts without the trigger should stay the base's. It counts half: many never draw anything else with the LoRA, and 0.7 of what another seed changes is hardly noticed.":
     "沒有觸發詞的提示詞應該仍屬於基礎模型。它只算一半：許多人不會用這個 LoRA 畫別的；換種子差別的七成幾乎看不出來。",
-  "Burnt, pale or missing pictures can't be repaired by a prompt. One in ten may be the prompt's.":
-    "過曝、慘白或缺少的圖片不是改提示詞能救的。十張裡有一張可能是提示詞造成的。",
+  "Burnt, pale, noisy or missing pictures can't be repaired by a prompt. One in ten may be the prompt's.":
+    "過曝、慘白、滿是雜訊或缺少的圖片不是改提示詞能救的。十張裡有一張可能是提示詞造成的。",
   "Where the loss on pictures that were never trained on rises again, the others are learnt by heart. Two per cent are noise.":
     "從未參與訓練的圖片的損失回升，就是把其他圖片背了下來。百分之二屬於雜訊。",
   "likeness: {n} of the way from the base's drawings to your pictures": "相似：從基礎模型的圖走向您的圖片的 {n}",
   "drawings that repeat a training picture: {n}": "照抄訓練圖片的圖：{n}",
   "obedience to prompts: {n} of the base's": "聽提示詞的程度：基礎模型的 {n}",
   "without the trigger it changes {n} of what another seed would": "沒有觸發詞時的改變，是換一個種子的 {n}",
-  "drawings with wild colours: {n}": "色彩失控的圖：{n}",
+  "drawings with wild colours or noise: {n}": "色彩失控或滿是雜訊的圖：{n}",
   "held-out loss above its smallest by {n}": "保留圖片的損失比最小值高 {n}",
   "more likeness than this is bought with copies: up to {n} of the drawings elsewhere":
     "更像的組合是靠照抄換來的：別處多達 {n} 的圖",
@@ -92,8 +92,8 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "更像的組合是靠不聽話換來的：別處只剩基礎模型的 {n}",
   "more likeness than this leaks into other prompts: up to {n} of a seed's change elsewhere":
     "更像的組合會外洩到其他提示詞：別處多達換種子差別的 {n}",
-  "more likeness than this is bought with wild colours: up to {n} of the drawings elsewhere":
-    "更像的組合是靠失控的色彩換來的：別處多達 {n} 的圖",
+  "more likeness than this is bought with wild colours or noise: up to {n} of drawings elsewhere":
+    "更像的組合是靠失控的色彩或雜訊換來的：別處多達 {n} 的圖",
   "more likeness than this is learnt by heart: a held-out loss up to {n} above its smallest":
     "更像的組合是背下來的：保留圖片的損失比最小值高達 {n}",
   "no other cell looks clearly more like your pictures": "沒有別的組合明顯更像您的圖片",
