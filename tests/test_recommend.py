@@ -279,12 +279,49 @@ def test_what_is_trained_more_is_taken_where_that_does_no_harm() -> None:
 def test_copies_that_a_higher_strength_hides_are_paid_all_the_same() -> None:
     copying, wilder = cell(3000, copies=0.3), cell(3000, 1.25)
     assert first_of(copying, wilder, cell(3000, 0.5, likeness=0.5)) == (3000, 0.5)
-    assert first_of(copying, cell(2000, 1.25)) == (2000, 1.25)  # another checkpoint's are its own
+    assert first_of(copying, cell(2000, 1.25)) == (2000, 1.25)  # nobody copied until then
 
 
-def test_of_equals_the_earliest_at_the_usual_strength_is_taken() -> None:
+def test_copies_that_more_training_hides_are_paid_all_the_same() -> None:
+    copying, spoilt, weak = cell(1000, copies=0.3), cell(2000), cell(2000, 0.5, likeness=0.6)
+    assert first_of(copying, spoilt, weak) == (2000, 0.5)
+    assert first_of(copying, spoilt, cell(500, likeness=0.6)) == (500, 1)
+    elsewhere = [replace(each, step=0) for each in (copying, spoilt)]  # nobody knows which came first
+    assert first_of(*elsewhere) == (0, 1)
+    assert ranked(elsewhere)[0].cell.name == spoilt.name
+
+
+def test_colours_are_counted_in_the_middle_of_a_picture() -> None:
+    red = np.full((16, 32, 3), (200, 30, 30), np.uint8)
+    framed = red.copy()
+    framed[[0, 1, -1]] = framed[:, :8] = framed[:, -8:] = (10, 10, 240)
+    assert np.array_equal(measures.colours_of(red), measures.colours_of(framed))
+    a_little, blue = red + np.uint8(9), red[..., ::-1]
+    away = [np.abs(measures.colours_of(red) - measures.colours_of(each)).sum() for each in (a_little, blue)]
+    assert away[0] < away[1] / 2
+    assert (measures.colours_of(blue) ** 2).sum() == pytest.approx(1)
+
+
+def test_drawings_in_other_colours_are_less_alike_however_they_are_shaped() -> None:
+    rng = random.Random(8)
+    heroes = [random_hero(rng) for _ in range(16)]
+    pale = [Image.blend(draw(each), Image.new("RGB", (64, 64), "#8899bb"), 0.6) for each in heroes[:8]]
+    world = [draw(random_figure(rng)) for _ in range(8)]
+    shown = [draw(each) for each in heroes]
+    rows = [
+        np.stack([measures.colours_of(np.asarray(each)) for each in some]) for some in (pale, world, shown)
+    ]
+    of_pale, of_world, of_heroes = rows
+    found = [measures.likeness(each, of_world, of_heroes[8:]) for each in (of_pale, of_heroes[:8])]
+    assert found[0] is not None and found[1] is not None
+    assert found[0] < 0.5 < found[1], found
+
+
+def test_of_equals_the_usual_strength_then_the_best_then_the_earliest_is_taken() -> None:
     equal = [cell(200, likeness=0.88), cell(300, likeness=0.9), cell(300, 0.75, likeness=0.91)]
-    assert first_of(*equal) == (200, 1)
+    assert first_of(*equal) == (300, 1)
+    assert first_of(cell(200), *equal) == (200, 1)
+    assert first_of(cell(100), cell(200)) == (100, 1)
 
 
 def test_a_little_of_a_fault_costs_nothing_and_more_of_it_ever_more() -> None:

@@ -14,6 +14,8 @@ TINY = 1e-9  # below, a spread is none
 EXTREME = 8  # of 255: so near to an end a channel counts as burnt out
 RANGE_SLACK = 0.15  # of a range's width, by which pictures may leave it and be sound
 RANGE_LEAST = 0.02  # of full scale: the slack where all training pictures are alike
+COLOUR_STEPS = 6  # of each channel, in which colours are counted
+CENTRE = (1 / 8, 1 / 4)  # of height and width: so much of either side is background rather than subject
 GRAIN_SPOTS = 64  # along the shorter side: the latents of 512 px, in which a broken adapter's noise lies
 GRAIN_FACTOR = 2  # of the grain of what is sound: noise has thrice and more, a sharper style less
 
@@ -43,6 +45,22 @@ def away(these: np.ndarray, those: np.ndarray, *, is_itself: bool = False) -> fl
         np.fill_diagonal(found, np.inf)
     most = min(NEIGHBOURS, len(those) - is_itself)
     return float(np.sort(found, axis=1)[:, :most].mean()) if most else 0.0
+
+
+def colours_of(pixels: np.ndarray) -> np.ndarray:
+    """How much of each colour the middle of a picture (H,W,3) uint8 shows, (COLOUR_STEPS³,) float32: square
+    roots of shares, each colour counted a little with its neighbours.
+    """
+    rows, columns = (round(part * length) for part, length in zip(CENTRE, pixels.shape, strict=False))
+    middle = pixels[rows : pixels.shape[0] - rows, columns : pixels.shape[1] - columns].reshape(-1, 3)
+    steps = middle.astype(np.int64) * COLOUR_STEPS // 256
+    places = np.ravel_multi_index(tuple(steps.T), (COLOUR_STEPS,) * 3)
+    shares = np.bincount(places, minlength=COLOUR_STEPS**3).reshape((COLOUR_STEPS,) * 3) / len(middle)
+    for axis in range(3):
+        padded = np.pad(shares, [(1, 1) if each == axis else (0, 0) for each in range(3)], mode="edge")
+        below, above = (np.delete(padded, ends, axis) for ends in ((-1, -2), (0, 1)))
+        shares = (below + 2 * shares + above) / 4
+    return np.sqrt(shares / shares.sum()).ravel().astype(np.float32)
 
 
 # ---------------------------------------------------------------- of one cell

@@ -41,7 +41,7 @@ class Rule:
     is_good: bool  # whether more is better
     why: str
     is_of_drawings: bool = True  # where it is unknown, drawings are missing
-    is_lasting: bool = False  # a stronger adapter has no less of it, however wild colours hide it
+    is_lasting: bool = False  # a stronger or later adapter has no less of it, however it is hidden
 
     def points(self, value: float) -> float:
         """What a value of the measure adds to the score: 0 at best."""
@@ -63,8 +63,9 @@ RULES = (
         0.05,
         is_good=False,
         why="A drawing that repeats a training picture shows nothing new. It counts threefold, since what is "
-        "learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger adapter "
-        "pays at least what it pays weaker.",
+        "learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger or later "
+        "adapter pays no less than a weaker or earlier one: more training on the same pictures only hides "
+        "it.",
         is_lasting=True,
     ),
     Rule(
@@ -122,8 +123,8 @@ def ranked(cells: Sequence[Cell]) -> list[Ranked]:
     anything; what drawings tell of others but not of one (its numbers overflowed) costs it as much as the
     worst.
 
-    Of those whose score equals the best to NEAR, the one at the usual strength is taken, and of these the
-    earliest: what was trained longer for nothing has only forgotten more.
+    Of those whose score equals the best to NEAR, those nearest to the usual strength are taken, and of these
+    the best, of equal ones the earliest.
     """
     columns = {rule.name: _points_of(rule, cells) for rule in RULES}
     found = [
@@ -135,9 +136,9 @@ def ranked(cells: Sequence[Cell]) -> list[Ranked]:
     return found if first is None else [first, *(each for each in found if each is not first)]
 
 
-def _plainness(each: Ranked) -> tuple[float, float, int, float]:
+def _plainness(each: Ranked) -> tuple[float, float, float, int]:
     off = abs(each.cell.strength - USUAL_STRENGTH)
-    return (off, each.cell.strength, each.cell.step, -each.score)
+    return (off, each.cell.strength, -each.score, each.cell.step)
 
 
 def _points_of(rule: Rule, cells: Sequence[Cell]) -> list[float]:
@@ -149,11 +150,11 @@ def _points_of(rule: Rule, cells: Sequence[Cell]) -> list[float]:
 
 
 def _lasting(cell: Cell, cells: Sequence[Cell], points: Sequence[float]) -> float:
-    """The lowest points of the same adapter at this strength or a weaker one."""
+    """The lowest points of the same adapter, or of an earlier one of its run, at this strength or less."""
     return min(
         own
         for other, own in zip(cells, points, strict=True)
-        if (other.name, other.step) == (cell.name, cell.step) and other.strength <= cell.strength
+        if (other.name == cell.name or 0 < other.step < cell.step) and other.strength <= cell.strength
     )
 
 

@@ -46,7 +46,8 @@ PAGE, NUMBERS = "recommend.html", "recommend.json"
 MARK, MAKER = "made_by", "megaman_lora"  # in the numbers: by it they are known for ours
 MEANINGS = {
     "likeness": "How much nearer to your training pictures the drawings are than the base's, by the features "
-    "of what looks at them: 0 % as far as the base's, 100 % as near as your pictures are to each other.",
+    "of what looks at them and by the colours of the middle, the mean of both: 0 % as far as the base's, 100 "
+    "% as near as your pictures are to each other.",
     "copies": "The share of drawings that lie nearer to a training picture than half of what a training "
     "picture usually lies from its nearest other, in the VAE's latents.",
     "obedience": "Whether prompts still decide: how much of the base's answer to the prompts is left, in "

@@ -140,8 +140,7 @@ def measured(cell: CellFiles, base: CellFiles, seen: Seen, rise: float | None) -
     likeness = copies = None
     if seen.has_training and drawn:
         copies = float(np.mean([seen.nearest[row].is_copy for row in drawn]))
-        if of_base:
-            likeness = measures.likeness(seen.looks[drawn], seen.looks[of_base], seen.looks[seen.trained])
+        likeness = _likeness(drawn, of_base, seen) if of_base else None
     named = _beside_each_other(seen.features.latents, seen, cell.named, base.named)
     plain = _beside_each_other(seen.looks, seen, cell.plain, base.plain)
     return Measures(
@@ -152,6 +151,16 @@ def measured(cell: CellFiles, base: CellFiles, seen: Seen, rise: float | None) -
         damage=_damage(cell, base, seen),
         loss_rise=rise,
     )
+
+
+def _likeness(drawn: Sequence[int], of_base: Sequence[int], seen: Seen) -> float | None:
+    """The mean of the likeness in what is shown and of that in its colours; None where neither can tell."""
+    found = [
+        measures.likeness(rows[drawn], rows[of_base], rows[seen.trained])
+        for rows in (seen.looks, seen.features.colours)
+    ]
+    known = [each for each in found if each is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _beside_each_other(

@@ -53,11 +53,11 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "沒有量聽話：基礎模型沒能畫出全部的圖片，或者圖片後來被改過。",
   "Obedience is left out: what prompts change in the base's own drawings is lost in what seeds change.":
     "沒有量聽話：在基礎模型自己的圖片裡，提示詞造成的差別淹沒在種子造成的差別裡。",
-  "Of cells within {n} of the best score the one nearest to strength 1 is taken, then the earliest.":
-    "與最好的分數相差 {n} 以內的組合裡，取強度最接近 1 的，再取最早的。",
+  "Of cells within {n} of the best score the one nearest to strength 1 is taken, then the best.":
+    "與最好的分數相差 {n} 以內的組合裡，取強度最接近 1 的，再取分數最好的。",
   "No held-out loss was measured in this run.": "這次訓練沒有量保留圖片的損失。",
-  "How much nearer to your training pictures the drawings are than the base's, by the features of what looks at them: 0 % as far as the base's, 100 % as near as your pictures are to each other.":
-    "依觀看者的特徵，畫出的圖片比基礎模型的更接近您的訓練圖片多少：0 % 和基礎模型一樣遠，100 % 和您的圖片彼此之間一樣近。",
+  "How much nearer to your training pictures the drawings are than the base's, by the features of what looks at them and by the colours of the middle, the mean of both: 0 % as far as the base's, 100 % as near as your pictures are to each other.":
+    "依觀看者的特徵和中央的色彩，取兩者平均：畫出的圖片比基礎模型的更接近您的訓練圖片多少；0 % 和基礎模型一樣遠，100 % 和您的圖片彼此之間一樣近。",
   "The share of drawings that lie nearer to a training picture than half of what a training picture usually lies from its nearest other, in the VAE's latents.":
     "有多少圖片與某張訓練圖片的距離，小於訓練圖片與其最接近者之間一般距離的一半（在 VAE 的潛在表示裡）。",
   "Whether prompts still decide: how much of the base's answer to the prompts is left, in the VAE's latents, beside what seeds change.":
@@ -70,8 +70,8 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "從未參與訓練的圖片的損失，比到那時為止的最小值高多少；每個檢查點一個數字，以強度 1 量測。",
   "It is what the LoRA was trained for. More than the training pictures' own gains nothing.":
     "這正是訓練 LoRA 的目的。超過訓練圖片本身並不加分。",
-  "A drawing that repeats a training picture shows nothing new. It counts threefold, since what is learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger adapter pays at least what it pays weaker.":
-    "照抄訓練圖片的圖沒有新東西。它以三倍計算，因為背下來的也最像訓練圖片；二十張裡有一張可能是碰巧。同一個 LoRA 強度越高，扣分不會越少。",
+  "A drawing that repeats a training picture shows nothing new. It counts threefold, since what is learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger or later adapter pays no less than a weaker or earlier one: more training on the same pictures only hides it.":
+    "照抄訓練圖片的圖沒有新東西。它以三倍計算，因為背下來的也最像訓練圖片；二十張裡有一張可能是碰巧。強度更高或更晚的 LoRA，扣分不會比更弱或更早的少：用同樣的圖片再訓練，只會把它藏起來。",
   "A LoRA that no longer does what the prompt says is of little use. A tenth may go to the character, who looks the same under every prompt.":
     "不再聽提示詞的 LoRA 沒什麼用。一成可以讓給角色，因為角色在每個提示詞下都一樣。",
   "Prompts without the trigger should stay the base's. It counts half: many never draw anything else with the LoRA, and 0.7 of what another seed changes is hardly noticed.":
