@@ -93,11 +93,14 @@ def tiny_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 TEXT = ["--text_encoder_lr", "5e-3"]
+KINDS_OF_RUNS: dict[str, tuple[Kind, list[str]]] = {
+    "sd1": (SD1, []),
+    "sd2": (SD2, []),
+    "xl": (XL, []),
+    "xl and its encoders, for half of it": (XL, [*TEXT, "--text_encoder_stop", "0.5"]),
+}
 EVERY_KIND = pytest.mark.parametrize(
-    ("base_folder", "more_flags"),
-    [(SD1, []), (SD2, []), (XL, []), (XL, [*TEXT, "--text_encoder_stop", "0.5"])],
-    ids=["sd1", "sd2", "xl", "xl and its encoders, for half of it"],
-    indirect=True,
+    ("base_folder", "more_flags"), KINDS_OF_RUNS.values(), ids=KINDS_OF_RUNS.keys(), indirect=True
 )  # runs of `train` and `train_flags` on a tiny base of each kind
 
 
