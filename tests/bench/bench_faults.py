@@ -271,7 +271,7 @@ PHASES = {
     "pruned": ("megaman.training.checkpoints:_prune", 4, "after"),
     "sample": ("megaman.training.validation:_draw", 2, "before"),
     "sample picture": ("PIL.Image:Image.save", 2, "after"),
-    "sample page": ("megaman.training.tracker:render_samples", 2, "after"),
+    "sample page": ("megaman.training.tracker:renew_page", 2, "after"),
     "metrics": ("megaman.training.tracker:Tracker._show", 1, "before"),
     "final export": ("megaman.lora.save:write_adapter", 1, "before"),
     "final file": ("megaman.lora.save:save_tensors", 5, "after"),
@@ -281,7 +281,7 @@ DRAWING = {
     "picture": ("PIL.Image:Image.save", 2, "before"),
     "picture written": ("PIL.Image:Image.save", 2, "after"),
     "picture named": ("pathlib:Path.replace", 2, "after"),
-    "metadata": ("megaman.generation.gallery:write_records", 2, "before"),
+    "metadata": ("megaman.generation.records:write_records", 1, "before"),
     "gallery": ("megaman.generation.gallery:render_gallery", 2, "after"),
 }
 
