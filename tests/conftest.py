@@ -59,7 +59,7 @@ def short_previews() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
-    """A file that is synced is not waited for: only a power cut would tell. Processes of their own do wait."""
+    """A file that is synced is not waited for: a power cut alone would tell. Processes of their own wait."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
         yield
@@ -201,11 +201,33 @@ def train_flags(
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run without further flags, trained once: to read, and to copy for a change."""
-    root = tmp_path_factory.mktemp("finished")
-    flags = flags_of_a_run(tiny_folder, save_pictures(root / "pictures"), root / "out")
-    return megaman_lora.train(megaman_lora.read_config(flags)[0]).parent
+def finished_runs(
+    tiny_folders: Callable[[Kind], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Gives the output folder of one of KINDS_OF_RUNS, without further flags, trained once: to read, to copy
+    for a change.
+    """
+
+    @cache
+    def finished_run(name: str) -> Path:
+        root = tmp_path_factory.mktemp("finished")
+        kind, more_flags = KINDS_OF_RUNS[name]
+        flags = flags_of_a_run(tiny_folders(kind), save_pictures(root / "pictures"), root / "out")
+        return megaman_lora.train(megaman_lora.read_config([*flags, *more_flags])[0]).parent
+
+    return finished_run
+
+
+@pytest.fixture(scope="session")
+def finished(finished_runs: Callable[[str], Path]) -> Path:
+    """The output folder of a run on the base of Stable Diffusion 1.x."""
+    return finished_runs("sd1")
+
+
+@pytest.fixture
+def plain_run(request: pytest.FixtureRequest, finished_runs: Callable[[str], Path]) -> Path:
+    """The output folder of `train()` on EVERY_KIND's base, as trained once for all tests: to read."""
+    return finished_runs(request.node.callspec.id)
 
 
 @pytest.fixture

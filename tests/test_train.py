@@ -96,8 +96,10 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(
 
 
 @EVERY_KIND
-def test_gradient_checkpointing_changes_the_memory_and_not_the_result(train: Callable[..., Path]) -> None:
-    plain, lean = weights_in(train()), weights_in(train("--gradient_checkpointing"))
+def test_gradient_checkpointing_changes_the_memory_and_not_the_result(
+    train: Callable[..., Path], plain_run: Path
+) -> None:
+    plain, lean = weights_in(plain_run / "lora_weights"), weights_in(train("--gradient_checkpointing"))
     assert distance(plain, lean) < 1e-4
 
 
