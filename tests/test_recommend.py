@@ -260,7 +260,7 @@ def first_of(*cells: Cell) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize(
-    "fault", [{"copies": 0.3}, {"obedience": 0.5}, {"leakage": 1.3}, {"damage": 0.4}, {"loss_rise": 0.4}]
+    "fault", [{"copies": 0.3}, {"obedience": 0.5}, {"leakage": 1.5}, {"damage": 0.4}, {"loss_rise": 0.4}]
 )
 def test_an_early_checkpoint_or_a_weaker_one_is_taken_before_an_overtrained_one(fault: dict) -> None:
     early, weak = cell(300, likeness=0.75), cell(3000, 0.5, likeness=0.75)
@@ -278,7 +278,7 @@ def test_what_is_trained_more_is_taken_where_that_does_no_harm() -> None:
 
 def test_copies_that_a_higher_strength_hides_are_paid_all_the_same() -> None:
     copying, wilder = cell(3000, copies=0.3), cell(3000, 1.25)
-    assert first_of(copying, wilder, cell(3000, 0.5, likeness=0.5)) == (3000, 0.5)
+    assert first_of(copying, wilder, cell(3000, 0.5, likeness=0.6)) == (3000, 0.5)
     assert first_of(copying, cell(2000, 1.25)) == (2000, 1.25)  # nobody copied until then
 
 

@@ -52,11 +52,11 @@ class Rule:
 RULES = (
     Rule(
         "likeness",
-        2.0,
+        1.5,
         1.0,
         is_good=True,
-        why="It is what the LoRA was trained for, and half a character is hardly one: it counts twice. More than "
-        "the training pictures' own gains nothing.",
+        why="It is what the LoRA was trained for, and half a character is hardly one: it counts half as much "
+        "again. More than the training pictures' own gains nothing.",
     ),
     Rule(
         "copies",

@@ -68,8 +68,8 @@ const CHINESE = { // 正體中文, by the English that stands in the page
     "有多少圖片沒畫出來，或者過曝、對比、色彩超出訓練圖片和基礎模型的範圍，或者只是雜訊：相鄰之處的差別超過其中任何一張的兩倍。",
   "How far the loss on pictures that were never trained on lies above its smallest until then; one number a checkpoint, at strength 1.":
     "從未參與訓練的圖片的損失，比到那時為止的最小值高多少；每個檢查點一個數字，以強度 1 量測。",
-  "It is what the LoRA was trained for, and half a character is hardly one: it counts twice. More than the training pictures' own gains nothing.":
-    "這正是訓練 LoRA 的目的，半個角色幾乎不算角色：它以兩倍計算。超過訓練圖片本身並不加分。",
+  "It is what the LoRA was trained for, and half a character is hardly one: it counts half as much again. More than the training pictures' own gains nothing.":
+    "這正是訓練 LoRA 的目的，半個角色幾乎不算角色：它以一點五倍計算。超過訓練圖片本身並不加分。",
   "A drawing that repeats a training picture shows nothing new. It counts threefold, since what is learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger or later adapter pays no less than a weaker or earlier one: more training on the same pictures only hides it.":
     "照抄訓練圖片的圖沒有新東西。它以三倍計算，因為背下來的也最像訓練圖片；二十張裡有一張可能是碰巧。強度更高或更晚的 LoRA，扣分不會比更弱或更早的少：用同樣的圖片再訓練，只會把它藏起來。",
   "A LoRA that no longer does what the prompt says is of little use. A tenth may go to the character, who looks the same under every prompt.":
