@@ -263,7 +263,7 @@ def first_of(*cells: Cell) -> tuple[int, float]:
     "fault", [{"copies": 0.3}, {"obedience": 0.5}, {"leakage": 1.5}, {"damage": 0.4}, {"loss_rise": 0.4}]
 )
 def test_an_early_checkpoint_or_a_weaker_one_is_taken_before_an_overtrained_one(fault: dict) -> None:
-    early, weak = cell(300, likeness=0.75), cell(3000, 0.5, likeness=0.75)
+    early, weak = cell(300, likeness=0.8), cell(3000, 0.5, likeness=0.8)
     late = cell(3000, likeness=1.0, **fault)
     assert first_of(early, late) == (300, 1)
     assert first_of(weak, late) == (3000, 0.5)
