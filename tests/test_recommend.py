@@ -101,6 +101,22 @@ def test_heroes_are_like_the_training_pictures_and_strangers_are_not(embedded: S
     assert stranger < 0.3
 
 
+def test_likeness_is_the_mean_of_what_is_shown_and_of_its_colours(
+    embedded: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[bool, float | None] = {}  # of colours, and of all else
+    is_colours = measures.COLOUR_STEPS**3
+    monkeypatch.setattr(measures, "likeness", lambda drawn, *_: told[drawn.shape[1] == is_colours])
+    for of_colours, of_looks, mean in (
+        (0.2, 0.8, 0.5),
+        (None, 0.8, 0.8),
+        (0.2, None, 0.2),
+        (None, None, None),
+    ):
+        told |= {True: of_colours, False: of_looks}
+        assert measured(embedded, figures(random_hero, 8)).likeness == pytest.approx(mean)
+
+
 def test_a_copied_training_picture_is_found_and_a_new_one_is_none(embedded: StableDiffusion) -> None:
     fresh = figures(random_hero, 8)
     copied = [draw(random_hero(random.Random(seed))) for seed in (0, 1, 2)]
@@ -318,7 +334,7 @@ def test_drawings_in_other_colours_are_less_alike_however_they_are_shaped() -> N
 
 
 def test_of_equals_the_usual_strength_then_the_best_then_the_earliest_is_taken() -> None:
-    equal = [cell(200, likeness=0.88), cell(300, likeness=0.9), cell(300, 0.75, likeness=0.91)]
+    equal = [cell(200, likeness=0.89), cell(300, likeness=0.9), cell(300, 0.75, likeness=0.91)]
     assert first_of(*equal) == (300, 1)
     assert first_of(cell(200), *equal) == (200, 1)
     assert first_of(cell(100), cell(200)) == (100, 1)
