@@ -59,7 +59,7 @@ from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
-from megaman.lora import fused, init_lora, injection, save, strength
+from megaman.lora import fused, init_lora, injection, strength
 from megaman.model import compute, footprint, memory, onednn, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
@@ -612,7 +612,8 @@ def finish(run: Run, tracker: SilentTracker) -> Path:
     if run.accelerator.is_main_process:
         with run.ema.swapped_in():
             adapter = injection.adapter_of(run.base.parts, run.base.kind, run.description)
-            save.write_adapter(adapter, weights, live=run.base.parts, preview=tracker.latest_sample())
+            shown = tracker.latest_sample()
+            adoption.write_at_the_end(run.folder, adapter, run.start, live=run.base.parts, preview=shown)
         better = run.best.report_line(run.folder, run.cfg.max_train_steps)
         if better is not None:
             say(better)

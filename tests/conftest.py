@@ -43,6 +43,26 @@ from megaman.data.buckets import (  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
 from megaman.training import validation  # noqa: E402
 
+# The files that take longest, slowest first. The others follow in their order.
+SLOW_FILES = [
+    "test_resume.py", "test_kinds.py", "test_train.py", "test_kinds_of_adapters.py", "test_half.py",
+    "test_recommend.py", "test_generate.py", "test_faults.py", "test_processes.py", "test_interop.py",
+    "test_placement.py", "test_max_minutes.py", "test_validation.py", "test_single_file.py",
+]  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets xdist hand the files out in that order. It would begin with those of many tests, and leave one of
+    two processes alone at the end with files of one slow test.
+    """
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the slow files first."""
+    ranks = {name: rank for rank, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
 
 def pytest_collection_finish() -> None:
     """Leaves what is imported by now out of every later search for garbage, which takes 0.2 s with it."""
@@ -54,6 +74,14 @@ def short_previews() -> Iterator[None]:
     """Sample pictures in 2 denoising steps, not 20, which are half of a tiny run; real processes take all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "SAMPLE_STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """A file that is synced is not waited for: a power cut alone would tell. Processes of their own wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
         yield
 
 
@@ -93,11 +121,14 @@ def tiny_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 TEXT = ["--text_encoder_lr", "5e-3"]
+KINDS_OF_RUNS: dict[str, tuple[Kind, list[str]]] = {
+    "sd1": (SD1, []),
+    "sd2": (SD2, []),
+    "xl": (XL, []),
+    "xl and its encoders, for half of it": (XL, [*TEXT, "--text_encoder_stop", "0.5"]),
+}
 EVERY_KIND = pytest.mark.parametrize(
-    ("base_folder", "more_flags"),
-    [(SD1, []), (SD2, []), (XL, []), (XL, [*TEXT, "--text_encoder_stop", "0.5"])],
-    ids=["sd1", "sd2", "xl", "xl and its encoders, for half of it"],
-    indirect=True,
+    ("base_folder", "more_flags"), KINDS_OF_RUNS.values(), ids=KINDS_OF_RUNS.keys(), indirect=True
 )  # runs of `train` and `train_flags` on a tiny base of each kind
 
 
@@ -190,11 +221,33 @@ def train_flags(
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run without further flags, trained once: to read, and to copy for a change."""
-    root = tmp_path_factory.mktemp("finished")
-    flags = flags_of_a_run(tiny_folder, save_pictures(root / "pictures"), root / "out")
-    return megaman_lora.train(megaman_lora.read_config(flags)[0]).parent
+def finished_runs(
+    tiny_folders: Callable[[Kind], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Gives the output folder of one of KINDS_OF_RUNS, without further flags, trained once: to read, to copy
+    for a change.
+    """
+
+    @cache
+    def finished_run(name: str) -> Path:
+        root = tmp_path_factory.mktemp("finished")
+        kind, more_flags = KINDS_OF_RUNS[name]
+        flags = flags_of_a_run(tiny_folders(kind), save_pictures(root / "pictures"), root / "out")
+        return megaman_lora.train(megaman_lora.read_config([*flags, *more_flags])[0]).parent
+
+    return finished_run
+
+
+@pytest.fixture(scope="session")
+def finished(finished_runs: Callable[[str], Path]) -> Path:
+    """The output folder of a run on the base of Stable Diffusion 1.x."""
+    return finished_runs("sd1")
+
+
+@pytest.fixture
+def plain_run(request: pytest.FixtureRequest, finished_runs: Callable[[str], Path]) -> Path:
+    """The output folder of `train()` on EVERY_KIND's base, as trained once for all tests: to read."""
+    return finished_runs(request.node.callspec.id)
 
 
 @pytest.fixture

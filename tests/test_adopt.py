@@ -174,6 +174,55 @@ def test_a_run_that_never_ended_gets_its_adapter(run: Path) -> None:
     assert not list(run.glob("lora_weights.*"))
 
 
+RESUMED = ("--resume_from_checkpoint", "latest")
+
+
+def test_a_resumed_run_keeps_the_adapter_that_was_adopted_and_says_so(
+    train: Callable[..., Path], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    adopt(output, "2:0.75")
+    chosen = bytes_in(output / "lora_weights")
+    weights = train(*RESUMED)  # nothing is left to train: it writes what its end had written
+    assert bytes_in(weights) == bytes_in(output / "lora_weights.001") == bytes_in(finished / "lora_weights")
+    assert f"the earlier lora_weights is kept as {output / 'lora_weights.002'}" in capsys.readouterr().err
+    assert bytes_in(output / "lora_weights.002") == chosen
+    again = (*RESUMED, "--max_train_steps", "5")
+    assert bytes_in(train(*again)).keys() == chosen.keys() | {"megaman_lora.preview.png"}
+    assert len(list(output.glob("lora_weights*"))) == 3  # of its own earlier end nothing is kept
+
+
+def test_an_adopted_end_of_before_is_kept_by_a_resume_too(
+    train: Callable[..., Path], finished: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    longer = (*RESUMED, "--max_train_steps", "5")
+    train(*longer)
+    adopt(output, "4")  # as the run's own first end had written it
+    train(*longer)
+    assert bytes_in(output / "lora_weights.002") == bytes_in(finished / "lora_weights")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "is_kept"),
+    [
+        ("megaman_lora.json", '{"preferred weight": 0.6}', True),
+        ("megaman_lora.json", "{", True),
+        ("megaman_lora.safetensors", "another's", True),
+        ("notes.txt", "mine", False),  # it stays where it is
+    ],
+)
+def test_what_somebody_has_changed_in_an_adapter_outlives_a_resume(
+    train: Callable[..., Path], finished: Path, tmp_path: Path, file: str, content: str, is_kept: bool
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    (output / "lora_weights" / file).write_text(content, encoding="utf-8")
+    train(*RESUMED)
+    assert (output / "lora_weights.001").is_dir() == is_kept
+    place = "lora_weights.001" if is_kept else "lora_weights"
+    assert (output / place / file).read_text(encoding="utf-8") == content
+
+
 @pytest.mark.parametrize("at", ["lora.save.write_companions", "training.adoption._put_in_place"])
 def test_the_earlier_one_is_whole_if_it_dies_or_fails(
     run: Path, monkeypatch: pytest.MonkeyPatch, at: str

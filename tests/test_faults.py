@@ -14,7 +14,8 @@ GOOD = {"runs", "died", "chains", "limits", "disks", "exit 6", "ended before the
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 def test_no_fault_loses_what_was_saved_or_changes_the_final_bytes(tmp_path: Path) -> None:
-    result = run_script("tests/bench/bench_faults.py", "--work", str(tmp_path), "--share", "0.015")
+    part = ["--share", "0.015", "--steps", "13"]
+    result = run_script("tests/bench/bench_faults.py", "--work", str(tmp_path), *part)
     assert result.returncode == 0, result.stderr
     counts = json.loads(result.stdout.splitlines()[-1])
     faults = {name: found for name, found in counts.items() if isinstance(found, dict)}

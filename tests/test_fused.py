@@ -86,6 +86,7 @@ def test_predictions_and_gradients_are_pefts(
 @pytest.mark.parametrize("rows", [3, 300])
 @pytest.mark.parametrize("width_out", [8, 640])
 def test_beside_and_within_the_weight_are_one_number(rows: int, width_out: int) -> None:
+    torch.manual_seed(0)
     layer = nn.ModuleDict({"to_q": nn.Linear(32, width_out)}).requires_grad_(False)
     wrapped = get_peft_model(layer, LoraConfig(r=4, lora_alpha=12, target_modules=["to_q"]))
     (module,) = lora_modules(wrapped).values()

@@ -132,21 +132,21 @@ def test_all_samplers_of_a_base_whose_schedule_ends_in_noise_begin_there(
     assert (calls, len(made)) == ([0.7], 1)
 
 
-@pytest.mark.parametrize("base_folder", [SD1, SD2], indirect=True)
+@pytest.mark.parametrize("base_folder", [SD1, SD2], indirect=True, ids=lambda kind: kind.folder)
 def test_min_snr_is_usual_for_noise_and_off_for_v(
-    train: Callable[..., Path], base_folder: Path, tmp_path: Path
+    train: Callable[..., Path], base_folder: Path, plain_run: Path
 ) -> None:
     usual = base_of(base_folder).prediction_type == "epsilon"
-    record = json.loads((train().parent / "training_config.json").read_text())
+    record = json.loads((plain_run / "training_config.json").read_text())
     assert record["snr_gamma"] == (5.0 if usual else 0.0)
     record = json.loads((train("--snr_gamma", "2").parent / "training_config.json").read_text())
     assert record["snr_gamma"] == 2.0  # the user's word wins
 
 
 def test_the_users_word_on_the_prediction_is_trained_told_and_drawn_with(
-    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = weights_in(train())
+    plain = weights_in(finished / "lora_weights")
     weights = train("--prediction_type", "v_prediction")
     assert any(not torch.equal(value, plain[key]) for key, value in weights_in(weights).items())
     seen = []
@@ -177,11 +177,11 @@ def test_learning_lowers_the_loss(train_flags: list[str]) -> None:
         return torch.cat(losses).mean().item()
 
     before = loss()
-    for step in range(40):
+    for step in range(20):
         megaman_lora.forward_backward(run, run.data.sampler.batch(step), step)
         run.optimizer.step()
         run.optimizer.zero_grad()
-    assert loss() < 0.97 * before
+    assert loss() < 0.95 * before
 
 
 # ---------------------------------------------------------------- sizes
@@ -256,9 +256,12 @@ def test_dropped_captions_are_the_empty_text_and_not_zeros(
 
 @EVERY_KIND
 def test_short_and_long_captions_train_together(
-    train: Callable[..., Path], folder_of_pictures: Path, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Path],
+    plain_run: Path,
+    folder_of_pictures: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    short = weights_in(train())
+    short = weights_in(plain_run / "lora_weights")
     long = ", ".join(["mega man", *["blue robot"] * 40])
     (folder_of_pictures / "megaman_0.txt").write_text(long, encoding="utf-8")
     cut = weights_in(train("--max_tokens", "75"))
@@ -329,7 +332,9 @@ def test_on_a_crowded_card_one_part_follows_the_other_and_pictures_are_the_same(
 
 
 @pytest.mark.parametrize("base_folder", KINDS, indirect=True, ids=lambda kind: kind.folder)
-def test_every_trained_part_learns_at_its_own_rate(train: Callable[..., Path], base_folder: Path) -> None:
+def test_every_trained_part_learns_at_its_own_rate(
+    train: Callable[..., Path], base_folder: Path, plain_run: Path
+) -> None:
     kind = base_of(base_folder).kind
     weights = train(*TEXT, "--lora_targets", "attention+ff", "--max_train_steps", "2")
     trained = weights_in(weights)
@@ -338,7 +343,7 @@ def test_every_trained_part_learns_at_its_own_rate(train: Callable[..., Path], b
         assert "lora_B" not in key or tensor.abs().max() > 0, key  # no module waits for a gradient in vain
     last = steps_told(weights.parent)[-1]
     assert last["lr_text_encoder"] == pytest.approx(last["lr"] / 2)  # 5e-3 beside 1e-2
-    assert "lr_text_encoder" not in steps_told(train().parent)[-1]
+    assert "lr_text_encoder" not in steps_told(plain_run)[-1]
 
 
 def test_a_stopped_encoder_stays_and_the_unet_goes_on(train: Callable[..., Path]) -> None:
@@ -468,9 +473,9 @@ def test_a_run_whose_long_captions_were_cut_tells_how_it_goes_on(
 
 
 def test_a_checkpoint_from_before_encoders_could_learn_is_gone_on_with(
-    train: Callable[..., Path], tmp_path: Path
+    train: Callable[..., Path], finished: Path
 ) -> None:
-    unbroken = weights_in(train())
+    unbroken = weights_in(finished / "lora_weights")
     output = train("--max_train_steps", "2").parent
     folder = output / "checkpoints" / "step-000002"
     manifest = json.loads((folder / "manifest.json").read_text())

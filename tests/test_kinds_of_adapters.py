@@ -4,8 +4,8 @@ for the libraries' own loaders too; what is for another kind is refused by its n
 
 import copy
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from megaman.training.sampler import generator_of
 
 Parts = dict[str, torch.nn.Module]
 Tensors = dict[str, torch.Tensor]
+Sums = dict[str, float]
 SEED = 42
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.folder)
 FILES = ["adapter_model.safetensors", "megaman_lora.safetensors", "pytorch_lora_weights.safetensors"]
@@ -78,9 +79,43 @@ def moved(parts: Parts) -> Parts:
     return parts
 
 
-def trained(bases: dict[Kind, Parts], kind: Kind, **settings: object) -> Parts:
-    """A copy of the kind's parts with an adapter in which everything that trains has moved."""
-    return moved(injected(bases[kind], kind, **settings))
+@pytest.fixture(scope="module")
+def trained(bases: dict[Kind, Parts]) -> Iterator[Callable[..., Parts]]:
+    """Gives a copy of the kind's parts with an adapter in which everything that trains has moved, made once
+    of each form: to read, never to change.
+    """
+    made: list[tuple[Parts, Sums]] = []
+
+    @cache
+    def of(kind: Kind, **settings: object) -> Parts:
+        parts = moved(injected(bases[kind], kind, **settings))
+        made.append((parts, sums_of(parts)))
+        return parts
+
+    yield of
+    assert all(sums_of(parts) == sums for parts, sums in made)
+
+
+def sums_of(parts: Parts) -> Sums:
+    """Tells whether anything in the parts was changed."""
+    return {
+        f"{part}.{name}": tensor.double().sum().item()
+        for part, model in parts.items()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def written(trained: Callable[..., Parts], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the folder of what is written of such an adapter, written once of each form."""
+
+    @cache
+    def of(kind: Kind, **settings: object) -> Path:
+        live, folder = trained(kind, **settings), tmp_path_factory.mktemp("written")
+        write_adapter(adapter_of(live, kind), folder, live=live)
+        return folder
+
+    return of
 
 
 def read_by(encoder: torch.nn.Module, layer: int, has_pooled: bool) -> list[torch.Tensor]:
@@ -123,22 +158,23 @@ def assert_apart(found: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
 @EVERY_KIND
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_file_holds_the_live_update_of_every_part(
-    bases: dict[Kind, Parts], tmp_path: Path, kind: Kind, form: dict[str, object]
+    trained: Callable[..., Parts], tmp_path: Path, kind: Kind, form: dict[str, object]
 ) -> None:
-    live = trained(bases, kind, **form)
+    live = trained(kind, **form)
     adapter = adapter_of(live, kind)
     written = write_adapter(adapter, tmp_path, live=live)
     pairs = {folder / name for folder in homes(kind, tmp_path) for name in (FILES[0], "adapter_config.json")}
     assert pairs | {tmp_path / name for name in FILES[1:]} <= set(written)
     assert all(path.is_file() for path in written)
     assert adapter.components == kind.parts
+    modules = {part: dict(model.named_modules()) for part, model in live.items()}
     for path, tolerance in ((tmp_path, 1e-6), (tmp_path / FILES[1], 1e-3), (tmp_path / FILES[2], 1e-3)):
         read = read_adapter(path)
         assert read.layers.keys() == adapter.layers.keys()
         assert read.kind is (None if kind is SD1 else kind)  # whose tiny width tells nothing
         for (part, name), layer in read.layers.items():
             assert layer.alpha == pytest.approx(12 if "use_rslora" in form else 32)
-            module = module_of(live[part], name)
+            module = modules[part].get(name) or modules[part][name.removeprefix("text_model.")]
             assert error(layer.delta(), module.get_delta_weight("default").detach()) <= tolerance
         assert read.digest == adapter.digest
 
@@ -148,27 +184,25 @@ def homes(kind: Kind, folder: Path) -> list[Path]:
     return [folder, *(folder / encoder.part for encoder in kind.encoders)]
 
 
-def module_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """The live module of an adapter's key."""
-    modules = dict(model.named_modules())
-    return modules[name] if name in modules else modules[name.removeprefix("text_model.")]
-
-
 @EVERY_KIND
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
 def test_a_merged_adapter_of_every_file_is_the_live_model(
-    bases: dict[Kind, Parts], tmp_path: Path, kind: Kind, form: dict[str, object]
+    trained: Callable[..., Parts],
+    written: Callable[..., Path],
+    bases: dict[Kind, Parts],
+    kind: Kind,
+    form: dict[str, object],
 ) -> None:
-    live = trained(bases, kind, **form)
+    live = trained(kind, **form)
     expected, plain = outputs(kind, live), outputs(kind, bases[kind])
     assert_apart(plain, expected)
-    write_adapter(adapter_of(live, kind), tmp_path, live=live)
-    for path in (tmp_path, tmp_path / FILES[1], tmp_path / FILES[2]):
+    folder = written(kind, **form)
+    for path in (folder, folder / FILES[1], folder / FILES[2]):
         parts = copy.deepcopy(bases[kind])
         merged = MergedAdapter(read_adapter(path), parts, kind)
         assert merged.counts == {part: len(lora_modules(model)) for part, model in live.items()}
         merged.set_scale(1.0)
-        assert_alike(outputs(kind, parts), expected, 1e-5 if path == tmp_path else 2e-3)
+        assert_alike(outputs(kind, parts), expected, 1e-5 if path == folder else 2e-3)
         merged.set_scale(0.0)
         assert_alike(outputs(kind, parts), plain, 0)
 
@@ -176,26 +210,26 @@ def test_a_merged_adapter_of_every_file_is_the_live_model(
 @EVERY_KIND
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
 def test_diffusers_own_loader_gives_the_live_outputs(
+    trained: Callable[..., Parts],
+    written: Callable[..., Path],
     folders: dict[Kind, Path],
-    bases: dict[Kind, Parts],
-    tmp_path: Path,
     kind: Kind,
     form: dict[str, object],
 ) -> None:
-    live = trained(bases, kind, **form)
+    live = trained(kind, **form)
     expected = outputs(kind, live)
-    write_adapter(adapter_of(live, kind), tmp_path, live=live)
+    folder = written(kind, **form)
     for name in [None, *FILES[1:]][: 1 if form else 3]:  # of a DoRA, diffusers drops kohya's magnitudes
         pipeline = pipeline_of(folders[kind])
-        pipeline.load_lora_weights(tmp_path, **({} if name is None else {"weight_name": name}))
+        pipeline.load_lora_weights(folder, **({} if name is None else {"weight_name": name}))
         assert_alike(outputs(kind, parts_of(kind, pipeline)), expected, 1e-5 if form else 2e-3)
 
 
 @EVERY_KIND
 def test_diffusers_layout_is_exact_with_its_metadata(
-    folders: dict[Kind, Path], bases: dict[Kind, Parts], tmp_path: Path, kind: Kind
+    trained: Callable[..., Parts], folders: dict[Kind, Path], tmp_path: Path, kind: Kind
 ) -> None:
-    live = trained(bases, kind)
+    live = trained(kind)
     adapter = adapter_of(live, kind)
     header = diffusers_metadata(adapter)
     told = json.loads(header["lora_adapter_metadata"])
@@ -213,14 +247,18 @@ def test_diffusers_layout_is_exact_with_its_metadata(
 @EVERY_KIND
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
 def test_pefts_own_loader_gives_the_live_outputs(
-    bases: dict[Kind, Parts], tmp_path: Path, kind: Kind, form: dict[str, object]
+    trained: Callable[..., Parts],
+    written: Callable[..., Path],
+    bases: dict[Kind, Parts],
+    kind: Kind,
+    form: dict[str, object],
 ) -> None:
-    live = trained(bases, kind, **form)
-    write_adapter(adapter_of(live, kind), tmp_path, live=live)
+    live = trained(kind, **form)
+    folder = written(kind, **form)
     parts = copy.deepcopy(bases[kind])
     for part, model in parts.items():
         place = {} if part == UNET else {"subfolder": part}
-        parts[part] = PeftModel.from_pretrained(model, tmp_path, **place)
+        parts[part] = PeftModel.from_pretrained(model, folder, **place)
     assert_alike(outputs(kind, parts), outputs(kind, live), 1e-5)
 
 
@@ -247,8 +285,8 @@ KEYS = {
 
 
 @pytest.mark.parametrize("kind", KEYS, ids=lambda kind: kind.folder)
-def test_keys_are_those_that_each_tool_writes(bases: dict[Kind, Parts], kind: Kind) -> None:
-    adapter = adapter_of(trained(bases, kind), kind)
+def test_keys_are_those_that_each_tool_writes(trained: Callable[..., Parts], kind: Kind) -> None:
+    adapter = adapter_of(trained(kind), kind)
     writers = {"kohya": kohya_tensors, "diffusers": diffusers_tensors, "peft": peft_tensors}
     ends = {"kohya": ".lora_down.weight", "diffusers": ".lora_A.weight", "peft": ".lora_A.weight"}
     for (layout, part), key in KEYS[kind].items():
@@ -261,9 +299,9 @@ def test_keys_are_those_that_each_tool_writes(bases: dict[Kind, Parts], kind: Ki
 
 
 def test_a_file_of_stable_diffusion_1_has_one_text_encoder_without_a_number(
-    bases: dict[Kind, Parts],
+    trained: Callable[..., Parts],
 ) -> None:
-    keys = kohya_tensors(adapter_of(trained(bases, SD1), SD1))
+    keys = kohya_tensors(adapter_of(trained(SD1), SD1))
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in keys
     assert "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha" in keys
     assert "lora_unet_up_blocks_0_upsamplers_0_conv.alpha" not in keys  # no target of ours
@@ -271,8 +309,8 @@ def test_a_file_of_stable_diffusion_1_has_one_text_encoder_without_a_number(
 
 
 @EVERY_KIND
-def test_a_part_that_a_file_lost_is_exit_4(bases: dict[Kind, Parts], tmp_path: Path, kind: Kind) -> None:
-    live = trained(bases, kind)
+def test_a_part_that_a_file_lost_is_exit_4(trained: Callable[..., Parts], tmp_path: Path, kind: Kind) -> None:
+    live = trained(kind)
     adapter = adapter_of(live, kind)
     lost = kind.encoders[-1].part
     layers = {key: layer for key, layer in adapter.layers.items() if key[0] != lost}
@@ -347,10 +385,10 @@ XLS_LAYOUTS: dict[str, Callable[[Adapter], Tensors]] = {
 
 @pytest.mark.parametrize("layout", XLS_LAYOUTS)
 def test_an_xl_file_of_any_tool_is_the_same_adapter(
-    bases: dict[Kind, Parts], tmp_path: Path, layout: str
+    trained: Callable[..., Parts], bases: dict[Kind, Parts], tmp_path: Path, layout: str
 ) -> None:
     torch.manual_seed(1)
-    adapter = xls_own(adapter_of(trained(bases, XL, lora_targets="linear"), XL))
+    adapter = xls_own(adapter_of(trained(XL, lora_targets="linear"), XL))
     save_file(XLS_LAYOUTS[layout](adapter), tmp_path / "a.safetensors")
     read = read_adapter(tmp_path / "a.safetensors")
     assert read.layers.keys() == adapter.layers.keys()
@@ -367,8 +405,8 @@ def test_an_xl_file_of_any_tool_is_the_same_adapter(
     assert load_file(tmp_path / "b.safetensors").keys() == XLS_LAYOUTS["kohya"](adapter).keys()
 
 
-def test_an_sd2_file_of_comfyui_is_read(bases: dict[Kind, Parts], tmp_path: Path) -> None:
-    adapter = adapter_of(trained(bases, SD2), SD2)
+def test_an_sd2_file_of_comfyui_is_read(trained: Callable[..., Parts], tmp_path: Path) -> None:
+    adapter = adapter_of(trained(SD2), SD2)
     tensors = renamed(
         adapter, {UNET: "unet.", "text_encoder": "text_encoders.clip_h.transformer."}, lambda key: key[1]
     )
@@ -377,9 +415,9 @@ def test_an_sd2_file_of_comfyui_is_read(bases: dict[Kind, Parts], tmp_path: Path
 
 
 def test_an_alpha_of_each_component_is_read_exactly(
-    folders: dict[Kind, Path], bases: dict[Kind, Parts], tmp_path: Path
+    trained: Callable[..., Parts], folders: dict[Kind, Path], bases: dict[Kind, Parts], tmp_path: Path
 ) -> None:
-    adapter = adapter_of(trained(bases, XL, lora_targets="linear"), XL)
+    adapter = adapter_of(trained(XL, lora_targets="linear"), XL)
     alphas = {UNET: 6.0, "text_encoder": 2.0, "text_encoder_2": 9.0}
     kohya = {
         key: torch.tensor(alphas[component_of(key)]) if key.endswith(".alpha") else tensor
@@ -414,8 +452,10 @@ def component_of(key: str) -> str:
     return next(part for home, part in homes.items() if key.startswith(home))
 
 
-def test_a_pattern_of_a_flattened_encoder_finds_its_module(bases: dict[Kind, Parts], tmp_path: Path) -> None:
-    write_adapter(adapter_of(trained(bases, XL), XL), tmp_path)
+def test_a_pattern_of_a_flattened_encoder_finds_its_module(
+    trained: Callable[..., Parts], tmp_path: Path
+) -> None:
+    write_adapter(adapter_of(trained(XL), XL), tmp_path)
     config = tmp_path / "text_encoder" / "adapter_config.json"
     config.write_text(json.dumps({"r": 4, "lora_alpha": 32, "alpha_pattern": {f"^{QUERY}": 5.0}}))
     layers = read_adapter(tmp_path).layers
@@ -429,10 +469,10 @@ def test_a_pattern_of_a_flattened_encoder_finds_its_module(bases: dict[Kind, Par
 @pytest.mark.parametrize("made_for", [SD2, XL], ids=lambda kind: kind.folder)
 @EVERY_KIND
 def test_an_adapter_of_another_kind_is_refused_by_both_names(
-    bases: dict[Kind, Parts], tmp_path: Path, made_for: Kind, kind: Kind
+    written: Callable[..., Path], bases: dict[Kind, Parts], made_for: Kind, kind: Kind
 ) -> None:
-    write_adapter(adapter_of(trained(bases, made_for), made_for), tmp_path)
-    for path in (tmp_path, tmp_path / FILES[1]):
+    folder = written(made_for)
+    for path in (folder, folder / FILES[1]):
         if made_for is kind:
             MergedAdapter(read_adapter(path), copy.deepcopy(bases[kind]), kind)
             continue
@@ -462,15 +502,19 @@ def test_a_file_that_says_nothing_is_known_by_the_width_of_its_text(tmp_path: Pa
     assert read_adapter(tmp_path / "b.safetensors").kind is None
 
 
-def test_a_relative_of_unknown_kind_is_judged_by_its_shapes(bases: dict[Kind, Parts]) -> None:
-    adapter = adapter_of(trained(bases, SD2, lora_targets="attention"), None)
+def test_a_relative_of_unknown_kind_is_judged_by_its_shapes(
+    trained: Callable[..., Parts], bases: dict[Kind, Parts]
+) -> None:
+    adapter = adapter_of(trained(SD2, lora_targets="attention"), None)
     MergedAdapter(adapter, copy.deepcopy(bases[SD2]), None)
     with pytest.raises(UserError, match="its text is 28 wide, this base's 24"):
         MergedAdapter(adapter.only(UNET), copy.deepcopy(bases[SD1]), SD1)
 
 
-def test_modules_that_the_base_does_not_have_are_counted(bases: dict[Kind, Parts]) -> None:
-    adapter = adapter_of(trained(bases, SD2), SD2)
+def test_modules_that_the_base_does_not_have_are_counted(
+    trained: Callable[..., Parts], bases: dict[Kind, Parts]
+) -> None:
+    adapter = adapter_of(trained(SD2), SD2)
     some = next(iter(adapter.layers.values()))
     foreign = {(UNET, f"down_blocks.9.attentions.{i}.proj_in"): some for i in range(2)}
     with pytest.raises(UserError, match=r"down_blocks.9.attentions.0.proj_in' and 1 others, which this base"):
@@ -479,8 +523,8 @@ def test_modules_that_the_base_does_not_have_are_counted(bases: dict[Kind, Parts
         MergedAdapter(adapter, {UNET: copy.deepcopy(bases[SD2][UNET])}, SD2)
 
 
-def test_keys_that_no_layout_has_are_counted(bases: dict[Kind, Parts], tmp_path: Path) -> None:
-    tensors = kohya_tensors(adapter_of(trained(bases, XL), XL))
+def test_keys_that_no_layout_has_are_counted(trained: Callable[..., Parts], tmp_path: Path) -> None:
+    tensors = kohya_tensors(adapter_of(trained(XL), XL))
     foreign = {f"lora_te4_x.lora_{half}.weight": torch.ones(4, 4) for half in ("down", "up")}
     save_file(tensors | foreign, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="2 of its keys can't be placed, such as 'lora_te4_x"):
@@ -578,11 +622,15 @@ def test_the_numbers_that_a_begins_with_hang_on_seed_part_and_place_alone(
 @EVERY_KIND
 @pytest.mark.parametrize("form", [{}, {"use_dora": True, "lora_targets": "attention"}], ids=str)
 def test_training_goes_on_from_every_part(
-    bases: dict[Kind, Parts], tmp_path: Path, kind: Kind, form: dict[str, object]
+    trained: Callable[..., Parts],
+    written: Callable[..., Path],
+    bases: dict[Kind, Parts],
+    kind: Kind,
+    form: dict[str, object],
 ) -> None:
-    live = trained(bases, kind, **form)
-    write_adapter(adapter_of(live, kind), tmp_path, live=live)
-    for path, tolerance in ((tmp_path, 1e-5), (tmp_path / FILES[1], 2e-3)):
+    live = trained(kind, **form)
+    folder = written(kind, **form)
+    for path, tolerance in ((folder, 1e-5), (folder / FILES[1], 2e-3)):
         init = read_init_lora(str(path), kind.parts)
         cfg = TrainConfig(**init.settings(False))
         wanted = (4, 32, form.get("lora_targets", "conv"))
@@ -596,15 +644,15 @@ def test_training_goes_on_from_every_part(
 
 @EVERY_KIND
 def test_a_run_of_the_unet_alone_refuses_to_lose_an_encoder(
-    bases: dict[Kind, Parts], tmp_path: Path, kind: Kind
+    trained: Callable[..., Parts], written: Callable[..., Path], bases: dict[Kind, Parts], kind: Kind
 ) -> None:
-    adapter = adapter_of(trained(bases, kind), kind)
-    write_adapter(adapter, tmp_path)
+    adapter = adapter_of(trained(kind), kind)
+    folder = written(kind)
     count = len(adapter.layers) - len(adapter.only(UNET).layers)
     with pytest.raises(UserError, match=f"changes {count} modules of text encoders too") as raised:
-        read_init_lora(str(tmp_path))
+        read_init_lora(str(folder))
     assert raised.value.exit_code == 4
-    init = read_init_lora(str(tmp_path), kind.parts)
+    init = read_init_lora(str(folder), kind.parts)
     with pytest.raises(UserError, match=f"changes {count} modules of text encoders too"):
         inject(
             {UNET: copy.deepcopy(bases[kind][UNET])}, TrainConfig(), kind, partial(generator_of, SEED), init
@@ -612,9 +660,9 @@ def test_a_run_of_the_unet_alone_refuses_to_lose_an_encoder(
 
 
 def test_components_of_several_ranks_and_alphas_come_to_one_and_a_new_encoder_begins_fresh(
-    bases: dict[Kind, Parts], tmp_path: Path
+    trained: Callable[..., Parts], bases: dict[Kind, Parts], tmp_path: Path
 ) -> None:
-    adapter = adapter_of(trained(bases, XL, lora_rank=8, lora_alpha=8), XL)
+    adapter = adapter_of(trained(XL, lora_rank=8, lora_alpha=8), XL)
     layers = {}
     for (part, name), layer in adapter.layers.items():
         rank, alpha = {UNET: (8, 8.0), "text_encoder": (2, 1.0), "text_encoder_2": (0, 0.0)}[part]

@@ -3,9 +3,11 @@
 The full one: bench/bench_learning.py.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bench import bench_learning
 from bench.bench_learning import (
     HELD_OUT,
     change,
@@ -19,8 +21,16 @@ from bench.bench_learning import (
 
 from megaman.training.encoding import EncodedDataset
 
-SHORT = ("--max_train_steps", "30", "--train_batch_size", "2", "--preserve_weight", "0")
+SHORT = ("--max_train_steps", "20", "--train_batch_size", "2", "--preserve_weight", "0")
 ONE_PREVIEW = ("--validation_prompt", "mega man")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_timesteps() -> Iterator[None]:
+    """Measures at five timesteps, not at twenty, which tell the same to a hundredth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_learning, "TIMESTEPS", range(25, 1000, 200))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +56,7 @@ def test_a_short_run_learns_the_hero_and_foreign_pictures_do_not_teach_him(
 
     learned = changed_by(None, "hero")
     control = changed_by(with_shuffled_captions(tmp_path / "shuffled"), "control")
-    assert learned < -8, (learned, control)
+    assert learned < -15, (learned, control)
     assert control > learned / 3, (learned, control)
 
 

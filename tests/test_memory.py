@@ -26,9 +26,6 @@ OFF_BY = 0.1  # how far an estimate may be from the count
 
 FAULTS_OF_FORTY_ROUNDS = """
 import resource, sys, torch
-from megaman.lora.fused import fuse
-from megaman.lora.injection import inject
-from megaman.model import compute
 from megaman.model.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.config.generate import read_config
 from megaman.config.record import recorded
 from megaman.config.train import EMBEDDED, STARTER_IMAGES, TrainConfig
-from megaman.generation import judge, measures, ranking, recommendation, seeing
+from megaman.generation import judge, measures, ranking, recommendation, seeing, trained_on
 from megaman.generation.comparison import prompts_for
 from megaman.generation.features import Picture, features_of, pixels_of
 from megaman.generation.prompts import Prompt
@@ -40,6 +41,7 @@ from megaman.lora.save import write_kohya
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.tiny_sd.figures import random_figure, random_hero
 from megaman.tiny_sd.sketch import BACKGROUNDS, Figure, draw
+from megaman_lora import open_training_set
 
 # ---------------------------------------------------------------- measures, each on pictures made for it
 
@@ -78,7 +80,7 @@ def measured(
             files = [None if image is None else f"{len(pictures) + i}" for i, image in enumerate(images)]
             pictures += images
             grids.append([files[i : i + SEEDS] for i in range(0, len(files), SEEDS)])
-        cells.append(CellFiles(*grids))
+        cells.append(CellFiles(*grids, seeds=[[*range(SEEDS)]] * len(PLACES)))
     there = {str(i): image for i, image in enumerate(pictures) if image is not None}
     mirrored = [ImageOps.mirror(image) for image in training] if flip else []
     shown = (*there.values(), *training, *mirrored)
@@ -98,6 +100,22 @@ def test_heroes_are_like_the_training_pictures_and_strangers_are_not(embedded: S
     hero, stranger = (measured(embedded, figures(make, 8)).likeness for make in (random_hero, random_figure))
     assert hero > 0.7
     assert stranger < 0.3
+
+
+def test_likeness_is_the_mean_of_what_is_shown_and_of_its_colours(
+    embedded: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[bool, float | None] = {}  # of colours, and of all else
+    is_colours = measures.COLOUR_STEPS**3
+    monkeypatch.setattr(measures, "likeness", lambda drawn, *_: told[drawn.shape[1] == is_colours])
+    for of_colours, of_looks, mean in (
+        (0.2, 0.8, 0.5),
+        (None, 0.8, 0.8),
+        (0.2, None, 0.2),
+        (None, None, None),
+    ):
+        told |= {True: of_colours, False: of_looks}
+        assert measured(embedded, figures(random_hero, 8)).likeness == pytest.approx(mean)
 
 
 def test_a_copied_training_picture_is_found_and_a_new_one_is_none(embedded: StableDiffusion) -> None:
@@ -148,12 +166,74 @@ def test_burnt_pale_and_missing_pictures_are_damage(embedded: StableDiffusion) -
     assert found.likeness is not None
 
 
+def noise_of(side: int, spots: int) -> Image.Image:
+    """A picture of soft spots, so many along a side, within the tones of the heroes."""
+    shades = np.random.default_rng(0).normal(130, 70, (spots, spots, 1)) + np.array([40, 0, -40])
+    return Image.fromarray(shades.clip(10, 245).astype("uint8")).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+
+
+def test_noise_is_damage_and_hard_edges_are_none(embedded: StableDiffusion) -> None:
+    heroes = figures(random_hero, 8)
+    assert measured(embedded, [noise_of(64, 64), noise_of(64, 24), *heroes[2:]]).damage == pytest.approx(
+        2 / 12
+    )
+    grains = [measures.tone_of(np.asarray(noise_of(side, 24))).grain for side in (64, 512)]
+    assert grains[0] == pytest.approx(grains[1], rel=0.1)
+    stripes = Image.new("RGB", (64, 64), "#406080")
+    for x in range(0, 64, 4):
+        stripes.paste("#e0c060", (x, 0, x + 2, 64))
+    assert measures.tone_of(np.asarray(stripes)).grain == 0
+
+
 def test_one_seed_or_one_prompt_tells_nothing_of_obedience() -> None:
-    looks = np.random.default_rng(0).normal(size=(3, 2, 5))
-    assert measures.obedience(looks, looks) == pytest.approx(1)
-    assert measures.obedience(looks[:1], looks[:1]) is None
-    assert measures.obedience(looks[:, :1], looks[:, :1]) is None
+    looks, seeds = np.random.default_rng(0).normal(size=(3, 2, 5)), [[1, 2]] * 3
+    assert measures.obedience(looks, looks, seeds) == pytest.approx(1)
+    assert measures.obedience(looks[:1], looks[:1], seeds[:1]) is None
+    assert measures.obedience(looks[:, :1], looks[:, :1], [[1], [1], [2]]) is None
+    assert measures.obedience(np.zeros_like(looks), np.zeros_like(looks), seeds) is None
     assert measures.leakage(looks[:, :1], looks[:, :1]) is None
+    assert measures.leakage([], []) is None
+
+
+def made_of(seeds: Sequence[Sequence[int]], answer: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Features of drawings in which the prompt counts `answer`, and the seed as much as the prompt at 1."""
+    prompts, noises = np.random.default_rng(1).normal(size=(2, 99, 400))
+    rest = rng.normal(size=400) / 4
+    return [np.array([answer * prompts[p] + noises[s] + rest for s in row]) for p, row in enumerate(seeds)]
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [[[7, 8]] * 6, [[2 * p, 2 * p + 1] for p in range(6)], [[p, p + 1] for p in range(6)],
+     [[7, 8, 9], [7, 8], [1, 2], [1, 2, 3, 4], [5, 6], [5, 8]]],
+    ids=["the same", "others", "one shared", "of every number"],
+)  # fmt: skip
+def test_obedience_is_measured_whatever_seeds_the_prompts_have(seeds: list[list[int]]) -> None:
+    rng = np.random.default_rng(0)
+    base = made_of(seeds, 1, rng)
+    for answer in (0.0, 0.5, 1.0):
+        assert measures.obedience(made_of(seeds, answer, rng), base, seeds) == pytest.approx(answer, abs=0.1)
+
+
+def test_obedience_of_the_same_seeds_is_what_prompts_and_drawings_vary_together_by() -> None:
+    drawn, base = np.random.default_rng(0).normal(size=(2, 4, 3, 5)) + 1
+
+    def together(these: np.ndarray) -> float:  # without the mean over the prompts, two seeds with each other
+        own, other = (each - each.mean(axis=0) for each in (these, base))
+        return sum((own[:, s] * other[:, t]).sum() for s in range(3) for t in range(3) if s != t)
+
+    found = measures.obedience(drawn, base, [[1, 2, 3]] * 4)
+    assert found == pytest.approx(together(drawn) / together(base))
+
+
+def test_leakage_is_measured_whatever_number_of_seeds_the_prompts_have() -> None:
+    rng = np.random.default_rng(0)
+    base = [rng.normal(size=(count, 400)) for count in (1, 2, 3)]
+    moved = [each + rng.normal(size=each.shape) for each in base]
+    assert measures.leakage(moved, base) == pytest.approx(1 / 2**0.5, abs=0.1)
+    assert measures.leakage(base, base) == 0
 
 
 def test_distances_are_those_of_every_pair() -> None:
@@ -197,10 +277,10 @@ def first_of(*cells: Cell) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize(
-    "fault", [{"copies": 0.3}, {"obedience": 0.5}, {"leakage": 1.3}, {"damage": 0.4}, {"loss_rise": 0.4}]
+    "fault", [{"copies": 0.3}, {"obedience": 0.5}, {"leakage": 1.5}, {"damage": 0.4}, {"loss_rise": 0.4}]
 )
 def test_an_early_checkpoint_or_a_weaker_one_is_taken_before_an_overtrained_one(fault: dict) -> None:
-    early, weak = cell(300, likeness=0.75), cell(3000, 0.5, likeness=0.75)
+    early, weak = cell(300, likeness=0.8), cell(3000, 0.5, likeness=0.8)
     late = cell(3000, likeness=1.0, **fault)
     assert first_of(early, late) == (300, 1)
     assert first_of(weak, late) == (3000, 0.5)
@@ -215,13 +295,50 @@ def test_what_is_trained_more_is_taken_where_that_does_no_harm() -> None:
 
 def test_copies_that_a_higher_strength_hides_are_paid_all_the_same() -> None:
     copying, wilder = cell(3000, copies=0.3), cell(3000, 1.25)
-    assert first_of(copying, wilder, cell(3000, 0.5, likeness=0.5)) == (3000, 0.5)
-    assert first_of(copying, cell(2000, 1.25)) == (2000, 1.25)  # another checkpoint's are its own
+    assert first_of(copying, wilder, cell(3000, 0.5, likeness=0.6)) == (3000, 0.5)
+    assert first_of(copying, cell(2000, 1.25)) == (2000, 1.25)  # nobody copied until then
 
 
-def test_of_equals_the_earliest_at_the_usual_strength_is_taken() -> None:
-    equal = [cell(200, likeness=0.88), cell(300, likeness=0.9), cell(300, 0.75, likeness=0.91)]
-    assert first_of(*equal) == (200, 1)
+def test_copies_that_more_training_hides_are_paid_all_the_same() -> None:
+    copying, spoilt, weak = cell(1000, copies=0.3), cell(2000), cell(2000, 0.5, likeness=0.6)
+    assert first_of(copying, spoilt, weak) == (2000, 0.5)
+    assert first_of(copying, spoilt, cell(500, likeness=0.6)) == (500, 1)
+    elsewhere = [replace(each, step=0) for each in (copying, spoilt)]  # nobody knows which came first
+    assert first_of(*elsewhere) == (0, 1)
+    assert ranked(elsewhere)[0].cell.name == spoilt.name
+
+
+def test_colours_are_counted_in_the_middle_of_a_picture() -> None:
+    red = np.full((16, 32, 3), (200, 30, 30), np.uint8)
+    framed = red.copy()
+    framed[[0, 1, -1]] = framed[:, :8] = framed[:, -8:] = (10, 10, 240)
+    assert np.array_equal(measures.colours_of(red), measures.colours_of(framed))
+    a_little, blue = red + np.uint8(9), red[..., ::-1]
+    away = [np.abs(measures.colours_of(red) - measures.colours_of(each)).sum() for each in (a_little, blue)]
+    assert away[0] < away[1] / 2
+    assert (measures.colours_of(blue) ** 2).sum() == pytest.approx(1)
+
+
+def test_drawings_in_other_colours_are_less_alike_however_they_are_shaped() -> None:
+    rng = random.Random(8)
+    heroes = [random_hero(rng) for _ in range(16)]
+    pale = [Image.blend(draw(each), Image.new("RGB", (64, 64), "#8899bb"), 0.6) for each in heroes[:8]]
+    world = [draw(random_figure(rng)) for _ in range(8)]
+    shown = [draw(each) for each in heroes]
+    rows = [
+        np.stack([measures.colours_of(np.asarray(each)) for each in some]) for some in (pale, world, shown)
+    ]
+    of_pale, of_world, of_heroes = rows
+    found = [measures.likeness(each, of_world, of_heroes[8:]) for each in (of_pale, of_heroes[:8])]
+    assert found[0] is not None and found[1] is not None
+    assert found[0] < 0.5 < found[1], found
+
+
+def test_of_equals_the_usual_strength_then_the_best_then_the_earliest_is_taken() -> None:
+    equal = [cell(200, likeness=0.89), cell(300, likeness=0.9), cell(300, 0.75, likeness=0.91)]
+    assert first_of(*equal) == (300, 1)
+    assert first_of(cell(200), *equal) == (200, 1)
+    assert first_of(cell(100), cell(200)) == (100, 1)
 
 
 def test_a_little_of_a_fault_costs_nothing_and_more_of_it_ever_more() -> None:
@@ -316,6 +433,27 @@ def test_a_run_is_recommended_from_end_to_end(
     assert again == found
 
 
+def test_prompts_with_seeds_of_their_own_are_measured_and_what_can_t_be_is_told(
+    finished: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    few = [f"--prompts_file={prompts}", "--lora_scale", "1"]
+
+    def found_of(*lines: str, name: str) -> dict[str, Any]:
+        prompts.write_text("\n".join(lines), encoding="utf-8")
+        return recommend(finished / "lora_weights", tmp_path / name, *few)
+
+    found = found_of("mega man, red --d 3", "mega man, blue --d 3", "mega man, red --d 6", name="own")
+    assert [len(row["named"]) for row in found["rows"]] == [6] * 3
+    for row in found["rows"]:
+        assert isinstance(row["measures"]["obedience"], float)
+        assert isinstance(row["measures"]["leakage"], float)
+    assert found["notes"] == [list(recommendation.NO_LOSS)]
+    alone = found_of("mega man, red --d 3", name="alone")
+    assert {row["measures"]["obedience"] for row in alone["rows"]} == {None}
+    assert list(recommendation.NO_PROMPTS) in alone["notes"]
+
+
 def test_an_interrupted_recommendation_keeps_what_is_drawn(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +536,7 @@ def test_a_lora_at_strength_3_leaks_disobeys_and_comes_last(noisy_run: dict) -> 
     usual, wild = noisy_run[1], noisy_run[3]
     assert wild["leakage"] > usual["leakage"] > 0.05
     assert wild["obedience"] < usual["obedience"]
+    assert wild["damage"] > 0.9 > 0.5 > usual["damage"]
     assert noisy_run["found"]["rows"][-2]["strength"] == 3  # behind all others but the base
 
 
@@ -422,6 +561,19 @@ def test_without_checkpoints_or_a_run_only_strengths_are_compared(
     assert recommendation.NO_SEEDS[0] in notes
 
 
+def test_an_adapter_from_elsewhere_is_called_by_its_name(
+    adapter_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "Rockman v2.safetensors"
+    shutil.copy(adapter_folder / "megaman_lora.safetensors", theirs)  # which tells its 5 steps
+    few = [*PROMPTS[:2], "--lora_scale", "1", f"--base_model={tiny_folder}", "--num_images_per_prompt=1"]
+    found = recommend(theirs, tmp_path / "gen", *few)
+    assert found["rows"][0]["label"] == ["{n}", "Rockman v2"]
+    assert "recommended: Rockman v2 at strength 1: " in capsys.readouterr().err
+    shown = [a for _, a in Reader((tmp_path / "gen" / "recommend.html").read_text(encoding="utf-8")).tags]
+    assert not [a for a in shown if a.get("data-t") == "step {n}"]
+
+
 def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished / "lora_weights", run / "lora_weights")
@@ -430,7 +582,9 @@ def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path
 
     def missing(**changes: Any) -> str:
         (run / "training_config.json").write_text(json.dumps(record | changes))
-        return find_training_pictures(run / "lora_weights", 32, 4).missing
+        found = find_training_pictures(run / "lora_weights", 32, 4)
+        assert found.missing is None or not found.pictures
+        return "" if found.missing is None else told(found.missing)
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -446,7 +600,7 @@ def test_training_pictures_that_are_gone_are_said_to_be(finished: Path, tmp_path
     next(changed.glob("*.png")).unlink()
     assert "holds other pictures than those of the training" in missing(data_dir=str(changed))
     (run / "training_config.json").write_text("{")
-    assert "no training run of ours" in find_training_pictures(run / "lora_weights", 32, 4).missing
+    assert find_training_pictures(run / "lora_weights", 32, 4).missing == (trained_on.NO_RUN, "")
 
 
 def test_pictures_are_cut_and_sized_as_the_training_did(finished: Path) -> None:
@@ -459,10 +613,27 @@ def test_the_demo_s_own_pictures_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run" / "lora_weights").mkdir(parents=True)
-    record = recorded(TrainConfig(data_dir=STARTER_IMAGES, resolution=64))
+    record = recorded(TrainConfig(data_dir=STARTER_IMAGES, resolution=64, validation_split=0))
     (tmp_path / "run" / "training_config.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
     assert len(find_training_pictures(tmp_path / "run" / "lora_weights", 64, 8).pictures) == 30
+
+
+def test_pictures_that_the_run_held_out_are_no_training_pictures(tmp_path: Path) -> None:
+    (tmp_path / "run" / "lora_weights").mkdir(parents=True)
+    cfg = TrainConfig(data_dir=STARTER_IMAGES, resolution=64, validation_split=0.2, seed=5)
+    data, _ = open_training_set(replace(cfg, output_dir=str(tmp_path / "none")), processes=1)
+    assert len(data.held_out) == 6
+
+    def found_of(record: dict[str, Any]) -> set[str]:
+        (tmp_path / "run" / "training_config.json").write_text(json.dumps(record))
+        found = find_training_pictures(tmp_path / "run" / "lora_weights", 64, 8)
+        return {each.name for each in found.pictures}
+
+    names = [path.name for path in data.dataset.paths]
+    assert found_of(recorded(cfg)) == {name for i, name in enumerate(names) if i not in data.held_out}
+    for damage in ({"validation_split": "x"}, {"validation_split": 2.0}, {"seed": None}):
+        assert found_of(recorded(cfg) | damage) == set(names)
 
 
 def test_held_out_losses_are_read_past_every_damage(finished: Path, tmp_path: Path) -> None:
@@ -647,9 +818,11 @@ def page_of(tmp_path: Path, **changes: Any) -> str:
     row |= {"named": [shot | changes, shot | {"file": None}], "plain": [shot]}
     base = row | {"id": "cell-1", "strength": 0, "score": None, "label": ("{n}", "x")}
     notes = [recommendation.NO_SEEDS, recommendation.NO_PLAIN, recommendation.NO_LOSS]
+    notes += [recommendation.NO_PROMPTS, recommendation.NOT_DRAWN, recommendation.NO_ANSWER]
     texts = [(text, "1 %") for text in (*ranking.SAID.values(), *ranking.REJECTED.values())]
     facts = {"base": "b", "trigger": "t", "judge": None, "command": "python <x>", "rows": [row, base]}
-    facts |= {"notes": [*notes, (recommendation.NO_TRAINING, "x")], "reasons": [*texts, ranking.UNSURPASSED]}
+    missing = [trained_on.NO_RUN, trained_on.GONE, trained_on.CHANGED]
+    facts |= {"notes": [*notes, *((text, "x") for text in missing)], "reasons": [*texts, ranking.UNSURPASSED]}
     recommendation.write_page(tmp_path / "recommend.html", facts, TrainingPictures())
     return (tmp_path / "recommend.html").read_text(encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Single files, as web UIs keep their models: told by their header, loaded without a network."""
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -50,6 +51,13 @@ class Tiny:
     @property
     def parts(self) -> tuple[str, ...]:
         return ("vae", *self.kind.parts)
+
+    def as_file(self, file: Path, dtype: torch.dtype = torch.float32) -> Path:
+        """The model in one file of this name: a copy of the one that is written once."""
+        written = self.folder.with_suffix(f".{dtype}")
+        if not written.is_file():
+            write_single_file(self.folder, written, dtype)
+        return Path(shutil.copyfile(written, file))
 
 
 def tiny_of(kind: Kind, root: Path, patch: pytest.MonkeyPatch) -> Tiny:
@@ -120,7 +128,7 @@ def assert_equal(ours: DiffusionPipeline, theirs: DiffusionPipeline, parts: tupl
 def test_a_single_file_of_each_kind_loads_to_the_bit_without_a_network(
     tiny: Tiny, no_network: None, tmp_path: Path
 ) -> None:
-    file = write_single_file(tiny.folder, tmp_path / "tiny.safetensors")
+    file = tiny.as_file(tmp_path / "tiny.safetensors")
     assert kind_in(file) is tiny.kind
     single, whole = parts_in(file), DiffusionPipeline.from_pretrained(tiny.folder)
     assert type(single) is type(whole)
@@ -139,7 +147,7 @@ def test_a_single_file_of_each_kind_loads_to_the_bit_without_a_network(
 
 def test_a_file_loads_as_the_base_that_its_folder_is(tiny: Tiny, no_network: None, tmp_path: Path) -> None:
     whole = loaded(tiny.folder)
-    single = loaded(write_single_file(tiny.folder, tmp_path / "tiny_v1.safetensors"))
+    single = loaded(tiny.as_file(tmp_path / "tiny_v1.safetensors"))
     assert single.name == "tiny_v1.safetensors"
     assert single.digest == whole.digest
     assert_equal(single, whole, ("unet", "vae"))
@@ -152,7 +160,7 @@ def test_a_file_loads_as_the_base_that_its_folder_is(tiny: Tiny, no_network: Non
 def test_a_file_in_half_precision_keeps_its_numbers_and_the_vae_is_float32(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    file = write_single_file(tiny.folder, tmp_path / "a.safetensors", torch.float16)
+    file = tiny.as_file(tmp_path / "a.safetensors", torch.float16)
     base = loaded(file, torch.bfloat16)
     assert (base.vae.dtype, base.unet.dtype, base.encoders["text_encoder"].dtype) == (
         *(torch.float32, torch.bfloat16, torch.bfloat16),
@@ -162,7 +170,7 @@ def test_a_file_in_half_precision_keeps_its_numbers_and_the_vae_is_float32(
 
 
 def test_parts_lie_in_the_files_own_pages_until_they_are_cast(tiny: Tiny, tmp_path: Path) -> None:
-    file = write_single_file(tiny.folder, tmp_path / "a.safetensors", torch.float16)
+    file = tiny.as_file(tmp_path / "a.safetensors", torch.float16)
     parts = parts_in(file, torch.bfloat16)
     assert parts.vae.dtype == torch.float32
     maps = Path("/proc/self/maps")
@@ -176,7 +184,7 @@ def test_parts_lie_in_the_files_own_pages_until_they_are_cast(tiny: Tiny, tmp_pa
 
 
 def test_a_part_in_two_precisions_comes_in_the_one_that_is_asked_for(tiny_xl: Tiny, tmp_path: Path) -> None:
-    tensors = load_file(write_single_file(tiny_xl.folder, tmp_path / "a.safetensors", torch.float16))
+    tensors = load_file(tiny_xl.as_file(tmp_path / "a.safetensors", torch.float16))
     for key in ("model.diffusion_model.out.0.weight", "conditioner.embedders.1.model.ln_final.weight"):
         tensors[key] = tensors[key].float()
     save_file(tensors, tmp_path / "b.safetensors")
@@ -201,9 +209,12 @@ def test_no_picture_of_an_xl_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_single_file_is_trained_on_and_drawn_with_without_a_network(
     tiny: Tiny, no_network: None, train: Callable[..., Path], tmp_path: Path
 ) -> None:
-    file = write_single_file(tiny.folder, tmp_path / "hero base.safetensors")
-    whole = load_file(train("--pretrained_model_name", str(tiny.folder)) / "adapter_model.safetensors")
-    weights = train("--pretrained_model_name", str(file))
+    file = tiny.as_file(tmp_path / "hero base.safetensors")
+    short = ("--max_train_steps", "2")
+    whole = load_file(
+        train(*short, "--pretrained_model_name", str(tiny.folder)) / "adapter_model.safetensors"
+    )
+    weights = train(*short, "--pretrained_model_name", str(file))
     single = load_file(weights / "adapter_model.safetensors")
     assert all(torch.equal(single[key], whole[key]) for key in whole)
     cfg = generate_megaman.GenerateConfig(
@@ -213,7 +224,7 @@ def test_a_single_file_is_trained_on_and_drawn_with_without_a_network(
 
 
 def test_a_peek_into_a_file_knows_its_cell_and_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
-    known = peek(str(write_single_file(tiny.folder, tmp_path / "a.safetensors")))
+    known = peek(str(tiny.as_file(tmp_path / "a.safetensors")))
     assert known.kind is tiny.kind
     assert known.cell_px == (8 if tiny.kind.has_sizes else 4)
     assert len(known.tokenizer) == 49408
@@ -236,7 +247,7 @@ def without(file: Path, key: str) -> Path:
     ],
 )
 def test_a_file_that_lacks_a_tensor_is_refused(tiny_sd1: Tiny, tmp_path: Path, key: str) -> None:
-    file = without(write_single_file(tiny_sd1.folder, tmp_path / "a.safetensors"), key)
+    file = without(tiny_sd1.as_file(tmp_path / "a.safetensors"), key)
     with pytest.raises(UserError) as error:
         loaded(file)
     assert error.value.exit_code == Exit.MODEL
@@ -253,14 +264,14 @@ def test_a_file_that_lacks_a_tensor_is_refused(tiny_sd1: Tiny, tmp_path: Path, k
     ],
 )
 def test_no_tensor_of_an_xl_is_left_without_numbers(tiny_xl: Tiny, tmp_path: Path, key: str) -> None:
-    file = without(write_single_file(tiny_xl.folder, tmp_path / "a.safetensors"), key)
+    file = without(tiny_xl.as_file(tmp_path / "a.safetensors"), key)
     part = {"0": "text_encoder", "1": "text_encoder_2"}.get(key.split(".")[2], "vae")
     with pytest.raises(ValueError, match=f"tensors of its {part} are missing"):
         parts_in(file)
 
 
 def test_the_first_finetunes_names_of_a_text_encoder_are_read(tiny_sd1: Tiny, tmp_path: Path) -> None:
-    tensors = load_file(write_single_file(tiny_sd1.folder, tmp_path / "a.safetensors"))
+    tensors = load_file(tiny_sd1.as_file(tmp_path / "a.safetensors"))
     old = {key.replace("transformer.text_model.", "transformer."): each for key, each in tensors.items()}
     assert old.keys() != tensors.keys()
     save_file(old, tmp_path / "old.safetensors")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from megaman.common.console import Exit, UserError
 from megaman.common.kinds import UNET
-from megaman.generation.measures import Tone, tone_of
+from megaman.generation.measures import Tone, colours_of, tone_of
 from megaman.model.memory import BatchLimit
 from megaman.model.stable_diffusion import StableDiffusion, conditions
 
@@ -22,6 +22,7 @@ NOISE_AT = 0.1  # of the schedule: little noise, as in the last steps of a drawi
 SEED = 1  # of that noise, the same for every picture
 PIXELS_AT_ONCE = 2**18  # one picture of 512 px, 64 of the embedded base's
 
+Row = tuple[np.ndarray, np.ndarray, np.ndarray, Tone]  # of one picture: latents, looks, colours, tone
 Look = Callable[[Tensor], Tensor]  # a judge's features (B,D) of pixels (B,3,H,W) in [-1, 1]
 
 
@@ -39,6 +40,7 @@ class Features:
 
     latents: np.ndarray  # (N,D), which tell one and the same picture from another
     looks: np.ndarray  # (N,E), which tell what is shown
+    colours: np.ndarray  # (N,F), in which colours
     tones: list[Tone]
 
 
@@ -55,18 +57,19 @@ def features_of(pictures: Sequence[Picture], base: StableDiffusion, look: Look |
     UserError (exit 5) on numbers that aren't finite, (exit 6) where memory is too small for one picture.
     """
     limit = BatchLimit()
-    rows: dict[int, tuple[np.ndarray, np.ndarray, Tone]] = {}
+    rows: dict[int, Row] = {}
     by_size: dict[tuple[int, int], list[int]] = {}
     for i, picture in enumerate(pictures):
         by_size.setdefault(picture.size, []).append(i)
 
-    def measured(batch: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray, Tone]]:
+    def measured(batch: Sequence[int]) -> list[Row]:
         pixels = torch.stack([pictures[i].pixels() for i in batch])
         latents = latents_of(pixels, base)
         looks = middle_of(latents, base) if look is None else look(pixels)
         small = functional.adaptive_avg_pool2d(latents, GRID).flatten(1).cpu().numpy()
-        tones = [tone_of(each) for each in ((pixels + 1) * 127.5).round().byte().movedim(1, -1).numpy()]
-        return list(zip(small, looks.float().cpu().numpy(), tones, strict=True))
+        shown = ((pixels + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+        colours, tones = [colours_of(each) for each in shown], [tone_of(each) for each in shown]
+        return list(zip(small, looks.float().cpu().numpy(), colours, tones, strict=True))
 
     for (height, width), members in by_size.items():
         most = max(1, PIXELS_AT_ONCE // (height * width))
@@ -74,12 +77,11 @@ def features_of(pictures: Sequence[Picture], base: StableDiffusion, look: Look |
             batch = members[start : start + most]
             rows |= dict(zip(batch, limit.drawn(batch, measured, height * width), strict=True))
     ordered = [rows[i] for i in range(len(pictures))]
-    latents = np.stack([each for each, _, _ in ordered])
-    looks = np.stack([each for _, each, _ in ordered])
+    latents, looks, colours = (np.stack(each) for each in zip(*(row[:3] for row in ordered), strict=True))
     if not (np.isfinite(latents).all() and np.isfinite(looks).all()):
         reason = "the pictures' features are not finite in this precision; use --mixed_precision no (or bf16)"
         raise UserError(reason, Exit.NUMBERS)
-    return Features(latents, looks, [tone for _, _, tone in ordered])
+    return Features(latents, looks, colours, [row[-1] for row in ordered])
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ class Rule:
     is_good: bool  # whether more is better
     why: str
     is_of_drawings: bool = True  # where it is unknown, drawings are missing
-    is_lasting: bool = False  # a stronger adapter has no less of it, however wild colours hide it
+    is_lasting: bool = False  # a stronger or later adapter has no less of it, however it is hidden
 
     def points(self, value: float) -> float:
         """What a value of the measure adds to the score: 0 at best."""
@@ -52,10 +52,11 @@ class Rule:
 RULES = (
     Rule(
         "likeness",
-        1.0,
+        1.5,
         1.0,
         is_good=True,
-        why="It is what the LoRA was trained for. More than the training pictures' own gains nothing.",
+        why="It is what the LoRA was trained for, and half a character is hardly one: it counts half as much "
+        "again. More than the training pictures' own gains nothing.",
     ),
     Rule(
         "copies",
@@ -63,8 +64,9 @@ RULES = (
         0.05,
         is_good=False,
         why="A drawing that repeats a training picture shows nothing new. It counts threefold, since what is "
-        "learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger adapter "
-        "pays at least what it pays weaker.",
+        "learnt by heart also looks most like the pictures; one in twenty may be chance. A stronger or later "
+        "adapter pays no less than a weaker or earlier one: more training on the same pictures only hides "
+        "it.",
         is_lasting=True,
     ),
     Rule(
@@ -88,7 +90,8 @@ RULES = (
         1.5,
         0.1,
         is_good=False,
-        why="Burnt, pale or missing pictures can't be repaired by a prompt. One in ten may be the prompt's.",
+        why="Burnt, pale, noisy or missing pictures can't be repaired by a prompt. One in ten may be the "
+        "prompt's.",
     ),
     Rule(
         "loss_rise",
@@ -121,8 +124,8 @@ def ranked(cells: Sequence[Cell]) -> list[Ranked]:
     anything; what drawings tell of others but not of one (its numbers overflowed) costs it as much as the
     worst.
 
-    Of those whose score equals the best to NEAR, the one at the usual strength is taken, and of these the
-    earliest: what was trained longer for nothing has only forgotten more.
+    Of those whose score equals the best to NEAR, those nearest to the usual strength are taken, and of these
+    the best, of equal ones the earliest.
     """
     columns = {rule.name: _points_of(rule, cells) for rule in RULES}
     found = [
@@ -134,9 +137,9 @@ def ranked(cells: Sequence[Cell]) -> list[Ranked]:
     return found if first is None else [first, *(each for each in found if each is not first)]
 
 
-def _plainness(each: Ranked) -> tuple[float, float, int, float]:
+def _plainness(each: Ranked) -> tuple[float, float, float, int]:
     off = abs(each.cell.strength - USUAL_STRENGTH)
-    return (off, each.cell.strength, each.cell.step, -each.score)
+    return (off, each.cell.strength, -each.score, each.cell.step)
 
 
 def _points_of(rule: Rule, cells: Sequence[Cell]) -> list[float]:
@@ -148,11 +151,11 @@ def _points_of(rule: Rule, cells: Sequence[Cell]) -> list[float]:
 
 
 def _lasting(cell: Cell, cells: Sequence[Cell], points: Sequence[float]) -> float:
-    """The lowest points of the same adapter at this strength or a weaker one."""
+    """The lowest points of the same adapter, or of an earlier one of its run, at this strength or less."""
     return min(
         own
         for other, own in zip(cells, points, strict=True)
-        if (other.name, other.step) == (cell.name, cell.step) and other.strength <= cell.strength
+        if (other.name == cell.name or 0 < other.step < cell.step) and other.strength <= cell.strength
     )
 
 
@@ -163,14 +166,14 @@ SAID = {
     "copies": "drawings that repeat a training picture: {n}",
     "obedience": "obedience to prompts: {n} of the base's",
     "leakage": "without the trigger it changes {n} of what another seed would",
-    "damage": "drawings with wild colours: {n}",
+    "damage": "drawings with wild colours or noise: {n}",
     "loss_rise": "held-out loss above its smallest by {n}",
 }
 REJECTED = {
     "copies": "more likeness than this is bought with copies: up to {n} of the drawings elsewhere",
     "obedience": "more likeness than this is bought with obedience: down to {n} of the base's elsewhere",
     "leakage": "more likeness than this leaks into other prompts: up to {n} of a seed's change elsewhere",
-    "damage": "more likeness than this is bought with wild colours: up to {n} of the drawings elsewhere",
+    "damage": "more likeness than this is bought with wild colours or noise: up to {n} of drawings elsewhere",
     "loss_rise": "more likeness than this is learnt by heart: a held-out loss up to {n} above its smallest",
 }
 UNSURPASSED = ("no other cell looks clearly more like your pictures", "")

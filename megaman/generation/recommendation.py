@@ -16,7 +16,7 @@ from megaman.common.output_folder import ADAPTER_FILE, CHECKPOINTS, STEP_FOLDER,
 from megaman.config.generate import TRIGGER, GenerateConfig
 from megaman.generation import judge, seeing
 from megaman.generation.candidates import Candidate, record_of_run
-from megaman.generation.comparison import Drawings, Shots, Task, drawings_of, tell_size
+from megaman.generation.comparison import Drawings, Task, drawings_of, tell_size
 from megaman.generation.features import Look, features_of
 from megaman.generation.ranking import (
     NEAR,
@@ -46,26 +46,35 @@ PAGE, NUMBERS = "recommend.html", "recommend.json"
 MARK, MAKER = "made_by", "megaman_lora"  # in the numbers: by it they are known for ours
 MEANINGS = {
     "likeness": "How much nearer to your training pictures the drawings are than the base's, by the features "
-    "of what looks at them: 0 % as far as the base's, 100 % as near as your pictures are to each other.",
+    "of what looks at them and by the colours of the middle, the mean of both: 0 % as far as the base's, 100 "
+    "% as near as your pictures are to each other.",
     "copies": "The share of drawings that lie nearer to a training picture than half of what a training "
     "picture usually lies from its nearest other, in the VAE's latents.",
     "obedience": "Whether prompts still decide: how much of the base's answer to the prompts is left, in "
     "the VAE's latents, beside what seeds change.",
     "leakage": "How far pictures of prompts without the trigger have moved from the base's of the same "
     "seeds, measured by what another seed changes.",
-    "damage": "The share of drawings that are missing, or whose burnt channels, contrast or colour lie "
-    "outside of what the training pictures and the base show.",
+    "damage": "The share of drawings that are missing, whose burnt channels, contrast or colour lie outside "
+    "of what the training pictures and the base show, or that are noise: neighbouring spots differ over "
+    "twice as much as in any of those.",
     "loss_rise": "How far the loss on pictures that were never trained on lies above its smallest until "
     "then; one number a checkpoint, at strength 1.",
 }
-NO_TRAINING = "Likeness and copies are left out: {n}."
 NO_PLAIN: Reason = ("Leakage is left out: no prompt lacks the trigger.", "")
 NO_SEEDS: Reason = (
     "Obedience and leakage are left out: they need two seeds (--num_images_per_prompt 2).",
     "",
 )
 NO_PROMPTS: Reason = (
-    "Obedience is left out: it needs two prompts with the trigger, drawn with the same seeds.",
+    "Obedience is left out: it needs two prompts with the trigger, of two seeds each.",
+    "",
+)
+NOT_DRAWN: Reason = (
+    "Obedience is left out: the base could not draw all of its pictures, or they were changed since.",
+    "",
+)
+NO_ANSWER: Reason = (
+    "Obedience is left out: what prompts change in the base's own drawings is lost in what seeds change.",
     "",
 )
 NO_LOSS: Reason = ("No held-out loss was measured in this run.", "")
@@ -94,8 +103,8 @@ def gather(
     look = None if cfg.judge is None else judge.load_judge(cfg.judge, base.device)
     side = adapter.metadata.get("resolution", base.native_resolution)
     training = find_training_pictures(lora_path, side, base.cell_px)
-    if training.missing:
-        say(f"note: {told((NO_TRAINING, training.missing))}")
+    if training.missing is not None:
+        say(f"note: {told(training.missing)}")
     trigger = adapter.metadata.get("trigger", TRIGGER)
     return Evidence(lora_path, trigger, training, held_out_losses(lora_path), look)
 
@@ -131,8 +140,10 @@ def rows_of(
 
 def step_of(candidate: Candidate) -> int:
     """The step of its run that an adapter is from: by its folder's name, else by its metadata; 0 where
-    nothing tells.
+    nothing tells, or where it lies in no run of ours: steps of elsewhere say nothing beside its name.
     """
+    if record_of_run(candidate.place) is None:
+        return 0
     folder = STEP_FOLDER.fullmatch(candidate.name)
     steps = int(folder[1]) if folder else candidate.adapter.metadata.get("steps")
     return steps if isinstance(steps, int) else 0
@@ -155,18 +166,23 @@ def next_command(chosen: Row, lora_path: Path) -> str:
     return f"{command_of('generate_megaman.py')} --lora_path {place} --lora_scale {strength}"
 
 
-def notes_on(base: Drawings, evidence: Evidence, cells: Sequence[Cell]) -> list[Reason]:
-    """What could not be measured, and why."""
+def notes_on(base: Row, evidence: Evidence) -> list[Reason]:
+    """What could not be measured, and why. base: the base's own row."""
     notes: list[Reason] = []
-    if evidence.training.missing:
-        notes.append((NO_TRAINING, evidence.training.missing))
-    if max(map(len, base.named)) < 2:
-        notes.append(NO_SEEDS)
-    elif all(cell.measures.obedience is None for cell in cells):
-        notes.append(NO_PROMPTS)
-    if not base.plain:
+    if evidence.training.missing is not None:
+        notes.append(evidence.training.missing)
+    if base.cell.measures.obedience is None:
+        notes.append(_why_no_obedience(base))
+    if not base.drawings.plain:
         notes.append(NO_PLAIN)
     return notes if evidence.losses else [*notes, NO_LOSS]
+
+
+def _why_no_obedience(base: Row) -> Reason:
+    comparable = sum(len(row) > 1 for row in base.files.named)
+    if comparable < 2:
+        return NO_PROMPTS if comparable else NO_SEEDS
+    return NOT_DRAWN if any(None in row for row in base.files.named) else NO_ANSWER
 
 
 # ---------------------------------------------------------------- telling
@@ -225,7 +241,7 @@ def recommend(tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion,
     output = Path(cfg.output_dir)
     there = _drawn(tasks, output)
     drawings = drawings_of(tasks, evidence.trigger)
-    files = [CellFiles(_files(each.named, there), _files(each.plain, there)) for each in drawings]
+    files = [files_of(each, there) for each in drawings]
     sizes = {there[task.digest]: task.job for task in tasks if task.digest in there}
     drawn = {file: (job.height, job.width) for file, job in sizes.items()}
     pictures = seeing.pictures_of(drawn, output, evidence.training)
@@ -238,7 +254,7 @@ def recommend(tasks: Sequence[Task], cfg: GenerateConfig, base: StableDiffusion,
         "trigger": evidence.trigger,
         "judge": Path(cfg.judge).name if cfg.judge and is_local(cfg.judge) else cfg.judge,
         "reasons": reasons,
-        "notes": notes_on(drawings[0], evidence, [row.cell for row in rows]),
+        "notes": notes_on(rows[-1], evidence),
         "command": next_command(rows[0], evidence.lora_path),
         "rows": [row_told(row, place, seen) for place, row in enumerate(rows)],
     }
@@ -260,8 +276,13 @@ def _drawn(tasks: Sequence[Task], output: Path) -> dict[str, str]:
     return {record.job: record.file for record in whole}
 
 
-def _files(shots: Shots, there: Mapping[str, str]) -> list[list[str | None]]:
-    return [[there.get(task.digest) for task in row] for row in shots]
+def files_of(drawings: Drawings, there: Mapping[str, str]) -> CellFiles:
+    """The files of a cell's drawings, by their digests."""
+    named, plain = (
+        [[there.get(task.digest) for task in row] for row in shots]
+        for shots in (drawings.named, drawings.plain)
+    )
+    return CellFiles(named, plain, [[task.job.seed for task in row] for row in drawings.named])
 
 
 def named(cell: Cell) -> str:

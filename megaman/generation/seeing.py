@@ -1,6 +1,6 @@
 """Looks at the drawings of a recommendation beside the training pictures, and measures each cell."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaman.generation import features, measures
 from megaman.generation.features import Features, Picture
+from megaman.generation.measures import Rows
 from megaman.generation.ranking import Measures
 from megaman.generation.trained_on import TrainingPictures
 
@@ -37,6 +38,7 @@ class CellFiles:
 
     named: FileGrid  # of prompts with the trigger
     plain: FileGrid  # of those without
+    seeds: Sequence[Sequence[int]]  # of `named`
 
     @property
     def there(self) -> list[str]:
@@ -138,30 +140,37 @@ def measured(cell: CellFiles, base: CellFiles, seen: Seen, rise: float | None) -
     likeness = copies = None
     if seen.has_training and drawn:
         copies = float(np.mean([seen.nearest[row].is_copy for row in drawn]))
-        if of_base:
-            likeness = measures.likeness(seen.looks[drawn], seen.looks[of_base], seen.looks[seen.trained])
+        likeness = _likeness(drawn, of_base, seen) if of_base else None
+    named = _beside_each_other(seen.features.latents, seen, cell.named, base.named)
+    plain = _beside_each_other(seen.looks, seen, cell.plain, base.plain)
     return Measures(
         likeness=likeness,
         copies=copies,
-        obedience=_compared(measures.obedience, seen.features.latents, seen, cell.named, base.named),
-        leakage=_compared(measures.leakage, seen.looks, seen, cell.plain, base.plain),
+        obedience=None if named is None else measures.obedience(*named, base.seeds),
+        leakage=None if plain is None else measures.leakage(*plain),
         damage=_damage(cell, base, seen),
         loss_rise=rise,
     )
 
 
-def _compared(
-    measure: Callable[[np.ndarray, np.ndarray], float | None],
-    numbers: np.ndarray,
-    seen: Seen,
-    drawn: FileGrid,
-    of_base: FileGrid,
-) -> float | None:
-    """A measure of drawings against the base's, of the same prompts and seeds; None where one is missing."""
-    grids = [[seen.rows_of(row) for row in grid] for grid in (drawn, of_base)]
-    if not drawn or {len(row) for grid in grids for row in grid} != {len(drawn[0])}:
+def _likeness(drawn: Sequence[int], of_base: Sequence[int], seen: Seen) -> float | None:
+    """The mean of the likeness in what is shown and of that in its colours; None where neither can tell."""
+    found = [
+        measures.likeness(rows[drawn], rows[of_base], rows[seen.trained])
+        for rows in (seen.looks, seen.features.colours)
+    ]
+    known = [each for each in found if each is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _beside_each_other(
+    numbers: np.ndarray, seen: Seen, drawn: FileGrid, of_base: FileGrid
+) -> tuple[Rows, Rows] | None:
+    """The features of drawings, prompt by prompt, and of the base's; None where one is missing."""
+    if any(None in row for row in (*drawn, *of_base)):
         return None
-    return measure(*(numbers[np.array(grid)] for grid in grids))
+    found = ([numbers[seen.rows_of(row)] for row in grid] for grid in (drawn, of_base))
+    return next(found), next(found)
 
 
 def _damage(cell: CellFiles, base: CellFiles, seen: Seen) -> float | None:

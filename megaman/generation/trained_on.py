@@ -3,7 +3,7 @@ by the record of the run.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +17,14 @@ from megaman.config.train import PROJECT, CropMode
 from megaman.data import buckets, scan
 from megaman.data.buckets import Crop
 from megaman.data.folder import look_into
+from megaman.data.held_out import held_out_of
+from megaman.data.scan import ScannedPicture
 from megaman.generation.candidates import record_of_run
+from megaman.generation.ranking import Reason
 
+NO_RUN = "Likeness and copies are left out: the adapter lies in no training run of ours."
+GONE = "Likeness and copies are left out: the training pictures are no longer in {n}."
+CHANGED = "Likeness and copies are left out: {n} holds other pictures than those of the training."
 MOST = 400  # pictures that are looked at: as many as all drawings of a usual comparison
 
 
@@ -33,10 +39,10 @@ class TrainingPicture:
 
 @dataclass(frozen=True)
 class TrainingPictures:
-    """Those that can be found, or why there are none, in words."""
+    """Those that can be found, or why there are none."""
 
     pictures: tuple[TrainingPicture, ...] = ()
-    missing: str = ""
+    missing: Reason | None = None
     mirrored: tuple[Crop, ...] = ()  # the same, where they were also trained on mirrored
 
 
@@ -46,28 +52,37 @@ def find_training_pictures(lora_path: Path, side: int, cell_px: int) -> Training
     """
     record = record_of_run(lora_path)
     if record is None:
-        return TrainingPictures(missing="the adapter lies in no training run of ours")
+        return TrainingPictures(missing=(NO_RUN, ""))
     run = RunFolder.of_adapter(lora_path)
     trained = next((row["dataset"].get(CONTENT) for row in read_rows(run.metrics) if _tells(row)), None)
     folders = _folders_in(record, run)
     if not folders:
-        return TrainingPictures(missing=f"the training pictures are no longer in {record.get('data_dir')}")
+        return TrainingPictures(missing=(GONE, str(record.get("data_dir"))))
+    for folder in folders:
+        try:
+            scanned, _ = scan.scan(look_into(folder), Store(None))
+        except UserError:  # it has just gone
+            continue
+        if scanned and trained in (None, scan.content_of(each.digest for each in scanned)):
+            return _as_trained(scanned, folder, record, side, cell_px)
+    return TrainingPictures(missing=(CHANGED, str(folders[0])))
+
+
+def _as_trained(
+    scanned: Sequence[ScannedPicture], folder: Path, record: Mapping[str, Any], side: int, cell_px: int
+) -> TrainingPictures:
+    """The pictures of a run's folder as the run has trained on them: those that it held out are none of
+    them.
+    """
+    without = _held_out(scanned, record)
+    trained = [each for index, each in enumerate(scanned) if index not in without]
+    if len(trained) > MOST:
+        say(f"note: {MOST} of the {len(trained)} training pictures are compared, evenly picked")
+        trained = [trained[i] for i in np.linspace(0, len(trained) - 1, MOST).astype(int)]
     resolution = record.get("resolution")
     side = resolution if isinstance(resolution, int) and resolution > 0 else side
     modes: tuple[CropMode, ...] = get_args(CropMode)
     crop = next((mode for mode in modes if mode == record.get("crop")), modes[0])
-    for folder in folders:
-        try:
-            scanned, _ = scan.scan(look_into(folder), Store(None))
-        except UserError as error:
-            return TrainingPictures(missing=str(error))
-        if scanned and trained in (None, scan.content_of(each.digest for each in scanned)):
-            break
-    else:
-        return TrainingPictures(missing=f"{folders[0]} holds other pictures than those of the training")
-    if len(scanned) > MOST:
-        say(f"note: {MOST} of the {len(scanned)} training pictures are compared, evenly picked")
-        scanned = [scanned[i] for i in np.linspace(0, len(scanned) - 1, MOST).astype(int)]
     offered = buckets.buckets_of(side, cell_px, crop)
     found = tuple(
         TrainingPicture(
@@ -75,10 +90,18 @@ def find_training_pictures(lora_path: Path, side: int, cell_px: int) -> Training
             Crop(each.path, each.digest, buckets.bucket_for(each.size, offered), whole=each.size),
             each.thumbnail,
         )
-        for each in scanned
+        for each in trained
     )
     turned = found if record.get("flip") is True else ()
     return TrainingPictures(found, mirrored=tuple(replace(each.crop, is_mirrored=True) for each in turned))
+
+
+def _held_out(scanned: Sequence[ScannedPicture], record: Mapping[str, Any]) -> frozenset[int]:
+    """Those that the run never trained on, as it chose them by its record; none where that is damaged."""
+    share, seed = record.get("validation_split"), record.get("seed")
+    if type(share) not in (int, float) or type(seed) is not int or not 0 < share < 1:  # type: ignore[operator]
+        return frozenset()
+    return held_out_of([each.digest for each in scanned], share, seed)  # type: ignore[arg-type]
 
 
 def _tells(row: Mapping[str, Any]) -> bool:

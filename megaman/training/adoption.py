@@ -1,6 +1,9 @@
-"""A checkpoint of a run becomes its adapter (--adopt): lora_weights/ as if the run had ended there."""
+"""A run's lora_weights/: as its end writes it, and as a checkpoint that is adopted does (--adopt), as if the
+run had ended there. What somebody has chosen is never lost.
+"""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -8,15 +11,17 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from megaman.common.console import Exit, UserError, command_of, listed, say, shell_quoted
 from megaman.common.files import sha256_of
 from megaman.common.kinds import PARTS, UNET
 from megaman.common.output_folder import (
     ADAPTER_FILE,
+    LAST_STEP,
     RECORD,
     STEP_FOLDER,
     WEIGHTS,
@@ -30,8 +35,8 @@ from megaman.common.output_folder import (
 )
 from megaman.config.train import DataFlags, TrainConfig
 from megaman.lora.adapter import STRENGTH, Adapter, Key, LoraLayer, underscored
-from megaman.lora.load import KOHYA_FILE, read_file
-from megaman.lora.metadata import facts_in
+from megaman.lora.load import DIFFUSERS_FILE, KOHYA_FILE, OURS, PEFT_FILE, read_file
+from megaman.lora.metadata import PICTURE, facts_in
 from megaman.lora.names import canonical
 from megaman.lora.save import FLOAT16, check_written, deltas_in, write_adapter
 from megaman.training.checkpoints import STATE_FILE, Damaged, read_checkpoint, read_manifest
@@ -184,20 +189,97 @@ def adopt(cfg: TrainConfig) -> None:
         adapter = adapter_at(choice)
         if choice.strength is not None:
             adapter = replace(adapter, metadata={**adapter.metadata, STRENGTH: choice.strength})
-        partial = run.path / PARTIAL
-        _clear(partial)
         preview = run.samples / step_name(choice.step) / "01.png"
-        write_adapter(adapter, partial, preview=preview if preview.is_file() else None)
-        aside = _put_in_place(partial, run.weights)
+        _replace(run, adapter, preview=preview if preview.is_file() else None)
     renew_page(run)
-    if aside is not None:
-        say(f"output: the earlier {WEIGHTS} is kept as {aside}")
     drawn = "" if choice.strength is None else f", to be drawn at strength {choice.strength:g}"
     say(f"adopted: {run.weights} is the adapter of step {choice.step} now{drawn}")
     say(f"for A1111, Forge, ComfyUI, kohya: {run.weights / KOHYA_FILE}")
     usual = run.path == Path(DataFlags.output_dir)
     flag = "" if usual else f" --lora_path {shell_quoted(str(run.weights))}"
     say(f"next: {command_of('generate_megaman.py')}{flag}")
+
+
+def write_at_the_end(
+    run: RunFolder, adapter: Adapter, start: int, *, live: Mapping[str, nn.Module], preview: Path | None
+) -> None:
+    """Writes lora_weights/ of a run that ends: over what its own earlier end has left there. Anything else,
+    such as an adapter that was adopted since, is kept beside it, which is said.
+
+    start: the step that the command went on from. live, preview: as `write_adapter` has them.
+    """
+    if _is_of_an_end(run, start):
+        write_adapter(adapter, run.weights, live=live, preview=preview)
+    else:
+        _replace(run, adapter, live=live, preview=preview)
+
+
+def _is_of_an_end(run: RunFolder, start: int) -> bool:
+    """Whether what lies in lora_weights/, if anything, was written by the run itself at its last end: its
+    files are of the total they were trained for, nobody chose a strength, and no later checkpoint until
+    `start` is an end.
+    """
+    if not run.weights.is_dir():
+        return not os.path.lexists(run.weights)
+    files = [run.weights / name for name in (PEFT_FILE, KOHYA_FILE, DIFFUSERS_FILE)]
+    ends = [_end_told(_told_by(file)) for file in files if os.path.lexists(file)]
+    sidecar = run.weights / PICTURE["sidecar"]
+    if None in ends or (os.path.lexists(sidecar) and _strength_beside(sidecar) != 1):
+        return False
+    last = max((end for end in ends if end is not None), default=LAST_STEP)
+    return not any(last < step <= start and _is_end(run, step) for step in step_folders(run.checkpoints))
+
+
+def _told_by(file: Path) -> dict[str, Any]:
+    """What our metadata in an adapter's file tells; nothing of a damaged one, or of another tool's."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            known = json.loads((opened.metadata() or {}).get(OURS, "{}"))
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _end_told(known: Mapping[str, Any]) -> int | None:
+    """The step of an adapter that a run wrote at its end; None of any other."""
+    config, steps = known.get("config"), known.get("steps")
+    total = config.get("max_train_steps") if isinstance(config, dict) else None
+    return steps if isinstance(steps, int) and steps == total and STRENGTH not in known else None
+
+
+def _strength_beside(sidecar: Path) -> object:
+    """The strength in a sidecar, which web UIs let their user edit; None where it can't be read."""
+    try:
+        known = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return known.get("preferred weight") if isinstance(known, dict) else None
+
+
+def _is_end(run: RunFolder, step: int) -> bool:
+    """Whether the run ended at a checkpoint of its."""
+    try:
+        return bool(read_manifest(run.checkpoint(step), [])["settings"]["max_train_steps"] == step)
+    except (Damaged, KeyError, TypeError):
+        return False
+
+
+def _replace(
+    run: RunFolder,
+    adapter: Adapter,
+    *,
+    live: Mapping[str, nn.Module] | None = None,
+    preview: Path | None,
+) -> None:
+    """Writes an adapter aside, and puts it in lora_weights/'s place once it is whole; says where the earlier
+    one is kept.
+    """
+    partial = run.path / PARTIAL
+    _clear(partial)
+    write_adapter(adapter, partial, live=live, preview=preview)
+    aside = _put_in_place(partial, run.weights)
+    if aside is not None:
+        say(f"output: the earlier {WEIGHTS} is kept as {aside}")
 
 
 def _put_in_place(partial: Path, weights: Path) -> Path | None:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -15,32 +14,26 @@ from megaman.common.console import UserError, is_out_of_memory, listed, one_line
 from megaman.common.output_folder import RunFolder
 from megaman.common.signals import StopRequest
 from megaman.config.train import TrainConfig
+from megaman.data.held_out import held_out_of
 from megaman.model.compute import digits_of
 from megaman.model.drawing import as_settings, draw, pipeline_of
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
 from megaman.model.weights import remembered_digest
 
-FEWEST = 15  # pictures; of fewer every one is needed
 TIMESTEPS = (200, 400, 600, 800)  # of 1000, where the loss is measured: kohya's own
 
 
 def held_out(digests: Sequence[str], names: Sequence[str], share: float, seed: int) -> frozenset[int]:
-    """The indices of the pictures to keep out, about `share` of them, which is said. Chosen by a hash of
-    content and seed, so renaming a picture changes nothing and copies stay together.
+    """The indices of the pictures to keep out, as `held_out_of` chooses them, which is said.
 
     digests, names: of every picture's content, and of its file.
     """
-    wanted = round(share * len(digests)) if len(digests) >= FEWEST else 0
-    chosen: set[int] = set()
-    for digest in sorted(set(digests), key=lambda each: sha256(f"{seed}/{each}".encode()).digest()):
-        if len(chosen) < wanted:
-            chosen |= {index for index, other in enumerate(digests) if other == digest}
-    if not chosen or len(chosen) == len(digests):
-        return frozenset()
-    shown = listed(one_line(names[index]) for index in sorted(chosen))
-    say(f"validation: {len(chosen)} kept out of the training (--validation_split): {shown}")
-    return frozenset(chosen)
+    chosen = held_out_of(digests, share, seed)
+    if chosen:
+        shown = listed(one_line(names[index]) for index in sorted(chosen))
+        say(f"validation: {len(chosen)} kept out of the training (--validation_split): {shown}")
+    return chosen
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What survives when a run is killed, stopped, starved of disk, or its files are damaged?
 
-    python tests/bench/bench_faults.py [--work FOLDER] [--share 1]
+    python tests/bench/bench_faults.py [--work FOLDER] [--share 1] [--steps 21]
 
 A tiny model is imported once; each run is a forked child of this process, so hundreds of them take minutes.
 Every child runs the real command. After each fault: does every finished file load, was anything lost beyond
@@ -50,7 +50,7 @@ from megaman.training import checkpoints, resume, validation  # noqa: E402
 torch.set_num_threads(1)
 gc.freeze()  # no child looks for garbage among what is imported
 validation.SAMPLE_STEPS = 4  # of 20, so that most random faults hit training and saving
-STEPS, SAVE = 21, 4
+SAVE = 4  # steps
 DIED = "killed"
 WEIGHTS = ("adapter_model.safetensors", "megaman_lora.safetensors")
 Prepare = Callable[[], None]
@@ -105,10 +105,10 @@ def nothing() -> None:
 
 
 class Bench:
-    """The folders of the bench and the commands that run in them."""
+    """The folders of the bench and the commands that run in them. steps: of an unbroken run."""
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.out = work, work / "out"
+    def __init__(self, work: Path, steps: int) -> None:
+        self.steps, self.work, self.out = steps, work, work / "out"
         self.base, self.data = work / "base", work / "pictures"
         if not self.base.exists():
             pid = os.fork()  # drawing random weights here would start torch's threads
@@ -127,7 +127,7 @@ class Bench:
         return [
             "megaman_lora.py", f"--pretrained_model_name={self.base}", f"--data_dir={self.data}",
             f"--output_dir={self.out}", f"--cache_dir={self.work / 'cache'}", "--resolution=32",
-            f"--max_train_steps={STEPS}", f"--save_steps={SAVE}", "--validation_steps=10",
+            f"--max_train_steps={self.steps}", f"--save_steps={SAVE}", "--validation_steps=10",
             "--train_batch_size=1", "--gradient_accumulation_steps=2", "--caption_dropout=0.3",
             "--shuffle_tags", "--mixed_precision=no", "--lora_rank=4", "--learning_rate=1e-3",
             "--report_to=none",
@@ -271,17 +271,17 @@ PHASES = {
     "pruned": ("megaman.training.checkpoints:_prune", 4, "after"),
     "sample": ("megaman.training.validation:_draw", 2, "before"),
     "sample picture": ("PIL.Image:Image.save", 2, "after"),
-    "sample page": ("megaman.training.tracker:render_samples", 2, "after"),
+    "sample page": ("megaman.training.tracker:renew_page", 2, "after"),
     "metrics": ("megaman.training.tracker:Tracker._show", 1, "before"),
-    "final export": ("megaman.lora.save:write_adapter", 1, "before"),
+    "final export": ("megaman.training.adoption:write_adapter", 1, "before"),
     "final file": ("megaman.lora.save:save_tensors", 5, "after"),
-    "exported": ("megaman.lora.save:write_adapter", 1, "after"),
+    "exported": ("megaman.training.adoption:write_adapter", 1, "after"),
 }
 DRAWING = {
     "picture": ("PIL.Image:Image.save", 2, "before"),
     "picture written": ("PIL.Image:Image.save", 2, "after"),
     "picture named": ("pathlib:Path.replace", 2, "after"),
-    "metadata": ("megaman.generation.gallery:write_records", 2, "before"),
+    "metadata": ("megaman.generation.records:write_records", 1, "before"),
     "gallery": ("megaman.generation.gallery:render_gallery", 2, "after"),
 }
 
@@ -476,7 +476,7 @@ def every(bench: Bench, share: float) -> Iterator[tuple[str, dict[str, int]]]:
     yield "kill -9 at random times", killed_at_random(bench, wanted, seconds, max(1, round(200 * share)))
     yield "kill -9 at named phases", killed_at_phases(bench, wanted, share)
     yield "SIGINT and SIGTERM", stopped(bench, wanted, seconds, max(1, round(50 * share)))
-    chains = [[cut] for cut in range(1, STEPS)] + [[1, 4, 9], [2, 3, 5], [5, 6, 7]]
+    chains = [[cut] for cut in range(1, bench.steps)] + [[1, 4, 9], [2, 3, 5], [5, 6, 7]]
     yield "resumed after each step", cut_everywhere(bench, wanted, some(chains, share))
     sizes = [int(300 * 1.4**i) for i in range(20)]
     yield "disk full (RLIMIT_FSIZE)", disk_full(bench, wanted, some(sizes, share))
@@ -509,11 +509,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--share", type=float, default=1.0, help="of the full counts")
+    parser.add_argument("--steps", type=int, default=21, help="of each run: 13 or more, to touch every phase")
     flags = parser.parse_args()
     work = flags.work or Path(tempfile.mkdtemp(prefix="bench_faults_"))
     work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"bench": "faults", "torch": torch.__version__}
-    bench = Bench(work)
+    bench = Bench(work, flags.steps)
     hostile = hostile_input(bench) if flags.share == 1 else ()
     for name, counts in itertools.chain(every(bench, flags.share), hostile):
         result[name] = counts

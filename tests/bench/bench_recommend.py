@@ -4,7 +4,8 @@
                                           [--judged 64] [--prompts N]
 
 Two runs a seed on the embedded base: the demo with checkpoints, and an overtrained one (eight pictures, 3,000
-steps, a high rate, nothing preserved). Each is recommended from with generate_megaman.py --recommend; then
+steps at the demo's high rate that never falls, nothing preserved; at three times that rate the base is spoilt
+instead, and nothing is learnt by heart). Each is recommended from with generate_megaman.py --recommend; then
 the judge of bench_learning.py looks at what every cell draws for its 64 prompts, which are other ones. Prints
 a table (recommended cell's hero rate beside the best cell's; of the overtrained run whether an early or a
 weak cell is chosen, and the copies of the last checkpoint), then one JSON line. FOLDER's adapters, pictures,
@@ -36,8 +37,8 @@ from megaman.model.stable_diffusion import StableDiffusion  # noqa: E402
 PICTURES = 8  # of the overtrained run
 OVERTRAINED_STEPS = 3000
 OVERTRAINED = [
-    *("--max_train_steps", str(OVERTRAINED_STEPS), "--save_steps", "500", "--learning_rate", "3e-3"),
-    *("--train_batch_size", "2", "--preserve_weight", "0"),
+    *("--max_train_steps", str(OVERTRAINED_STEPS), "--save_steps", "500", "--lr_scheduler", "constant"),
+    *("--learning_rate", "1.2e-3", "--train_batch_size", "2", "--preserve_weight", "0"),
 ]
 DEMO = ["--save_steps", "67"]  # five checkpoints and the end
 LATE = 2 / 3  # of an overtrained run: from there on, at full strength, it is learnt by heart
