@@ -97,6 +97,7 @@ def test_the_denoiser_learns_from_pairs_under_one_noise() -> None:
         torch.rand(8, 1, 16, 16),
         torch.randint(0, 90, (8 * 4, 77)),
         torch.randint(0, 90, (3, 77)),
+        torch.tensor([1]),
     )
     told = denoiser.examples(lesson, torch.tensor([2, 0]), torch.Generator().manual_seed(1))
     assert torch.equal(told.clean, lesson.latents[[4, 5, 0, 1]])
@@ -109,13 +110,59 @@ def test_the_denoiser_learns_from_pairs_under_one_noise() -> None:
             return torch.zeros_like(noisy)
 
     timesteps = torch.tensor([999, 10])
-    losses = denoiser.denoising_losses(Watching(), told, timesteps, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    losses = denoiser.denoising_losses(Watching(), told, torch.zeros(4, 77, 128), timesteps, generator)
     assert seen["timesteps"].tolist() == [999, 999, 10, 10]
     kept = denoiser.new_scheduler().alphas_cumprod[999].sqrt()
     difference = seen["noisy"][0] - seen["noisy"][1]
     assert torch.allclose(difference, kept * (told.clean[0] - told.clean[1]), atol=1e-5)
     assert losses.shape == (4,)
     assert losses[2] < 0.1 * losses[0]  # min-SNR: what is nearly clean already counts little
+
+
+def test_what_a_pair_differs_in_counts_more() -> None:
+    clean = torch.zeros(4, autoencoder.LATENT_CHANNELS, 16, 16)
+    clean[0, :, 2, 3] = 1.0
+    ids, silent = torch.ones(16, 77, dtype=torch.long), torch.ones(1, 77, dtype=torch.long)
+    lesson = denoiser.Lesson(clean, torch.zeros(4, 1, 16, 16), ids, silent, torch.tensor([0]))
+    plain, told = (
+        denoiser.examples(lesson, torch.tensor([0]), torch.Generator(), weight) for weight in (0.0, 1.0)
+    )
+    assert torch.equal(plain.weights, torch.ones(2, 1, 16, 16))
+    assert torch.allclose(told.weights.mean(dim=(1, 2, 3)), torch.ones(2))
+    assert (told.weights[:, 0, 2, 3] > 100).all()
+
+
+def test_pairs_of_left_and_right_are_found_by_their_captions_and_taken_more_often() -> None:
+    told = [
+        ("a red robot, facing left", "a red robot, facing right"),
+        ("a red robot, facing left", "a teal robot, facing left"),
+        ("a fox, facing right", "a fox, facing left"),
+        ("a fox", "a fox"),
+    ]
+    captions = [text for pair in told for each in pair for text in [each] * denoiser.CAPTIONS_EACH]
+    turned = denoiser.turned_pairs(captions)
+    assert turned.tolist() == [0, 2]
+    picks, generator = torch.ones(1000, dtype=torch.long), torch.Generator().manual_seed(0)
+    taken = denoiser.with_turned(picks, turned, 0.5, generator)
+    assert 400 < (taken == 1).sum() < 600
+    assert set(taken.tolist()) == {0, 1, 2}
+
+
+def test_the_text_encoders_states_are_asked_for_the_captions_words() -> None:
+    torch.manual_seed(0)
+    model = denoiser.Denoiser(90)
+    ids = torch.full((2, 77), 89)
+    ids[:, 0], ids[0, 1:4], ids[1, 1:3] = 88, torch.tensor([5, 6, 7]), torch.tensor([5, 9])
+    states = model.read(ids)
+    before = model.untold(states, ids)
+    model.untold(states, ids).backward()
+    assert model.text_encoder.get_input_embeddings().weight.grad[[5, 6, 7, 9]].abs().sum(1).all()
+    with torch.no_grad():  # a reader that knows the words and no others
+        model.words.weight.zero_()
+        model.words.bias.fill_(-20)
+        model.words.bias[[5, 6, 7, 9]] = 0
+    assert model.untold(states, ids) < 2 < before
 
 
 def test_a_cell_is_covered_where_the_picture_is_not_its_background() -> None:

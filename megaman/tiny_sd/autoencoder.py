@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaman.tiny_sd import sources
 from megaman.tiny_sd.progress import Progress, steps, tell
-from megaman.tiny_sd.stages import HELD_OUT, MIXTURE, SIDE_PX, Stage
+from megaman.tiny_sd.stages import HELD_OUT, MIXTURE, SIDE_PX, Pictures
 
 LATENT_CHANNELS = 8
 VAE_STEPS, VAE_BATCH = 20_000, 8
@@ -84,9 +84,9 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 
 @torch.no_grad()
-def latents_of(stage: Stage, vae: AutoencoderKL, pictures: Tensor, work: Path) -> Tensor:
+def latents_of(wanted: Pictures, vae: AutoencoderKL, pictures: Tensor, work: Path) -> Tensor:
     """The scaled posterior means of all pictures, (N,8,16,16); kept in the work folder."""
-    file = work / f"{stage.name}_latents.safetensors"
+    file = work / f"{wanted.name}_latents.safetensors"
     if not file.exists():
         parts = [
             vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu()

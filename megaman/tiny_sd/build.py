@@ -1,5 +1,6 @@
 """Rebuilds the embedded base from nothing: pictures -> tokenizer -> VAE -> latents -> UNet and text encoder
--> diffusers folder. The UNet learns in two stages: our own figures alone, then the mixture of all sources.
+-> diffusers folder. The UNet learns in stages: our own figures,
+what tells their captions apart, then the mixture of all sources.
 
     pip install -r requirements_megaman_lora.txt
     pip install --no-deps robohash==2.0 resvg_py==0.5.0
@@ -25,17 +26,24 @@ from transformers import CLIPTokenizer
 from megaman.model.memory import keep_freed_memory
 from megaman.tiny_sd import autoencoder, denoiser
 from megaman.tiny_sd.autoencoder import latents_of, train_vae
-from megaman.tiny_sd.denoiser import Denoiser, Lesson, covered, new_scheduler, train_denoiser
+from megaman.tiny_sd.denoiser import (
+    Denoiser,
+    Lesson,
+    covered,
+    new_scheduler,
+    train_denoiser,
+    turned_pairs,
+)
 from megaman.tiny_sd.figures import FILLERS, contact_sheet
 from megaman.tiny_sd.progress import tell
 from megaman.tiny_sd.sketch import BACKGROUNDS
-from megaman.tiny_sd.stages import FIGURES, MIXTURE, render
+from megaman.tiny_sd.stages import EVERYTHING, FIGURES, OUR_FIGURES, STAGES, render
 from megaman.tiny_sd.tokens import silent_ids, token_ids, write_tokenizer
 
 
 def check_work(work: Path) -> None:
     """Notes the recipe in the work folder. Ends with an error if the folder was begun with another."""
-    recipe = json.dumps([asdict(FIGURES), asdict(MIXTURE), autoencoder.RECIPE, denoiser.RECIPE])
+    recipe = json.dumps([*map(asdict, STAGES), autoencoder.RECIPE, denoiser.RECIPE])
     file = work / "recipe.json"
     if file.exists() and file.read_text() != recipe:
         raise SystemExit(f"error: {work}: was begun with another recipe; take a fresh folder for --work")
@@ -111,18 +119,17 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     check_work(work)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stages = (FIGURES, MIXTURE)
-    captions = [text for stage in stages for text in render(stage, work)[1]]
+    captions = [text for wanted in (OUR_FIGURES, EVERYTHING) for text in render(wanted, work)[1]]
     words = {word for text in (*captions, *FILLERS) for word in text.replace(",", " ").split()}
     write_tokenizer(output / "tokenizer", sorted(words))
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     silent = silent_ids(tokenizer, FIGURES.seed).to(device)
     torch.manual_seed(FIGURES.seed)
-    model, vae = Denoiser(len(tokenizer)).to(device), train_vae(render(MIXTURE, work)[0], work, device)
-    for stage in stages:
-        pictures, captions = render(stage, work)
-        latents = latents_of(stage, vae, pictures, work)
-        lesson = Lesson(latents, covered(pictures), token_ids(tokenizer, captions), silent)
+    model, vae = Denoiser(len(tokenizer)).to(device), train_vae(render(EVERYTHING, work)[0], work, device)
+    for stage in STAGES:
+        pictures, captions = render(stage.pictures, work)
+        latents, ids = latents_of(stage.pictures, vae, pictures, work), token_ids(tokenizer, captions)
+        lesson = Lesson(latents, covered(pictures), ids, silent, turned_pairs(captions))
         model = train_denoiser(stage, model, lesson, work)
     pipeline = export(output, vae.cpu(), model.cpu(), tokenizer)
     sample_sheet(pipeline, work / "sheet.png")

@@ -1,5 +1,7 @@
 """The embedded base's UNet and text encoder: their shape and how they learn from pairs of pictures."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,7 @@ EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free
 BATCH = 32  # half as many pairs
 OUTLINES = (350, 950)  # the timesteps at which outlines are decided; half of all examples come from there
 FIGURE_WEIGHT = 3.0  # of a cell that shows the figure, against one of the plain background
+BEHIND = slice(40, None, 12)  # of the 77 states: those behind any but the longest captions
 RECIPE = (EMPTY_SHARE, BATCH, OUTLINES, FIGURE_WEIGHT)
 
 
@@ -38,10 +41,27 @@ class Denoiser(nn.Module):
             num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu",
             bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
         ))  # fmt: skip
+        self.words = nn.Linear(128, vocabulary)  # what a state tells of its caption; only while it learns
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """noisy (B,8,16,16), timesteps (B,), ids (B,77) -> the predicted noise (B,8,16,16)."""
-        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
+    def read(self, ids: Tensor) -> Tensor:
+        """ids (B,77) -> the text encoder's states (B,77,128)."""
+        return self.text_encoder(ids).last_hidden_state
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """noisy (B,8,16,16), timesteps (B,), states (B,77,128) -> the predicted noise (B,8,16,16)."""
+        return self.unet(noisy, timesteps, states).sample
+
+    def untold(self, states: Tensor, ids: Tensor) -> Tensor:
+        """How badly the states behind a caption (B,77,128) tell which words it holds (B,77): cross-entropy.
+
+        Without it left and right are told apart late: the UNet makes no use of what the states hardly
+        say, and they hardly say what it makes no use of.
+        """
+        said = ids.new_zeros(len(ids), self.words.out_features, dtype=states.dtype).scatter_(1, ids, 1)
+        said[:, -2:] = 0  # every caption's start and end
+        said /= said.sum(1, keepdim=True).clamp(min=1)
+        told = self.words(states[:, BEHIND]).log_softmax(-1)
+        return -(told * said[:, None]).sum(-1).mean()
 
 
 @cache
@@ -68,6 +88,7 @@ class Lesson:
     cells: Tensor  # the share of each that the figure covers
     ids: Tensor
     silent: Tensor  # captions that say nothing
+    turned: Tensor  # the pairs that differ in left and right alone
 
 
 def covered(pictures: Tensor) -> Tensor:
@@ -86,7 +107,7 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
     model.train().requires_grad_(True)
     rates = [
         {"params": model.unet.parameters(), "lr": 5e-4},
-        {"params": model.text_encoder.parameters(), "lr": 2.5e-4},
+        {"params": [*model.text_encoder.parameters(), *model.words.parameters()], "lr": 2.5e-4},
     ]
     optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
@@ -95,9 +116,14 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
     for step in steps(progress, stage.steps, stage.rate_steps):
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
         picks = torch.randint(0, pairs, (BATCH // 2,), generator=generator)
+        if stage.turned_share:
+            picks = with_turned(picks, lesson.turned[lesson.turned < pairs], stage.turned_share, generator)
         timesteps = learning_timesteps(BATCH // 2, generator)
-        losses = denoising_losses(model, examples(lesson, picks, generator), timesteps, generator)
-        losses.mean().backward()
+        told = examples(lesson, picks, generator, stage.difference_weight)
+        states = model.read(told.ids)
+        losses = denoising_losses(model, told, states, timesteps, generator)
+        untold = stage.word_weight * model.untold(states, told.ids) if stage.word_weight else 0
+        (losses.mean() + untold).backward()
         loss = losses.mean().item()
         mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
         if step % 100 == 0:
@@ -117,7 +143,24 @@ class Examples:
     ids: Tensor
 
 
-def examples(lesson: Lesson, pairs: Tensor, generator: torch.Generator) -> Examples:
+def with_turned(picks: Tensor, turned: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """The picks (B/2,), a share of them replaced by pairs that differ in left and right alone."""
+    others = turned[torch.randint(0, len(turned), picks.shape, generator=generator)]
+    return torch.where(torch.rand(picks.shape, generator=generator) < share, others, picks)
+
+
+def turned_pairs(captions: Sequence[str]) -> Tensor:
+    """The pairs whose captions differ in left and right alone (K,)."""
+    sides = {"left": "right", "right": "left"}
+    first, second = captions[:: 2 * CAPTIONS_EACH], captions[CAPTIONS_EACH :: 2 * CAPTIONS_EACH]
+    turned = [re.sub("left|right", lambda side: sides[side[0]], text) for text in first]
+    alike = zip(first, turned, second, strict=True)
+    return torch.tensor([i for i, (one, of_it, two) in enumerate(alike) if one != two == of_it])
+
+
+def examples(
+    lesson: Lesson, pairs: Tensor, generator: torch.Generator, difference_weight: float = 0.0
+) -> Examples:
     """The picked pairs with a caption of each picture, of equal wording; EMPTY_SHARE of the pairs are told
     nothing.
     """
@@ -129,7 +172,13 @@ def examples(lesson: Lesson, pairs: Tensor, generator: torch.Generator) -> Examp
     rows = torch.randint(0, len(lesson.silent), (int(empty.sum()),), generator=generator)
     texts[empty.to(device)] = lesson.silent[rows.to(device)]
     weights = 1 + (FIGURE_WEIGHT - 1) * lesson.cells[picks]
-    return Examples(lesson.latents[picks], weights / weights.mean(dim=(2, 3), keepdim=True), texts)
+    clean, weights = lesson.latents[picks], weights / weights.mean(dim=(2, 3), keepdim=True)
+    if difference_weight:
+        differing = (clean[::2] - clean[1::2]).abs().mean(1, keepdim=True) + 1e-6
+        differing = differing / differing.mean(dim=(2, 3), keepdim=True)
+        both = weights + difference_weight * differing.repeat_interleave(2, 0)
+        weights = both / (1 + difference_weight)
+    return Examples(clean, weights, texts)
 
 
 def learning_timesteps(pairs: int, generator: torch.Generator) -> Tensor:
@@ -152,13 +201,14 @@ def held_out_loss(progress: Progress, lesson: Lesson) -> float:
     for part in pairs.split(50):
         timesteps = torch.randint(0, 1000, (len(part),), generator=generator)
         told = examples(lesson, part, generator)
-        losses.append(denoising_losses(progress.model, told, timesteps, generator))
+        states = progress.model.read(told.ids)
+        losses.append(denoising_losses(progress.model, told, states, timesteps, generator))
     progress.ema.restore(parameters)
     return torch.cat(losses).mean().item()
 
 
 def denoising_losses(
-    model: Denoiser, told: Examples, timesteps: Tensor, generator: torch.Generator
+    model: Denoiser, told: Examples, states: Tensor, timesteps: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Min-SNR weighted losses (B,) with offset noise 0.05; both of a pair at the same timestep (B/2,) under
     the same noise, so that only what their captions tell apart differs.
@@ -168,7 +218,7 @@ def denoising_losses(
     noise += 0.05 * torch.randn((*shape[:2], 1, 1), generator=generator)
     noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
     noisy, device = scheduler.add_noise(told.clean, noise, timesteps), told.ids.device
-    predicted = model(noisy.to(device), timesteps.to(device), told.ids)
+    predicted = model(noisy.to(device), timesteps.to(device), states)
     snr = compute_snr(scheduler, timesteps)
     errors = told.weights.to(device) * (predicted - noise.to(device)).square()
     return (snr.clamp(max=5.0) / snr).to(device) * errors.mean(dim=(1, 2, 3))

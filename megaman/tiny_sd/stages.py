@@ -19,31 +19,47 @@ HELD_OUT = 500  # the last pictures of each stage are never trained on
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One part of the curriculum. All of it, with the seed, decides the weights, besides the code."""
+class Pictures:
+    """Pairs of pictures to learn from, with captions. All of it decides them, besides the code."""
 
     name: str
     shares: dict[str, float]  # of each source of pictures
-    pairs: int  # of pictures
-    steps: int  # of UNet and text encoder
-    rate_steps: int  # until the rate has fallen; a stage that another follows may end before
+    pairs: int
     seed: int
     always: tuple[str, ...] = ()  # what every figure's caption names
 
 
-FIGURES = Stage("figures", {"figures": 1.0}, 16_000, 3_000, 5_000, 2026, ("pose", "facing"))
-MIXTURE = Stage("mixture", sources.SHARES, 20_000, 5_000, 5_000, 2027)
+@dataclass(frozen=True)
+class Stage:
+    """One part of the curriculum. All of it, with the seed, decides the weights, besides the code."""
+
+    name: str
+    pictures: Pictures
+    steps: int  # of UNet and text encoder
+    rate_steps: int  # until the rate has fallen; a stage that another follows may end before
+    seed: int
+    word_weight: float = 0.0  # of telling a caption's words from the text encoder's last states
+    turned_share: float = 0.0  # of the pairs taken from those that differ in left and right, beyond chance
+    difference_weight: float = 0.0  # of the cells in which the two of a pair differ, against all others
 
 
-def render(stage: Stage, work: Path) -> tuple[Tensor, list[str]]:
+OUR_FIGURES = Pictures("figures", {"figures": 1.0}, 16_000, 2026, ("pose", "facing"))
+EVERYTHING = Pictures("mixture", sources.SHARES, 20_000, 2027)
+FIGURES = Stage("figures", OUR_FIGURES, 3_000, 5_000, 2026)
+WORDS = Stage("words", OUR_FIGURES, 1_000, 5_000, 2028, 0.02, 0.5, 1.0)
+MIXTURE = Stage("mixture", EVERYTHING, 3_500, 3_500, 2027, 0.02, 0.15, 1.0)
+STAGES = (FIGURES, WORDS, MIXTURE)
+
+
+def render(wanted: Pictures, work: Path) -> tuple[Tensor, list[str]]:
     """All pictures as uint8 (N,3,64,64) and CAPTIONS_EACH captions a picture, in order; kept in the work
     folder. Rows 2 i and 2 i + 1 are a pair, and so are their captions.
     """
-    file, captions_file = work / f"{stage.name}.safetensors", work / f"{stage.name}.json"
+    file, captions_file = work / f"{wanted.name}.safetensors", work / f"{wanted.name}.json"
     if not captions_file.exists():
-        rng = random.Random(stage.seed)
-        pixels, captions = np.empty((2 * stage.pairs, SIDE_PX, SIDE_PX, 3), np.uint8), []
-        for i, pair in enumerate(sources.pairs(stage.pairs, stage.shares, rng, work, stage.always)):
+        rng = random.Random(wanted.seed)
+        pixels, captions = np.empty((2 * wanted.pairs, SIDE_PX, SIDE_PX, 3), np.uint8), []
+        for i, pair in enumerate(sources.pairs(wanted.pairs, wanted.shares, rng, work, wanted.always)):
             words = rng.getrandbits(64)
             for j, (picture, describe) in enumerate(pair):
                 pixels[2 * i + j] = np.asarray(picture)
