@@ -19,10 +19,9 @@ from megaman.tiny_sd.stages import CAPTIONS_EACH, HELD_OUT, SIDE_PX, Stage
 
 EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
 BATCH = 32  # half as many pairs
-OUTLINES = (350, 950)  # the timesteps at which outlines are decided; half of all examples come from there
 FIGURE_WEIGHT = 3.0  # of a cell that shows the figure, against one of the plain background
 BEHIND = slice(40, None, 12)  # of the 77 states: those behind any but the longest captions
-RECIPE = (EMPTY_SHARE, BATCH, OUTLINES, FIGURE_WEIGHT)
+RECIPE = (EMPTY_SHARE, BATCH, FIGURE_WEIGHT)
 
 
 class Denoiser(nn.Module):
@@ -118,7 +117,7 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
         picks = torch.randint(0, pairs, (BATCH // 2,), generator=generator)
         if stage.turned_share:
             picks = with_turned(picks, lesson.turned[lesson.turned < pairs], stage.turned_share, generator)
-        timesteps = learning_timesteps(BATCH // 2, generator)
+        timesteps = learning_timesteps(stage, generator)
         told = examples(lesson, picks, generator, stage.difference_weight)
         states = model.read(told.ids)
         losses = denoising_losses(model, told, states, timesteps, generator)
@@ -181,11 +180,12 @@ def examples(
     return Examples(clean, weights, texts)
 
 
-def learning_timesteps(pairs: int, generator: torch.Generator) -> Tensor:
-    """A timestep a pair, half of them where outlines are decided."""
-    anywhere = torch.randint(0, 1000, (pairs,), generator=generator)
-    outlines = torch.randint(*OUTLINES, (pairs,), generator=generator)
-    return torch.where(torch.rand(pairs, generator=generator) < 0.5, outlines, anywhere)
+def learning_timesteps(stage: Stage, generator: torch.Generator) -> Tensor:
+    """A timestep a pair (B/2,), the stage's share of them where outlines are decided."""
+    pairs = (BATCH // 2,)
+    anywhere = torch.randint(0, 1000, pairs, generator=generator)
+    outlines = torch.randint(*stage.timesteps, pairs, generator=generator)
+    return torch.where(torch.rand(pairs, generator=generator) < stage.timesteps_share, outlines, anywhere)
 
 
 @torch.no_grad()

@@ -41,14 +41,17 @@ class Stage:
     word_weight: float = 0.0  # of telling a caption's words from the text encoder's last states
     turned_share: float = 0.0  # of the pairs taken from those that differ in left and right, beyond chance
     difference_weight: float = 0.0  # of the cells in which the two of a pair differ, against all others
+    timesteps: tuple[int, int] = (350, 950)  # where outlines are decided
+    timesteps_share: float = 0.5  # of the examples that come from there
 
 
 OUR_FIGURES = Pictures("figures", {"figures": 1.0}, 16_000, 2026, ("pose", "facing"))
 EVERYTHING = Pictures("mixture", sources.SHARES, 20_000, 2027)
 FIGURES = Stage("figures", OUR_FIGURES, 3_000, 5_000, 2026)
-WORDS = Stage("words", OUR_FIGURES, 1_000, 5_000, 2028, 0.02, 0.5, 1.0)
+WORDS = Stage("words", OUR_FIGURES, 650, 5_000, 2028, 0.02, 0.5, 1.0)
+SIDES = Stage("sides", OUR_FIGURES, 400, 5_000, 2029, 0.02, 0.9, 9.0, (500, 950), 1.0)
 MIXTURE = Stage("mixture", EVERYTHING, 3_500, 3_500, 2027, 0.02, 0.15, 1.0)
-STAGES = (FIGURES, WORDS, MIXTURE)
+STAGES = (FIGURES, WORDS, SIDES, MIXTURE)
 
 
 def render(wanted: Pictures, work: Path) -> tuple[Tensor, list[str]]:
