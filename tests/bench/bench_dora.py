@@ -170,7 +170,8 @@ def layers_of(folder: Path, unet: nn.Module) -> dict[str, Layer]:
 def output_errors(layers: Mapping[str, Layer], unet: nn.Module) -> dict[str, float]:
     """The error of the UNet's output, relative to the DoRA's effect, by file and program."""
     torch.manual_seed(5)
-    noisy, text = torch.randn(4, 4, 16, 16), torch.randn(4, 77, unet.config.cross_attention_dim)
+    config = unet.config
+    noisy, text = torch.randn(4, config.in_channels, 16, 16), torch.randn(4, 77, config.cross_attention_dim)
 
     @torch.no_grad()
     def output(changes: Mapping[str, Tensor]) -> Tensor:
