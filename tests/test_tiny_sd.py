@@ -18,7 +18,7 @@ from megaman.config.train import EMBEDDED
 from megaman.model.drawing import draw, pipeline_of, words
 from megaman.model.hub import EMBEDDED_FOLDER
 from megaman.model.stable_diffusion import load_base
-from megaman.tiny_sd import autoencoder, denoiser, figures, sources
+from megaman.tiny_sd import autoencoder, denoiser, figures, sources, stages
 from megaman.tiny_sd.figures import (
     DIFFERENCES,
     HERO_WORDS,
@@ -147,6 +147,30 @@ def test_pairs_of_left_and_right_are_found_by_their_captions_and_taken_more_ofte
     taken = denoiser.with_turned(picks, turned, 0.5, generator)
     assert 400 < (taken == 1).sum() < 600
     assert set(taken.tolist()) == {0, 1, 2}
+
+
+def test_terser_captions_leave_out_what_a_pair_has_in_common() -> None:
+    rng, captions = random.Random(3), []
+    for _ in range(200):
+        figure = random_figure(rng)
+        other, field = counterpart(figure, rng)
+        words = rng.getrandbits(64)
+        for each in (figure, other):
+            alike = random.Random(words)
+            captions += [caption(each, alike, ("pose", "facing", field)) for _ in range(stages.CAPTIONS_EACH)]
+    told = stages.terser(captions, 0.5, 1)
+    assert stages.terser(captions, 0.0, 1) == captions
+    named = [any(pose in text for pose in POSES) for text in told]
+    assert 0.5 < sum(named) / len(named) < 0.85
+    each = stages.CAPTIONS_EACH
+    for at in range(0, len(told), 2 * each):
+        for one, two, first, second in zip(
+            told[at : at + each], told[at + each :], captions[at : at + each], captions[at + each :],
+            strict=False,
+        ):  # fmt: skip
+            apart = set(first.split(", ")) ^ set(second.split(", "))
+            assert set(one.split(", ")) ^ set(two.split(", ")) == apart
+            assert {*first.split(", ")} - {*one.split(", ")} <= {*POSES, "facing left", "facing right"}
 
 
 def test_the_text_encoders_states_are_asked_for_the_captions_words() -> None:

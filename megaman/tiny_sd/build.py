@@ -37,7 +37,7 @@ from megaman.tiny_sd.denoiser import (
 from megaman.tiny_sd.figures import FILLERS, contact_sheet
 from megaman.tiny_sd.progress import tell
 from megaman.tiny_sd.sketch import BACKGROUNDS
-from megaman.tiny_sd.stages import EVERYTHING, FIGURES, OUR_FIGURES, STAGES, render
+from megaman.tiny_sd.stages import EVERYTHING, FIGURES, OUR_FIGURES, STAGES, render, terser
 from megaman.tiny_sd.tokens import silent_ids, token_ids, write_tokenizer
 
 
@@ -128,6 +128,8 @@ def main() -> None:
     model, vae = Denoiser(len(tokenizer)).to(device), train_vae(render(EVERYTHING, work)[0], work, device)
     for stage in STAGES:
         pictures, captions = render(stage.pictures, work)
+        if stage.unsaid_share:
+            captions = terser(captions, stage.unsaid_share, stage.seed)
         latents, ids = latents_of(stage.pictures, vae, pictures, work), token_ids(tokenizer, captions)
         lesson = Lesson(latents, covered(pictures), ids, silent, turned_pairs(captions))
         model = train_denoiser(stage, model, lesson, work)

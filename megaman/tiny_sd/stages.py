@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megaman.tiny_sd import sources
 from megaman.tiny_sd.figures import HERO_WORDS
+from megaman.tiny_sd.poses import POSES
 
 SIDE_PX = sources.SIDE_PX
 CAPTIONS_EACH = 4  # caption variants drawn for each picture
@@ -41,6 +42,7 @@ class Stage:
     word_weight: float = 0.0  # of telling a caption's words from the text encoder's last states
     turned_share: float = 0.0  # of the pairs taken from those that differ in left and right, beyond chance
     difference_weight: float = 0.0  # of the cells in which the two of a pair differ, against all others
+    unsaid_share: float = 0.0  # of poses and of directions that captions leave out
     timesteps: tuple[int, int] = (350, 950)  # where outlines are decided
     timesteps_share: float = 0.5  # of the examples that come from there
 
@@ -49,9 +51,10 @@ OUR_FIGURES = Pictures("figures", {"figures": 1.0}, 16_000, 2026, ("pose", "faci
 EVERYTHING = Pictures("mixture", sources.SHARES, 20_000, 2027)
 FIGURES = Stage("figures", OUR_FIGURES, 3_000, 5_000, 2026)
 WORDS = Stage("words", OUR_FIGURES, 650, 5_000, 2028, 0.02, 0.5, 1.0)
-SIDES = Stage("sides", OUR_FIGURES, 400, 5_000, 2029, 0.02, 0.9, 9.0, (500, 950), 1.0)
+SIDES = Stage("sides", OUR_FIGURES, 400, 5_000, 2029, 0.02, 0.9, 9.0, 0.0, (500, 950), 1.0)
 MIXTURE = Stage("mixture", EVERYTHING, 3_500, 3_500, 2027, 0.02, 0.15, 1.0)
-STAGES = (FIGURES, WORDS, SIDES, MIXTURE)
+TERSE = Stage("terse", EVERYTHING, 900, 900, 2030, 0.02, 0.0, 1.0, 0.5)
+STAGES = (FIGURES, WORDS, SIDES, MIXTURE, TERSE)
 
 
 def render(wanted: Pictures, work: Path) -> tuple[Tensor, list[str]]:
@@ -75,3 +78,23 @@ def render(wanted: Pictures, work: Path) -> tuple[Tensor, list[str]]:
     if told:
         raise SystemExit(f"error: the base must not know the hero, but a caption reads {told[0]!r}")
     return load_file(file)["pictures"], captions
+
+
+def terser(captions: list[str], share: float, seed: int) -> list[str]:
+    """The captions with a share of poses and of directions unsaid: what says neither must still be a figure.
+
+    What tells the two of a pair apart stays; all else is left out of both alike.
+    """
+    rng, told = random.Random(seed), []
+    for at in range(0, len(captions), 2 * CAPTIONS_EACH):
+        first, second = captions[at : at + CAPTIONS_EACH], captions[at + CAPTIONS_EACH :][:CAPTIONS_EACH]
+        kept: tuple[list[str], list[str]] = ([], [])
+        for pair in zip(first, second, strict=True):
+            pieces = [text.split(", ") for text in pair]
+            unsaid = {*POSES} if rng.random() < share else set()
+            unsaid |= {"facing left", "facing right"} if rng.random() < share else set()
+            unsaid &= {*pieces[0]} & {*pieces[1]}
+            for texts, words in zip(kept, pieces, strict=True):
+                texts.append(", ".join(word for word in words if word not in unsaid))
+        told += [*kept[0], *kept[1]]
+    return told
