@@ -126,7 +126,7 @@ def test_what_a_pair_differs_in_counts_more() -> None:
     ids, silent = torch.ones(16, 77, dtype=torch.long), torch.ones(1, 77, dtype=torch.long)
     lesson = denoiser.Lesson(clean, torch.zeros(4, 1, 16, 16), ids, silent, torch.tensor([0]))
     plain, told = (
-        denoiser.examples(lesson, torch.tensor([0]), torch.Generator(), weight) for weight in (0.0, 1.0)
+        denoiser.examples(lesson, torch.tensor([0]), torch.Generator(), 3.0, weight) for weight in (0.0, 1.0)
     )
     assert torch.equal(plain.weights, torch.ones(2, 1, 16, 16))
     assert torch.allclose(told.weights.mean(dim=(1, 2, 3)), torch.ones(2))

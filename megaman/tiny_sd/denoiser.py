@@ -19,9 +19,8 @@ from megaman.tiny_sd.stages import CAPTIONS_EACH, HELD_OUT, SIDE_PX, Stage
 
 EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
 BATCH = 32  # half as many pairs
-FIGURE_WEIGHT = 3.0  # of a cell that shows the figure, against one of the plain background
 BEHIND = slice(40, None, 12)  # of the 77 states: those behind any but the longest captions
-RECIPE = (EMPTY_SHARE, BATCH, FIGURE_WEIGHT)
+RECIPE = (EMPTY_SHARE, BATCH)
 
 
 class Denoiser(nn.Module):
@@ -118,7 +117,7 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
         if stage.turned_share:
             picks = with_turned(picks, lesson.turned[lesson.turned < pairs], stage.turned_share, generator)
         timesteps = learning_timesteps(stage, generator)
-        told = examples(lesson, picks, generator, stage.difference_weight)
+        told = examples(lesson, picks, generator, stage.figure_weight, stage.difference_weight)
         states = model.read(told.ids)
         losses = denoising_losses(model, told, states, timesteps, generator)
         untold = stage.word_weight * model.untold(states, told.ids) if stage.word_weight else 0
@@ -158,7 +157,11 @@ def turned_pairs(captions: Sequence[str]) -> Tensor:
 
 
 def examples(
-    lesson: Lesson, pairs: Tensor, generator: torch.Generator, difference_weight: float = 0.0
+    lesson: Lesson,
+    pairs: Tensor,
+    generator: torch.Generator,
+    figure_weight: float = 3.0,
+    difference_weight: float = 0.0,
 ) -> Examples:
     """The picked pairs with a caption of each picture, of equal wording; EMPTY_SHARE of the pairs are told
     nothing.
@@ -170,7 +173,7 @@ def examples(
     empty = (torch.rand(count, generator=generator) < EMPTY_SHARE).repeat_interleave(2)
     rows = torch.randint(0, len(lesson.silent), (int(empty.sum()),), generator=generator)
     texts[empty.to(device)] = lesson.silent[rows.to(device)]
-    weights = 1 + (FIGURE_WEIGHT - 1) * lesson.cells[picks]
+    weights = 1 + (figure_weight - 1) * lesson.cells[picks]
     clean, weights = lesson.latents[picks], weights / weights.mean(dim=(2, 3), keepdim=True)
     if difference_weight:
         differing = (clean[::2] - clean[1::2]).abs().mean(1, keepdim=True) + 1e-6

@@ -43,6 +43,7 @@ class Stage:
     turned_share: float = 0.0  # of the pairs taken from those that differ in left and right, beyond chance
     difference_weight: float = 0.0  # of the cells in which the two of a pair differ, against all others
     unsaid_share: float = 0.0  # of poses and of directions that captions leave out
+    figure_weight: float = 3.0  # of a cell that shows the figure, against one of the plain background
     timesteps: tuple[int, int] = (350, 950)  # where outlines are decided
     timesteps_share: float = 0.5  # of the examples that come from there
 
@@ -51,10 +52,11 @@ OUR_FIGURES = Pictures("figures", {"figures": 1.0}, 16_000, 2026, ("pose", "faci
 EVERYTHING = Pictures("mixture", sources.SHARES, 20_000, 2027)
 FIGURES = Stage("figures", OUR_FIGURES, 3_000, 5_000, 2026)
 WORDS = Stage("words", OUR_FIGURES, 650, 5_000, 2028, 0.02, 0.5, 1.0)
-SIDES = Stage("sides", OUR_FIGURES, 400, 5_000, 2029, 0.02, 0.9, 9.0, 0.0, (500, 950), 1.0)
+SIDES = Stage("sides", OUR_FIGURES, 400, 5_000, 2029, 0.02, 0.9, 9.0, 0.0, 3.0, (500, 950), 1.0)
 MIXTURE = Stage("mixture", EVERYTHING, 3_500, 3_500, 2027, 0.02, 0.15, 1.0)
 TERSE = Stage("terse", EVERYTHING, 900, 900, 2030, 0.02, 0.0, 1.0, 0.5)
-STAGES = (FIGURES, WORDS, SIDES, MIXTURE, TERSE)
+GROUNDS = Stage("grounds", EVERYTHING, 700, 700, 2031, 0.02, 0.0, 0.0, 0.5, 1.0, (700, 1000))
+STAGES = (FIGURES, WORDS, SIDES, MIXTURE, TERSE, GROUNDS)
 
 
 def render(wanted: Pictures, work: Path) -> tuple[Tensor, list[str]]:
