@@ -137,7 +137,7 @@ def test_pairs_of_left_and_right_are_found_by_their_captions_and_taken_more_ofte
     told = [
         ("a red robot, facing left", "a red robot, facing right"),
         ("a red robot, facing left", "a teal robot, facing left"),
-        ("a fox, facing right", "a fox, facing left"),
+        ("a bright fox, facing right", "a bright fox, facing left"),
         ("a fox", "a fox"),
     ]
     captions = [text for pair in told for each in pair for text in [each] * denoiser.CAPTIONS_EACH]

@@ -1,6 +1,6 @@
 """Rebuilds the embedded base from nothing: pictures -> tokenizer -> VAE -> latents -> UNet and text encoder
--> diffusers folder. The UNet learns in stages: our own figures,
-what tells their captions apart, then the mixture of all sources.
+-> diffusers folder. The UNet learns in stages: our own figures, what tells their captions apart, then
+the mixture of all sources.
 
     pip install -r requirements_megaman_lora.txt
     pip install --no-deps robohash==2.0 resvg_py==0.5.0
@@ -9,7 +9,7 @@ what tells their captions apart, then the mixture of all sources.
     python -m megaman.tiny_sd.build --work build_tiny_sd
 
 Seeded, and resumable at every stage: run the same command again after an interruption. Two CPU cores need
-about two hours.
+about three and a half hours.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from megaman.tiny_sd.stages import CAPTIONS_EACH, HELD_OUT, SIDE_PX, Stage
 EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
 BATCH = 32  # half as many pairs
 BEHIND = slice(40, None, 12)  # of the 77 states: those behind any but the longest captions
-RECIPE = (EMPTY_SHARE, BATCH)
+RECIPE = (EMPTY_SHARE, BATCH, BEHIND.start, BEHIND.step)
 
 
 class Denoiser(nn.Module):
@@ -79,7 +79,7 @@ def new_scheduler() -> DDPMScheduler:
 @dataclass(frozen=True)
 class Lesson:
     """What the denoiser learns from: latents (N,8,16,16), cells (N,1,16,16), ids (N*CAPTIONS_EACH,77),
-    silent (M,77).
+    silent (M,77), turned (K,).
     """
 
     latents: Tensor
@@ -151,7 +151,7 @@ def turned_pairs(captions: Sequence[str]) -> Tensor:
     """The pairs whose captions differ in left and right alone (K,)."""
     sides = {"left": "right", "right": "left"}
     first, second = captions[:: 2 * CAPTIONS_EACH], captions[CAPTIONS_EACH :: 2 * CAPTIONS_EACH]
-    turned = [re.sub("left|right", lambda side: sides[side[0]], text) for text in first]
+    turned = [re.sub(r"\b(left|right)\b", lambda side: sides[side[0]], text) for text in first]
     alike = zip(first, turned, second, strict=True)
     return torch.tensor([i for i, (one, of_it, two) in enumerate(alike) if one != two == of_it])
 
@@ -184,11 +184,11 @@ def examples(
 
 
 def learning_timesteps(stage: Stage, generator: torch.Generator) -> Tensor:
-    """A timestep a pair (B/2,), the stage's share of them where outlines are decided."""
+    """A timestep a pair (B/2,), the stage's share of them from its own range."""
     pairs = (BATCH // 2,)
     anywhere = torch.randint(0, 1000, pairs, generator=generator)
-    outlines = torch.randint(*stage.timesteps, pairs, generator=generator)
-    return torch.where(torch.rand(pairs, generator=generator) < stage.timesteps_share, outlines, anywhere)
+    chosen = torch.randint(*stage.timesteps, pairs, generator=generator)
+    return torch.where(torch.rand(pairs, generator=generator) < stage.timesteps_share, chosen, anywhere)
 
 
 @torch.no_grad()

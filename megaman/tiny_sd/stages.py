@@ -44,7 +44,7 @@ class Stage:
     difference_weight: float = 0.0  # of the cells in which the two of a pair differ, against all others
     unsaid_share: float = 0.0  # of poses and of directions that captions leave out
     figure_weight: float = 3.0  # of a cell that shows the figure, against one of the plain background
-    timesteps: tuple[int, int] = (350, 950)  # where outlines are decided
+    timesteps: tuple[int, int] = (350, 950)  # by default where outlines are decided
     timesteps_share: float = 0.5  # of the examples that come from there
 
 
