@@ -119,7 +119,7 @@ def train_denoiser(stage: Stage, model: Denoiser, lesson: Lesson, work: Path) ->
         timesteps = learning_timesteps(stage, generator)
         told = examples(lesson, picks, generator, stage.figure_weight, stage.difference_weight)
         states = model.read(told.ids)
-        losses = denoising_losses(model, told, states, timesteps, generator)
+        losses = denoising_losses(model, told, states, timesteps, generator, stage.noise_offset)
         untold = stage.word_weight * model.untold(states, told.ids) if stage.word_weight else 0
         (losses.mean() + untold).backward()
         loss = losses.mean().item()
@@ -211,14 +211,19 @@ def held_out_loss(progress: Progress, lesson: Lesson) -> float:
 
 
 def denoising_losses(
-    model: Denoiser, told: Examples, states: Tensor, timesteps: Tensor, generator: torch.Generator
+    model: Denoiser,
+    told: Examples,
+    states: Tensor,
+    timesteps: Tensor,
+    generator: torch.Generator,
+    noise_offset: float = 0.05,
 ) -> Tensor:
-    """Min-SNR weighted losses (B,) with offset noise 0.05; both of a pair at the same timestep (B/2,) under
+    """Min-SNR weighted losses (B,) with offset noise; both of a pair at the same timestep (B/2,) under
     the same noise, so that only what their captions tell apart differs.
     """
     scheduler, shape = new_scheduler(), told.clean[::2].shape
     noise = torch.randn(shape, generator=generator)
-    noise += 0.05 * torch.randn((*shape[:2], 1, 1), generator=generator)
+    noise += noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
     noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
     noisy, device = scheduler.add_noise(told.clean, noise, timesteps), told.ids.device
     predicted = model(noisy.to(device), timesteps.to(device), states)

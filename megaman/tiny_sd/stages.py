@@ -46,6 +46,7 @@ class Stage:
     figure_weight: float = 3.0  # of a cell that shows the figure, against one of the plain background
     timesteps: tuple[int, int] = (350, 950)  # by default where outlines are decided
     timesteps_share: float = 0.5  # of the examples that come from there
+    noise_offset: float = 0.05  # the deviation of each noise's own mean
 
 
 OUR_FIGURES = Pictures("figures", {"figures": 1.0}, 16_000, 2026, ("pose", "facing"))
@@ -55,7 +56,7 @@ WORDS = Stage("words", OUR_FIGURES, 650, 5_000, 2028, 0.02, 0.5, 1.0)
 SIDES = Stage("sides", OUR_FIGURES, 400, 5_000, 2029, 0.02, 0.9, 9.0, 0.0, 3.0, (500, 950), 1.0)
 MIXTURE = Stage("mixture", EVERYTHING, 3_500, 3_500, 2027, 0.02, 0.15, 1.0)
 TERSE = Stage("terse", EVERYTHING, 900, 900, 2030, 0.02, 0.0, 1.0, 0.5)
-GROUNDS = Stage("grounds", EVERYTHING, 700, 700, 2031, 0.02, 0.0, 0.0, 0.5, 1.0, (700, 1000))
+GROUNDS = Stage("grounds", EVERYTHING, 1_000, 1_000, 2031, 0.02, 0.0, 0.0, 0.5, 1.0, (700, 1000), 0.5, 0.1)
 STAGES = (FIGURES, WORDS, SIDES, MIXTURE, TERSE, GROUNDS)
 
 
