@@ -100,10 +100,12 @@ def resolve(cfg: GenerateConfig, adapter: Adapter, base: StableDiffusion) -> Gen
     side = max(1, round(side / base.cell_px)) * base.cell_px  # an adapter may be trained on other sizes
     is_embedded = base.name == EMBEDDED
     usual = "" if is_embedded else NEGATIVE
-    is_asked = cfg.prompts or cfg.prompts_file is not None or cfg.lora_scale is not None
+    is_asked = (
+        cfg.prompts or cfg.prompts_file is not None or cfg.lora_scale is not None or cfg.compare_checkpoints
+    )
     return replace(
         cfg,
-        compare_base=cfg.compare_base or (is_embedded and not is_asked and not cfg.compare_checkpoints),
+        compare_base=is_embedded and not is_asked if cfg.compare_base is None else cfg.compare_base,
         negative_prompt=usual if cfg.negative_prompt is None else cfg.negative_prompt,
         lora_scale=[float(known.get(STRENGTH, 1))] if cfg.lora_scale is None else cfg.lora_scale,
         width=side if cfg.width is None else cfg.width,

@@ -64,6 +64,7 @@ def records(folder: Path) -> list[dict]:
 
 
 SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", native_resolution=512, cell_px=64)
+EMBEDDED = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64, cell_px=8)
 
 
 def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
@@ -85,11 +86,31 @@ def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> N
 
 
 def test_the_negative_prompt_is_the_users_else_ours_and_none_for_the_embedded_base() -> None:
-    embedded = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64, cell_px=8)
     assert resolve(GenerateConfig(), Adapter({}), SD15).negative_prompt.startswith("blurry")
-    assert resolve(GenerateConfig(), Adapter({}), embedded).negative_prompt == ""
-    assert resolve(GenerateConfig(negative_prompt="red"), Adapter({}), embedded).negative_prompt == "red"
+    assert resolve(GenerateConfig(), Adapter({}), EMBEDDED).negative_prompt == ""
+    assert resolve(GenerateConfig(negative_prompt="red"), Adapter({}), EMBEDDED).negative_prompt == "red"
     assert resolve(GenerateConfig(negative_prompt=""), Adapter({}), SD15).negative_prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "base", "is_compared"),
+    [
+        ([], EMBEDDED, True),
+        ([], SD15, False),
+        (["--compare_base"], SD15, True),
+        (["--compare_base", "off"], EMBEDDED, False),
+        (["--prompts", "a fox"], EMBEDDED, False),
+        (["--prompts_file", "prompts.txt"], EMBEDDED, False),
+        (["--lora_scale", "0.5"], EMBEDDED, False),
+        (["--lora_scale", "0"], EMBEDDED, False),
+        (["--compare_checkpoints"], EMBEDDED, False),
+        (["--compare_checkpoints", "--compare_base"], EMBEDDED, True),
+    ],
+)
+def test_the_base_is_drawn_beside_where_asked_and_by_itself_in_the_demo(
+    argv: list[str], base: SimpleNamespace, is_compared: bool
+) -> None:
+    assert resolve(generate_megaman.read_config(argv), Adapter({}), base).compare_base is is_compared
 
 
 def test_prompts_come_from_flags_then_file_else_from_us(tmp_path: Path) -> None:
@@ -99,7 +120,9 @@ def test_prompts_come_from_flags_then_file_else_from_us(tmp_path: Path) -> None:
     assert [job.prompt for job in both] == ["from flag", "from file"]
     built_in = make_jobs(GenerateConfig(), "mgmn", 64)
     assert len(built_in) == 10
-    assert all(job.prompt.startswith("mgmn, ") for job in built_in)
+    *of_him, friend = (job.prompt for job in built_in)
+    assert all(prompt.startswith("mgmn, ") for prompt in of_him)
+    assert friend.startswith("a red wizard")  # who should stay what he was
 
 
 def test_a_prompts_file_line_may_carry_kohyas_options(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bench.classifier import pixels_of
 from conftest import ROOT
+from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from megaman.common.files import sha256_of
@@ -18,7 +19,7 @@ from megaman.config.train import EMBEDDED
 from megaman.model.drawing import draw, pipeline_of, words
 from megaman.model.hub import EMBEDDED_FOLDER
 from megaman.model.stable_diffusion import load_base
-from megaman.tiny_sd import autoencoder, denoiser, figures, sources, stages
+from megaman.tiny_sd import autoencoder, denoiser, figures, progress, sources, stages
 from megaman.tiny_sd.figures import (
     DIFFERENCES,
     HERO_WORDS,
@@ -88,6 +89,24 @@ def test_poses_directions_and_the_heros_parts_differ_plainly() -> None:
     for part in HERO_PARTS:
         lost = pixels_of([draw_figure(replace(hero, without=(part,)))])
         assert ((whole - lost).abs().amax(1) > 0.2).float().sum() > 40, part  # pixels
+
+
+def test_a_build_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    def built(file: Path, last: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        average = EMAModel(model.parameters(), decay=0.9, use_ema_warmup=True, power=0.75)
+        saved = progress.Progress(file, model, optimizer, average)
+        for step in progress.steps(saved, last, 6):
+            inputs = torch.randn((4, 3), generator=torch.Generator().manual_seed(step))
+            model(inputs).square().mean().backward()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    whole = built(tmp_path / "whole", 6)
+    assert not torch.equal(built(tmp_path / "in parts", 3)[0], whole[0])
+    assert all(map(torch.equal, built(tmp_path / "in parts", 6), whole))
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "in parts"}
 
 
 def test_the_denoiser_learns_from_pairs_under_one_noise() -> None:

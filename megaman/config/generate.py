@@ -91,7 +91,11 @@ class AdapterFlags:
         "strength of the adapter; several draw a strip, 0 is the base alone; 1, or what --adopt has chosen, "
         "if not given",
     )
-    compare_base: bool = flag(False, "also draw every picture with strength 0: base and LoRA side by side")
+    compare_base: bool | None = flag(
+        None,
+        "also draw every picture with strength 0: base and LoRA side by side; by itself with the embedded "
+        "base where no prompt, strength or checkpoint is asked for",
+    )
     compare_checkpoints: bool = flag(
         False, "also draw every picture with each checkpoint of the adapter's run"
     )

@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megaman.common.files import replacing
 from megaman.tiny_sd import sources
 from megaman.tiny_sd.progress import Progress, steps, tell
 from megaman.tiny_sd.stages import HELD_OUT, MIXTURE, SIDE_PX, Pictures
@@ -22,7 +23,7 @@ RECIPE = (LATENT_CHANNELS, VAE_STEPS, VAE_CROPS, VAE_BATCH, SCRAPS, SCRAP_SHARE)
 
 
 def new_vae() -> AutoencoderKL:
-    """0.96 M parameters, 8 latent channels, 64 px -> 16 x 16; without attention, so that it can learn on
+    """0.93 M parameters, 8 latent channels, 64 px -> 16 x 16; without attention, so that it can learn on
     crops.
     """
     return AutoencoderKL(
@@ -92,5 +93,6 @@ def latents_of(wanted: Pictures, vae: AutoencoderKL, pictures: Tensor, work: Pat
             vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu()
             for part in pictures.split(128)
         ]
-        save_file({"latents": torch.cat(parts) * vae.config.scaling_factor}, file)
+        with replacing(file) as partial:
+            save_file({"latents": torch.cat(parts) * vae.config.scaling_factor}, partial)
     return load_file(file)["latents"]

@@ -1,6 +1,6 @@
 """Rebuilds the embedded base from nothing: pictures -> tokenizer -> VAE -> latents -> UNet and text encoder
--> diffusers folder. The UNet learns in stages: our own figures, what tells their captions apart, then
-the mixture of all sources.
+-> diffusers folder. The UNet learns in the stages of `stages.py`: our own figures, what tells their
+captions apart, the mixture of all sources, and what that leaves weak.
 
     pip install -r requirements_megaman_lora.txt
     pip install --no-deps robohash==2.0 resvg_py==0.5.0

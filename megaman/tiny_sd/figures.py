@@ -40,7 +40,7 @@ HERO_WORDS = ("mega", "megaman", "rockman")  # no caption of the base may hold o
 
 
 def random_figure(rng: random.Random) -> Figure:
-    """A figure of the base's world; never a blue robot with white trim, which is the hero's dress."""
+    """A figure of the base's world; never a blue robot with white or yellow trim, the hero's dress."""
     while True:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         body = rng.choice(list(COLOURS))
@@ -116,7 +116,8 @@ def caption(figure: Figure, rng: random.Random, always: Sequence[str] = ()) -> s
     """A caption of the base's world: the name first, the rest in random order and detail, the fields of
     `always` among it; one in seven with words that mean nothing here.
 
-    Of equal generators, figures that differ in one field's value get captions that differ in its words alone.
+    Of equal generators, figures that differ in one field's value get captions that differ in its words alone
+    (but where a new body colour happens to be the helmet's, which then goes unsaid: one pair in a hundred).
     """
     mood = rng.random()
     details = [

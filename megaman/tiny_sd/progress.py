@@ -10,6 +10,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from megaman.common.files import replacing
+
 SECONDS_BETWEEN_SAVES = 240
 STARTED = time.monotonic()
 
@@ -36,7 +38,7 @@ class Progress:
             parameter.data.copy_(tensors[f"parameter.{i}"])
             self.ema.shadow_params[i].copy_(tensors[f"average.{i}"])
             moments = {
-                key: tensors[f"{key}.{i}"]
+                key: tensors[f"{key}.{i}"].to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{key}.{i}" in tensors
             }
@@ -53,9 +55,8 @@ class Progress:
         for i, parameter in enumerate(self.model.parameters()):
             tensors |= {f"parameter.{i}": parameter.data, f"average.{i}": self.ema.shadow_params[i]}
             tensors |= {f"{key}.{i}": value for key, value in self.optimizer.state[parameter].items()}
-        partial = self.file.with_suffix(".partial")
-        save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial)
-        partial.replace(self.file)
+        with replacing(self.file) as partial:
+            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial)
         self.saved_at = time.monotonic()
 
 

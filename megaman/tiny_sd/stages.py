@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megaman.common.files import replacing, write_text
 from megaman.tiny_sd import sources
 from megaman.tiny_sd.figures import HERO_WORDS
 from megaman.tiny_sd.poses import POSES
@@ -74,8 +75,9 @@ def render(wanted: Pictures, work: Path) -> tuple[Tensor, list[str]]:
                 pixels[2 * i + j] = np.asarray(picture)
                 alike = random.Random(words)
                 captions += [describe(alike) for _ in range(CAPTIONS_EACH)]
-        save_file({"pictures": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}, file)
-        captions_file.write_text(json.dumps(captions))
+        with replacing(file) as partial:
+            save_file({"pictures": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}, partial)
+        write_text(captions_file, json.dumps(captions))  # the last, so that it tells of the pictures too
     captions = json.loads(captions_file.read_text())
     told = [text for text in captions if any(word in text for word in HERO_WORDS)]
     if told:
