@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from megaman.tiny_sd.autoencoder import LATENT_CHANNELS
 from megaman.tiny_sd.progress import Progress, steps, tell
-from megaman.tiny_sd.stages import CAPTIONS_EACH, HELD_OUT, SIDE_PX, Stage
+from megaman.tiny_sd.stages import CAPTIONS_EACH, FIGURE_WEIGHT, HELD_OUT, NOISE_OFFSET, SIDE_PX, Stage
 
 EMPTY_SHARE = 0.12  # of the captions: the unconditional half of classifier-free guidance
 BATCH = 32  # half as many pairs
@@ -160,7 +160,7 @@ def examples(
     lesson: Lesson,
     pairs: Tensor,
     generator: torch.Generator,
-    figure_weight: float = 3.0,
+    figure_weight: float = FIGURE_WEIGHT,
     difference_weight: float = 0.0,
 ) -> Examples:
     """The picked pairs with a caption of each picture, of equal wording; EMPTY_SHARE of the pairs are told
@@ -216,7 +216,7 @@ def denoising_losses(
     states: Tensor,
     timesteps: Tensor,
     generator: torch.Generator,
-    noise_offset: float = 0.05,
+    noise_offset: float = NOISE_OFFSET,
 ) -> Tensor:
     """Min-SNR weighted losses (B,) with offset noise; both of a pair at the same timestep (B/2,) under
     the same noise, so that only what their captions tell apart differs.

@@ -17,6 +17,7 @@ from megaman.tiny_sd.poses import POSES
 
 SIDE_PX = sources.SIDE_PX
 CAPTIONS_EACH = 4  # caption variants drawn for each picture
+FIGURE_WEIGHT, NOISE_OFFSET = 3.0, 0.05  # of every stage that says no other, and of measuring
 HELD_OUT = 500  # the last pictures of each stage are never trained on
 
 
@@ -44,20 +45,32 @@ class Stage:
     turned_share: float = 0.0  # of the pairs taken from those that differ in left and right, beyond chance
     difference_weight: float = 0.0  # of the cells in which the two of a pair differ, against all others
     unsaid_share: float = 0.0  # of poses and of directions that captions leave out
-    figure_weight: float = 3.0  # of a cell that shows the figure, against one of the plain background
+    figure_weight: float = (
+        FIGURE_WEIGHT  # of a cell that shows the figure, against one of the plain background
+    )
     timesteps: tuple[int, int] = (350, 950)  # by default where outlines are decided
     timesteps_share: float = 0.5  # of the examples that come from there
-    noise_offset: float = 0.05  # the deviation of each noise's own mean
+    noise_offset: float = NOISE_OFFSET  # the deviation of each noise's own mean
 
 
 OUR_FIGURES = Pictures("figures", {"figures": 1.0}, 16_000, 2026, ("pose", "facing"))
 EVERYTHING = Pictures("mixture", sources.SHARES, 20_000, 2027)
 FIGURES = Stage("figures", OUR_FIGURES, 3_000, 5_000, 2026)
-WORDS = Stage("words", OUR_FIGURES, 650, 5_000, 2028, 0.02, 0.5, 1.0)
-SIDES = Stage("sides", OUR_FIGURES, 400, 5_000, 2029, 0.02, 0.9, 9.0, 0.0, 3.0, (500, 950), 1.0)
-MIXTURE = Stage("mixture", EVERYTHING, 3_500, 3_500, 2027, 0.02, 0.15, 1.0)
-TERSE = Stage("terse", EVERYTHING, 900, 900, 2030, 0.02, 0.0, 1.0, 0.5)
-GROUNDS = Stage("grounds", EVERYTHING, 1_000, 1_000, 2031, 0.02, 0.0, 0.0, 0.5, 1.0, (700, 1000), 0.5, 0.1)
+WORDS = Stage(
+    "words", OUR_FIGURES, 650, 5_000, 2028, word_weight=0.02, turned_share=0.5, difference_weight=1.0
+)
+SIDES = Stage(
+    "sides", OUR_FIGURES, 400, 5_000, 2029, word_weight=0.02, turned_share=0.9, difference_weight=9.0,
+    timesteps=(500, 950), timesteps_share=1.0,
+)  # fmt: skip
+MIXTURE = Stage(
+    "mixture", EVERYTHING, 3_500, 3_500, 2027, word_weight=0.02, turned_share=0.15, difference_weight=1.0
+)
+TERSE = Stage("terse", EVERYTHING, 900, 900, 2030, word_weight=0.02, difference_weight=1.0, unsaid_share=0.5)
+GROUNDS = Stage(
+    "grounds", EVERYTHING, 1_000, 1_000, 2031, word_weight=0.02, unsaid_share=0.5, figure_weight=1.0,
+    timesteps=(700, 1000), noise_offset=0.1,
+)  # fmt: skip
 STAGES = (FIGURES, WORDS, SIDES, MIXTURE, TERSE, GROUNDS)
 
 

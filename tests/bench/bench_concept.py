@@ -2,7 +2,8 @@
 
     python tests/bench/bench_concept.py TRAIN HELD_OUT --trigger "two words" [--seeds 3] [--work FOLDER]
 
-TRAIN and HELD_OUT hold pictures with captions that begin with the trigger. Losses of each held-out picture
+TRAIN and HELD_OUT hold PNGs with captions that begin with the trigger; FOLDER's adapters, of just these
+pictures, are used again. Losses of each held-out picture
 (fixed noise, 20 fixed timesteps, plain squared error) with the adapter against the base's, and a sheet for
 the eye: the held-out pictures, below them what each adapter draws for their captions. Prints a table, then
 one JSON line.

@@ -33,11 +33,12 @@ def base_and_lora(gallery: Path) -> list[Image.Image]:
     """A gallery's pictures of strength 0, then those of strength 1, in the order of its prompts."""
     lines = (gallery / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    found = []
-    for strength in (0, 1):
-        files = [gallery / record["file"] for record in records if record["lora_scale"] == strength]
-        found += [Image.open(file).convert("RGB").resize((SIDE_PX, SIDE_PX), 0) for file in files]
-    return found
+    of_base, of_lora = ([each for each in records if each["lora_scale"] == strength] for strength in (0, 1))
+    jobs = ([(each["prompt"], each["seed"]) for each in part] for part in (of_base, of_lora))
+    if len({*map(tuple, jobs)}) != 1 or not of_base:
+        raise SystemExit(f"error: {gallery}: needs each prompt and seed once at strength 0 and once at 1")
+    files = [gallery / record["file"] for record in (*of_base, *of_lora)]
+    return [Image.open(file).convert("RGB").resize((SIDE_PX, SIDE_PX), 0) for file in files]
 
 
 def main() -> None:
