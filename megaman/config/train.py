@@ -225,7 +225,7 @@ class OptimisationFlags:
         0.0, "also keep a moving average of the LoRA and write that; 0 = off", least=0, below=1
     )
     preserve_weight: float = flag(
-        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 10", least=0
+        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 12", least=0
     )
     preserve_class: list[str] = flag(["robot"], "what the character is one of: the words to keep as they are")
     seed: int = flag(42, "decides every random choice; 0 is a seed", least=0, below=LARGEST_SEED)
