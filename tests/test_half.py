@@ -105,7 +105,7 @@ def test_every_form_takes_the_steps_of_float32(
     whole = weights_in(train(*flags.split(), *few, "--mixed_precision", "no"))
     for of_half, of_whole in zip(steps[:3], steps[3:], strict=True):
         torch.testing.assert_close(of_half.loss, of_whole.loss, rtol=5e-3, atol=0)
-        torch.testing.assert_close(of_half.grad_norm, of_whole.grad_norm, rtol=0.03, atol=0)
+        torch.testing.assert_close(of_half.grad_norm, of_whole.grad_norm, rtol=0.06, atol=0)
     assert test_train.differences(whole, half).quantile(0.9) < 0.15
 
 

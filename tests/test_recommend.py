@@ -98,7 +98,7 @@ def test_the_base_s_own_pictures_are_the_zero_of_every_measure(embedded: StableD
 
 def test_heroes_are_like_the_training_pictures_and_strangers_are_not(embedded: StableDiffusion) -> None:
     hero, stranger = (measured(embedded, figures(make, 8)).likeness for make in (random_hero, random_figure))
-    assert hero > 0.7
+    assert hero > 0.5
     assert stranger < 0.3
 
 

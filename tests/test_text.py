@@ -230,7 +230,7 @@ def test_a_prompt_of_225_tokens_is_read_to_its_last_word(xl: StableDiffusionPipe
     text = text_of(xl, XL, texts)
     assert text.states.shape == (3, 231, 32)
     assert not torch.equal(text.states[0], text.states[1])
-    assert torch.equal(text.states[0], text.states[2])  # the 226th token is not read
+    assert torch.allclose(text.states[0], text.states[2], atol=1e-6)  # the 226th token is not read
     assert torch.equal(text.pooled[0], text.pooled[1])
 
 
