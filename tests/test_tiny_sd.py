@@ -49,6 +49,17 @@ def test_the_base_is_real_complete_and_under_25_mb() -> None:
     assert base.vae.config.scaling_factor not in (1.0, 0.18215)
 
 
+def test_the_vae_is_certain_so_that_a_lora_learns_from_pictures_and_not_from_noise() -> None:
+    base = load_base(EMBEDDED, device=torch.device("cpu"), dtype=torch.float32)
+    pictures = pixels_of([Image.open(path) for path in sorted(STARTER.glob("*.png"))[:4]])
+    told = base.vae.encode(pictures).latent_dist
+    assert told.std.max() < 1e-3 * told.mean.std()
+    vae = autoencoder.new_vae()
+    assert vae.encode(pictures).latent_dist.std.min() > 0.1
+    autoencoder.settle(vae)
+    assert vae.encode(pictures).latent_dist.std.max() < 1e-3
+
+
 def test_no_caption_of_the_base_tells_of_the_hero_and_no_figure_wears_his_dress() -> None:
     rng = random.Random(1)
     for _ in range(3000):
