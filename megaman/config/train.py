@@ -44,14 +44,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_targets": "linear",
         "learning_rate": 1.2e-3,
         "caption_dropout": 0.1,
-        "preserve_weight": 12.0,
+        "preserve_weight": 6.0,
         "train_batch_size": 8,
         "gradient_accumulation_steps": 1,
-        "max_train_steps": 480,
-        "save_steps": 240,
-        "validation_steps": 240,
+        "max_train_steps": 440,
+        "save_steps": 220,
+        "validation_steps": 220,
         "validation_split": 0.0,
-        "validation_guidance_scale": 4.0,
+        "validation_guidance_scale": 4.5,
         "validation_prompt": [
             "mega man, standing, facing right, sky background",
             "mega man, running, facing left, sand background",
@@ -225,7 +225,7 @@ class OptimisationFlags:
         0.0, "also keep a moving average of the LoRA and write that; 0 = off", least=0, below=1
     )
     preserve_weight: float = flag(
-        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 12", least=0
+        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 6", least=0
     )
     preserve_class: list[str] = flag(["robot"], "what the character is one of: the words to keep as they are")
     seed: int = flag(42, "decides every random choice; 0 is a seed", least=0, below=LARGEST_SEED)
