@@ -21,7 +21,7 @@ from bench.bench_learning import (
 
 from megaman.training.encoding import EncodedDataset
 
-SHORT = ("--max_train_steps", "30", "--train_batch_size", "4", "--preserve_weight", "0")
+SHORT = ("--max_train_steps", "20", "--train_batch_size", "2", "--preserve_weight", "0")
 ONE_PREVIEW = ("--validation_prompt", "mega man")
 
 
@@ -56,8 +56,8 @@ def test_a_short_run_learns_the_hero_and_foreign_pictures_do_not_teach_him(
 
     learned = changed_by(None, "hero")
     control = changed_by(with_shuffled_captions(tmp_path / "shuffled"), "control")
-    assert learned < -2.5, (learned, control)  # percent; -5 was seen, and -25 after the whole demo
-    assert control > 10, (learned, control)  # and +18
+    assert learned < -15, (learned, control)
+    assert control > learned / 3, (learned, control)
 
 
 def test_an_untrained_lora_changes_no_bit_of_the_losses(
