@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import generate_megaman
 from generate_megaman import GenerateConfig, group_into_batches, read_prompts_file, resolve
 from megaman.common.console import UserError
+from megaman.config.train import EMBEDDED
 from megaman.generation.candidates import adapter_name
 from megaman.generation.gallery import command, rebuild, render_gallery
 from megaman.generation.records import PATHS, Job, file_name, read_records
@@ -64,7 +65,7 @@ def records(folder: Path) -> list[dict]:
 
 
 SD15 = SimpleNamespace(name="stable-diffusion-v1-5/stable-diffusion-v1-5", native_resolution=512, cell_px=64)
-EMBEDDED = SimpleNamespace(name="megaman/tiny_sd", native_resolution=64, cell_px=8)
+TINY_SD = SimpleNamespace(name=EMBEDDED, native_resolution=64, cell_px=8)
 
 
 def make_jobs(cfg: GenerateConfig, trigger: str, side_px: int) -> list[Job]:
@@ -87,24 +88,24 @@ def test_size_and_guidance_are_the_users_else_the_adapters_else_the_bases() -> N
 
 def test_the_negative_prompt_is_the_users_else_ours_and_none_for_the_embedded_base() -> None:
     assert resolve(GenerateConfig(), Adapter({}), SD15).negative_prompt.startswith("blurry")
-    assert resolve(GenerateConfig(), Adapter({}), EMBEDDED).negative_prompt == ""
-    assert resolve(GenerateConfig(negative_prompt="red"), Adapter({}), EMBEDDED).negative_prompt == "red"
+    assert resolve(GenerateConfig(), Adapter({}), TINY_SD).negative_prompt == ""
+    assert resolve(GenerateConfig(negative_prompt="red"), Adapter({}), TINY_SD).negative_prompt == "red"
     assert resolve(GenerateConfig(negative_prompt=""), Adapter({}), SD15).negative_prompt == ""
 
 
 @pytest.mark.parametrize(
     ("argv", "base", "is_compared"),
     [
-        ([], EMBEDDED, True),
+        ([], TINY_SD, True),
         ([], SD15, False),
         (["--compare_base"], SD15, True),
-        (["--compare_base", "off"], EMBEDDED, False),
-        (["--prompts", "a fox"], EMBEDDED, False),
-        (["--prompts_file", "prompts.txt"], EMBEDDED, False),
-        (["--lora_scale", "0.5"], EMBEDDED, False),
-        (["--lora_scale", "0"], EMBEDDED, False),
-        (["--compare_checkpoints"], EMBEDDED, False),
-        (["--compare_checkpoints", "--compare_base"], EMBEDDED, True),
+        (["--compare_base", "off"], TINY_SD, False),
+        (["--prompts", "a fox"], TINY_SD, False),
+        (["--prompts_file", "prompts.txt"], TINY_SD, False),
+        (["--lora_scale", "0.5"], TINY_SD, False),
+        (["--lora_scale", "0"], TINY_SD, False),
+        (["--compare_checkpoints"], TINY_SD, False),
+        (["--compare_checkpoints", "--compare_base"], TINY_SD, True),
     ],
 )
 def test_the_base_is_drawn_beside_where_asked_and_by_itself_in_the_demo(

@@ -150,6 +150,25 @@ def test_the_denoiser_learns_from_pairs_under_one_noise() -> None:
     assert losses[2] < 0.1 * losses[0]  # min-SNR: what is nearly clean already counts little
 
 
+def test_a_stage_s_timesteps_and_noise_are_its_own() -> None:
+    generator = torch.Generator().manual_seed(1)
+    of_sides = torch.cat([denoiser.learning_timesteps(stages.SIDES, generator) for _ in range(40)])
+    assert 500 <= of_sides.min() < 530
+    assert 920 < of_sides.max() < 950
+    seen = []
+
+    def watching(noisy: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        seen.append(noisy.mean(dim=(2, 3)).std().item())  # of each channel's mean
+        return torch.zeros_like(noisy)
+
+    clean, ids = torch.zeros(32, autoencoder.LATENT_CHANNELS, 16, 16), torch.zeros(32, 77, dtype=torch.long)
+    told = denoiser.Examples(clean, torch.ones(32, 1, 16, 16), ids)
+    late, states = torch.full((16,), 999), torch.zeros(32, 77, 128)
+    for offset in (0.0, 0.5):
+        denoiser.denoising_losses(watching, told, states, late, generator, offset)
+    assert seen[0] < 0.1 < 0.4 < seen[1]
+
+
 def test_what_a_pair_differs_in_counts_more() -> None:
     clean = torch.zeros(4, autoencoder.LATENT_CHANNELS, 16, 16)
     clean[0, :, 2, 3] = 1.0

@@ -193,8 +193,8 @@ def learning_timesteps(stage: Stage, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(progress: Progress, lesson: Lesson) -> float:
-    """The averaged weights' loss on pairs that were never trained on; always the same noise and timesteps, of
-    all heights alike.
+    """The averaged weights' loss on pairs that were never trained on; always the same noise and timesteps,
+    drawn from all of them alike.
     """
     generator, parameters = torch.Generator().manual_seed(0), list(progress.model.parameters())
     progress.ema.store(parameters)
