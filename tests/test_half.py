@@ -103,9 +103,10 @@ def test_every_form_takes_the_steps_of_float32(
     few = ("--max_train_steps", "3", "--save_steps", "9", "--validation_steps", "9")
     half = weights_in(train(*flags.split(), *few))
     whole = weights_in(train(*flags.split(), *few, "--mixed_precision", "no"))
+    most = 0.06 if "int8" in flags else 0.03  # two roundings; 0.041 at the third step
     for of_half, of_whole in zip(steps[:3], steps[3:], strict=True):
         torch.testing.assert_close(of_half.loss, of_whole.loss, rtol=5e-3, atol=0)
-        torch.testing.assert_close(of_half.grad_norm, of_whole.grad_norm, rtol=0.06, atol=0)
+        torch.testing.assert_close(of_half.grad_norm, of_whole.grad_norm, rtol=most, atol=0)
     assert test_train.differences(whole, half).quantile(0.9) < 0.15
 
 

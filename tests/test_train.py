@@ -92,7 +92,7 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(
     slowly = ["--learning_rate", "1e-3", *["--text_encoder_lr", "1e-3"][: len(more_flags)]]
     one = weights_in(train("--train_batch_size", "4", *slowly))
     two = weights_in(train("--train_batch_size", "2", "--gradient_accumulation_steps", "2", *slowly))
-    assert distance(one, two) < 5e-3  # 1.8 from half of the pictures
+    assert distance(one, two) < 3e-3  # 2.1e-3 seen; 1.8 from half of the pictures
 
 
 @EVERY_KIND
