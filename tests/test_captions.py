@@ -513,6 +513,7 @@ def test_a_number_before_a_folders_name_is_its_repeats(picture: str, repeats: in
 def test_a_class_takes_the_triggers_place_and_stands_alone_where_there_is_none() -> None:
     captions = ["Mega Man, running", "a boss"]
     assert with_trigger_replaced(captions, TRIGGER, "robot") == ["robot, running", "robot"]
+    assert with_trigger_replaced(captions, TRIGGER, "") == ["", ""]  # the empty caption, no ", running"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaman.common.cache import Store
 from megaman.common.console import UserError
-from megaman.config.train import TrainConfig
+from megaman.config.train import TrainConfig, read_config
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
@@ -144,6 +144,18 @@ def test_what_strays_is_the_difference_from_the_base_under_the_class_caption(
     torch.testing.assert_close(own, denoising_losses(unet, draw, base.scheduler, 0))
 
 
-def test_a_class_that_nothing_preserves_is_an_error() -> None:
+def test_a_class_that_nothing_preserves_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--preserve_class wizard.*--preserve_weight"):
         TrainConfig(preserve_class=["wizard"])
+    off = ["--preset", "demo", "--preserve_weight", "0"]
+    with pytest.raises(UserError, match=r"--preserve_class wizard.*--preserve_weight"):
+        read_config([*off, "--preserve_class", "wizard"])
+    assert read_config(off)[0].preserve_class == ["robot"]  # the preset's belong to its weight
+    file = tmp_path / "settings.json"
+    file.write_text('{"preserve_weight": 2, "preserve_class": ["wizard", ""]}')
+    read = ["--config", str(file)]
+    assert read_config(read)[0].preserve_class == ["wizard", ""]
+    assert read_config([*read, "--preserve_weight", "0"])[0].preserve_class == ["robot"]
+    file.write_text('{"preserve_weight": 0, "preserve_class": ["wizard"]}')
+    with pytest.raises(UserError, match=r"--preserve_class wizard.*--preserve_weight"):
+        read_config(read)

@@ -380,6 +380,8 @@ def test_prompts_without_the_trigger_join_those_that_have_it() -> None:
     adapter = Adapter({}, {"trigger": "mgmn", "config": {"preserve_class": ["android"]}})
     texts = [prompt.text for prompt in prompts_for([], adapter)]
     assert [text.split(",")[0] for text in texts] == ["mgmn"] * 6 + ["android"] * 2
+    named = Adapter({}, {"trigger": "mgmn", "config": {"preserve_class": ["", "android"]}})
+    assert [prompt.text for prompt in prompts_for([], named)] == texts  # never the empty caption
     asked = [Prompt("MGMN, running", {"seed": 3})]
     assert prompts_for(asked, adapter) == [*asked, Prompt("android, running", {"seed": 3})]
     both = [Prompt("mgmn"), Prompt("a red wizard")]

@@ -11,6 +11,7 @@ from megaman.config.elsewhere import ELSEWHERE
 from megaman.config.parser import (
     LARGEST_SEED,
     PRECISIONS,
+    Parsed,
     check_numbers,
     facts_of,
     flag,
@@ -43,15 +44,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_alpha": 32,
         "lora_targets": "linear",
         "learning_rate": 1.2e-3,
-        "caption_dropout": 0.1,
-        "preserve_weight": 6.0,
+        "caption_dropout": 0.0,  # the empty caption is kept, not taught
+        "preserve_weight": 4.0,
+        "preserve_class": [
+            *("robot", "red knight", "orange robot", "purple wizard", "yellow astronaut", "green ninja", ""),
+        ],
         "train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "max_train_steps": 440,
         "save_steps": 220,
         "validation_steps": 220,
         "validation_split": 0.0,
-        "validation_guidance_scale": 4.5,
+        "validation_guidance_scale": 3.0,
         "validation_prompt": [
             "mega man, standing, facing right, sky background",
             "mega man, running, facing left, sand background",
@@ -225,9 +229,13 @@ class OptimisationFlags:
         0.0, "also keep a moving average of the LoRA and write that; 0 = off", least=0, below=1
     )
     preserve_weight: float = flag(
-        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 6", least=0
+        0.0, "how strongly the rest of the base's world is kept; 0 = off; the demo takes 4", least=0
     )
-    preserve_class: list[str] = flag(["robot"], "what the character is one of: the words to keep as they are")
+    preserve_class: list[str] = flag(
+        ["robot"],
+        "what the character is one of, and what else there is: the words to keep as they are; an empty one "
+        "is the empty caption, which guidance subtracts",
+    )
     seed: int = flag(42, "decides every random choice; 0 is a seed", least=0, below=LARGEST_SEED)
 
 
@@ -410,6 +418,8 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     )
     strange = ", --".join(sorted(given - {"adopt", "output_dir", "config"}))
     require(not (values["adopt"] and strange), f"--adopt trains nothing: leave --{strange} out")
+    if not values["preserve_weight"] and "preserve_class" not in _beside("preserve_weight", parsed):
+        values["preserve_class"] = OptimisationFlags().preserve_class  # the preset's went with its weight
     if given & EITHER_OR and "earlier_total" not in given:
         values["earlier_total"] = None  # it belongs to the total that is overruled
     if values["resume_from_checkpoint"] and "output_dir" not in given and _goes_on_beside(values, in_file):
@@ -419,6 +429,11 @@ def read_config(argv: Sequence[str]) -> tuple[TrainConfig, set[str]]:
     if values["data_dir"] == STARTER_IMAGES and not Path(STARTER_IMAGES).is_dir():
         values["data_dir"] = str(PROJECT / STARTER_IMAGES)  # wherever the command is run from
     return TrainConfig(**values), parsed.chosen
+
+
+def _beside(name: str, parsed: Parsed) -> set[str]:
+    """The settings that the user chose where he chose this one, or above it."""
+    return parsed.given if name in parsed.given else parsed.chosen
 
 
 def _goes_on_beside(values: Mapping[str, Any], in_file: set[str]) -> bool:

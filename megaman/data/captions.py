@@ -336,7 +336,11 @@ def has_trigger(caption: str, trigger: str) -> bool:
 
 
 def with_trigger_replaced(captions: Sequence[str], trigger: str, name: str) -> list[str]:
-    """The captions with another name in the trigger's place; the bare name where the trigger is missing."""
+    """The captions with another name in the trigger's place; the bare name where the trigger is missing;
+    empty ones where the name is.
+    """
+    if not name.strip():
+        return [""] * len(captions)
     pattern = _pattern_in_captions(trigger)
     return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]
 

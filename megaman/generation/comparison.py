@@ -54,8 +54,9 @@ def prompts_for(asked: Sequence[Prompt], adapter: Adapter) -> list[Prompt]:
         return prompts
     config = adapter.metadata.get("config")
     told = config.get("preserve_class") if isinstance(config, dict) else None
-    classes = told if isinstance(told, list) and told else [CLASS]
-    names = [str(classes[i % len(classes)]) for i in range(PLAIN)]
+    told = [str(name) for name in told] if isinstance(told, list) else []
+    classes = [name for name in told if name.strip()] or [CLASS]
+    names = [classes[i % len(classes)] for i in range(PLAIN)]
     return prompts + [
         replace(prompt, text=with_trigger_replaced([prompt.text], trigger, name)[0])
         for prompt, name in zip(prompts, names, strict=False)
