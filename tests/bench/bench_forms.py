@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from megaman.common.console import quiet_libraries  # noqa: E402
 from megaman.config.train import EMBEDDED  # noqa: E402
@@ -32,6 +32,7 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 
 from megaman.config.train import TrainConfig  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
+from megaman.model.text import Text  # noqa: E402
 from megaman.training.objective import Batch, training_losses  # noqa: E402
 
 FORMS: dict[str, dict[str, object]] = {
@@ -44,7 +45,7 @@ FORMS: dict[str, dict[str, object]] = {
     "attention, DoRA": {"use_dora": True},
     "conv, DoRA": {"lora_targets": "conv", "use_dora": True},
 }
-BATCH, WARM_UP = 8, 3
+BATCH, WARM_UP, SNR_GAMMA = 8, 3, 5.0
 
 
 def parameters(form: dict[str, object]) -> int:
@@ -65,14 +66,15 @@ def stepper(base: StableDiffusion, form: dict[str, object]) -> Callable[[], floa
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    latents, noise = (normal(BATCH, 4, side, side) for _ in range(2))
+    latents, noise = (normal(BATCH, base.unet.config.in_channels, side, side) for _ in range(2))
     timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
-    text = normal(BATCH, base.tokenizer.model_max_length, unet.config.cross_attention_dim)
-    draw = Batch(latents, noise, timesteps, text, text[:0], torch.zeros(0, dtype=torch.long))
+    text = Text(normal(BATCH, base.tokenizer.model_max_length, unet.config.cross_attention_dim))
+    sizes, nobody = torch.zeros(BATCH, 6), torch.zeros(0, dtype=torch.long)
+    draw = Batch(latents, noise, timesteps, text, sizes, text[:0], text[:0], nobody)
 
     def step() -> float:
         started = time.process_time()
-        training_losses(unet, draw, base.scheduler, cfg)[0].mean().backward()
+        training_losses(unet, draw, base.scheduler, SNR_GAMMA)[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         return time.process_time() - started
