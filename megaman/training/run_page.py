@@ -272,7 +272,7 @@ def _without_folders(place: str) -> str:
 
 def _spelled(value: object) -> str:
     if isinstance(value, list):
-        return " | ".join(str(each) or "(empty)" for each in value)
+        return " | ".join(str(each).strip() or '""' for each in value)
     return "–" if value is None else "on" if value is True else "off" if value is False else str(value)
 
 
