@@ -516,3 +516,10 @@ def test_the_page_grows_with_each_checkpoint(
         (4, 2),
         (4, 2),
     ]  # samples, checkpoint, checkpoint, samples, the end
+
+
+def test_the_empty_class_is_seen_among_the_settings(finished: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    record = json.loads((output / "training_config.json").read_text())
+    (output / "training_config.json").write_text(json.dumps(record | {"preserve_class": ["robot", ""]}))
+    assert 'robot | ""' in text_of(run_page.report(RunFolder(output)).read_text(encoding="utf-8"))
