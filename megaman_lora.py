@@ -208,6 +208,10 @@ class MegaManDataset:
         rng = random.Random(f"{self.seed}/{self.scanned[index].digest}")
         return captions.variants(wordings, VARIANTS, keep_tags=self.settings.keep_tags, rng=rng)
 
+    def mirrored(self, text: str) -> str:
+        """What a caption says of its picture mirrored."""
+        return captions.mirrored(text, self.settings.trigger)
+
     def class_texts(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
         """For each picture, its caption with every one of these names in the trigger's place."""
         plain = [caption.text for caption in self.captions]
@@ -468,7 +472,8 @@ def encode_dataset(
     crops = [dataset.crops(index) for index in range(len(dataset))]
     texts = [dataset.texts(index) for index in range(len(dataset))]
     class_texts = dataset.class_texts(cfg.preserve_class if cfg.preserve_weight else [])
-    encoded = encoding.encode(crops, texts, base, store, class_texts, accelerator)
+    said = encoding.Captions(texts, class_texts, dataset.mirrored)
+    encoded = encoding.encode(crops, said, base, store, accelerator)
     say(f"cache: {store.hits} of {store.hits + store.misses} encodings were there ({store.folder})")
     store.prune()
     return encoded

@@ -17,7 +17,7 @@ from megaman.common.cache import Store
 from megaman.config.train import TrainConfig
 from megaman.data.buckets import bucket_for, buckets_of
 from megaman.model.stable_diffusion import StableDiffusion
-from megaman.training.encoding import EncodedDataset, encode
+from megaman.training.encoding import Captions, EncodedDataset, encode
 from megaman.training.objective import make_batch
 from megaman.training.sampler import ORDER, Position, Sampler, _pass, _turns, generator_of, micro_batches
 from megaman_lora import sampler_of
@@ -167,7 +167,7 @@ def encoded_of(
     """Plain pictures of 32 px, one crop each."""
     with tempfile.TemporaryDirectory() as folder:
         crops = [[crop_of(Path(folder), value)] for value in values]
-        return encode(crops, captions, base, Store(None), classes or [])
+        return encode(crops, Captions(captions, classes or []), base, Store(None))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import crop_of
 
 from megaman.common.cache import ENTRIES, MARK, Store, default_folder, key_of
 from megaman.model.stable_diffusion import StableDiffusion
-from megaman.training.encoding import encode
+from megaman.training.encoding import Captions, encode
 
 
 def made(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -169,11 +169,11 @@ def test_a_second_encoding_asks_neither_vae_nor_text_encoder(
     tmp_path: Path, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crops = [[crop_of(tmp_path, 0.3)]]
-    first = encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
+    first = encode(crops, Captions([["mega man"]]), tiny_base, Store(tmp_path))
     monkeypatch.setattr(tiny_base.vae, "encode", must_not_be_made)
     monkeypatch.setattr(tiny_base.encoders["text_encoder"], "forward", must_not_be_made)
     store = Store(tmp_path)
-    again = encode(crops, [["mega man"]], tiny_base, store)
+    again = encode(crops, Captions([["mega man"]]), tiny_base, store)
     assert torch.equal(first.means[0], again.means[0])
     assert torch.equal(first.text.states, again.text.states)
     assert (store.hits, store.misses) == (3, 0)
@@ -183,21 +183,21 @@ def test_the_same_weights_in_another_architecture_find_nothing_of_these(
     tmp_path: Path, tiny_base: StableDiffusion
 ) -> None:
     crops = [[crop_of(tmp_path, 0.3)]]
-    encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
+    encode(crops, Captions([["mega man"]]), tiny_base, Store(tmp_path))
     tiny_base.vae.register_to_config(norm_num_groups=2)
     tiny_base.encoders["text_encoder"].config.hidden_act = "gelu"
     store = Store(tmp_path)
-    encode(crops, [["mega man"]], tiny_base, store)
+    encode(crops, Captions([["mega man"]]), tiny_base, store)
     assert (store.hits, store.misses) == (0, 3)
 
 
 def test_other_weights_find_nothing_of_these(tmp_path: Path, tiny_base: StableDiffusion) -> None:
     crops = [[crop_of(tmp_path, 0.3)]]
-    encode(crops, [["mega man"]], tiny_base, Store(tmp_path))
+    encode(crops, Captions([["mega man"]]), tiny_base, Store(tmp_path))
     with torch.no_grad():
         tiny_base.vae.quant_conv.weight[0, 0] += 1
     store = Store(tmp_path)
-    encode(crops, [["mega man"]], tiny_base, store)
+    encode(crops, Captions([["mega man"]]), tiny_base, store)
     assert (store.hits, store.misses) == (2, 1)
 
 

@@ -15,6 +15,7 @@ from megaman.data.caption_set import write_caption_set
 from megaman.data.captions import (
     Caption,
     captions_of_nobody,
+    mirrored,
     odd_repeats,
     read_captions,
     repeats_of,
@@ -531,6 +532,29 @@ def test_a_class_takes_the_triggers_place_and_stands_alone_where_there_is_none()
 )
 def test_any_trigger_can_be_renamed(trigger: str, caption: str, expected: str) -> None:
     assert with_trigger_replaced([caption], trigger, r"\1 robot") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("mega man, facing left, RIGHT arm up", "mega man, facing right, LEFT arm up"),
+        ("Left-handed; the leftmost, rightwards", "Right-handed; the rightmost, leftwards"),
+        ("hand_on_left_hip, (looking right:1.2)", "hand_on_right_hip, (looking left:1.2)"),
+        ("bright copyright, cleft, lefty, righteous", "bright copyright, cleft, lefty, righteous"),
+        ("洛克人, 左手", "洛克人, 右手"),
+        ("", ""),
+    ],
+)
+def test_a_mirrored_pictures_caption_has_left_and_right_exchanged_and_twice_is_itself(
+    caption: str, expected: str
+) -> None:
+    assert mirrored(caption, TRIGGER) == expected
+    assert mirrored(expected, TRIGGER) == caption
+
+
+@pytest.mark.parametrize("trigger", ["left 4 hero", "Left", "(right)", "\u5de6\u624b"])
+def test_a_trigger_that_names_a_side_stays_when_its_picture_is_mirrored(trigger: str) -> None:
+    assert mirrored(f"{trigger}, facing right", trigger) == f"{trigger}, facing left"
 
 
 def test_variants_shuffle_the_tags_behind_those_that_are_kept() -> None:

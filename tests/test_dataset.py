@@ -121,6 +121,16 @@ def test_the_report_tells_how_pictures_are_cut_and_that_they_are_mirrored(
     assert "sizes: 64x64 (4), cut at random places, also mirrored" in told.lines()
     page = told.write(tmp_path).read_text(encoding="utf-8")
     assert "cut at random places, the frame is in the middle · also mirrored" in page
+    assert "exchanged" not in page
+    (mixed / "wide.txt").write_text("mega man, facing left")
+    told = report_of(dataset_of(mixed, crop="center", flip=True))
+    assert (
+        "sizes: 64x64 (4), cut in the middle, also mirrored, left and right exchanged in 1 caption"
+        in told.lines()
+    )
+    page = told.write(tmp_path).read_text(encoding="utf-8")
+    assert "· also mirrored, left and right exchanged in 1 caption" in page
+    assert not report_of(dataset_of(mixed)).sides_exchanged
     assert "sizes: 64x64 (4), cut in the middle" in report_of(dataset_of(mixed, crop="center")).lines()
 
 

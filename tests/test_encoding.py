@@ -19,7 +19,7 @@ from megaman.model import compute
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.model.weights import digest_of
 from megaman.training import encoding
-from megaman.training.encoding import EncodedDataset, encode
+from megaman.training.encoding import Captions, EncodedDataset, encode
 
 CAPTIONS = [["mega man"], ["mega man, red"], ["mega man, blue"], ["mega man, " * 40], ["a robot"]]
 WAIT_S = 60
@@ -125,13 +125,13 @@ def test_two_processes_encode_each_picture_once_and_both_have_all(
     tmp_path: Path, bases: list[StableDiffusion], crops: list[list[Crop]], computed: Counter[str],
     on_two: Callable[[Callable[[Any], Any]], list[Any]], is_kept: bool,
 ) -> None:  # fmt: skip
-    alone = encode(crops, CAPTIONS, bases[0], Store(None))
+    alone = encode(crops, Captions(CAPTIONS), bases[0], Store(None))
     assert set(computed.values()) == {1}
     computed.clear()
 
     def work(process: Any) -> tuple[list[bytes], int, int]:
         store = Store(tmp_path / "cache" if is_kept else None)
-        encoded = encode(crops, CAPTIONS, bases[process.process_index], store, (), process)
+        encoded = encode(crops, Captions(CAPTIONS), bases[process.process_index], store, process)
         return bits(encoded), store.hits, store.misses
 
     for hits in (0, 11):
@@ -159,7 +159,7 @@ def test_what_one_process_meets_ends_all_with_its_code_and_the_first_says_why(
 
     monkeypatch.setattr(bases[rank].vae, "encode", fails)
     first, second = on_two(
-        lambda process: encode(crops, CAPTIONS, bases[process.process_index], Store(None), (), process)
+        lambda process: encode(crops, Captions(CAPTIONS), bases[process.process_index], Store(None), process)
     )
     assert isinstance(first, UserError)
     assert first.exit_code == code
@@ -186,10 +186,10 @@ def test_in_batches_the_numbers_are_those_of_single_pictures(
         return honest(base, part)
 
     monkeypatch.setattr(encoding, "_encoded", counted)
-    together = encode(crops, CAPTIONS, bases[0], Store(None))
+    together = encode(crops, Captions(CAPTIONS), bases[0], Store(None))
     assert sizes == [[32, 32, 32], [32], [64]]
     monkeypatch.undo()
-    singly = encode(crops, CAPTIONS, bases[0], Store(None))
+    singly = encode(crops, Captions(CAPTIONS), bases[0], Store(None))
     assert len(together.means) == len(singly.means) == 5
     for a, b in zip(together.means + together.stds, singly.means + singly.stds, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -201,12 +201,12 @@ def test_a_batch_is_the_same_whatever_the_cache_holds_of_it(
     tmp_path: Path, bases: list[StableDiffusion], crops: list[list[Crop]], computed: Counter[str]
 ) -> None:
     """A card's last digits depend on how many it computes at once: so they must always be the same ones."""
-    whole = bits(encode(crops, CAPTIONS, bases[0], Store(tmp_path)))
+    whole = bits(encode(crops, Captions(CAPTIONS), bases[0], Store(tmp_path)))
     vae = digest_of(bases[0].vae)
     (entry,) = tmp_path.rglob(f"{key_of('latents', vae, crops[1][0].key)}.safetensors")
     entry.unlink()
     computed.clear()
-    assert bits(encode(crops, CAPTIONS, bases[0], Store(tmp_path))) == whole
+    assert bits(encode(crops, Captions(CAPTIONS), bases[0], Store(tmp_path))) == whole
     assert computed == Counter(crop.key for (crop,) in crops[:3])
 
 
@@ -236,12 +236,12 @@ def test_where_memory_runs_out_fewer_are_encoded_at_a_time(
     bases: list[StableDiffusion], crops: list[list[Crop]], room: dict[str, int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    few = encode(crops, CAPTIONS, bases[0], Store(None))
+    few = encode(crops, Captions(CAPTIONS), bases[0], Store(None))
     assert "memory ran out with 3 pictures at a time: 1 now" in capsys.readouterr().err
     room["pictures"] = 3
-    for a, b in zip(few.means, encode(crops, CAPTIONS, bases[0], Store(None)).means, strict=True):
+    for a, b in zip(few.means, encode(crops, Captions(CAPTIONS), bases[0], Store(None)).means, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     room["pictures"] = 0
     with pytest.raises(UserError, match=r"out of memory with one picture .* smaller --resolution") as error:
-        encode(crops, CAPTIONS, bases[0], Store(None))
+        encode(crops, Captions(CAPTIONS), bases[0], Store(None))
     assert error.value.exit_code == 6

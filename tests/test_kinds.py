@@ -25,7 +25,7 @@ from megaman.config.train import TrainConfig
 from megaman.data.buckets import Bucket, Crop, fit_of
 from megaman.model import int8, stable_diffusion
 from megaman.model.stable_diffusion import StableDiffusion, conditions, load_base, peek
-from megaman.training.encoding import CaptionReader, encode
+from megaman.training.encoding import CaptionReader, Captions, encode
 from megaman.training.objective import (
     denoising_losses,
     make_batch,
@@ -202,7 +202,7 @@ def test_sizes_of_a_whole_picture_are_those_of_diffusers_pipeline(
     tiny_folders: FolderOf, tmp_path: Path
 ) -> None:
     base = base_of(tiny_folders(XL))
-    encoded = encode([[crop_of(tmp_path, 0.5)]], [["a"]], base, Store(None))
+    encoded = encode([[crop_of(tmp_path, 0.5)]], Captions([["a"]]), base, Store(None))
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_folders(XL))
     theirs = pipeline._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.float32, 20)
     assert torch.equal(encoded.sizes[:1], theirs)
@@ -211,7 +211,7 @@ def test_sizes_of_a_whole_picture_are_those_of_diffusers_pipeline(
 def test_large_sizes_survive_half_precision(tiny_folders: FolderOf, tmp_path: Path) -> None:
     base = load_base(str(tiny_folders(XL)), device=torch.device("cpu"), dtype=torch.bfloat16)
     crop = replace(crop_of(tmp_path, 0.5), whole=(1021, 1023))
-    encoded = encode([[crop]], [["a"]], base, Store(None))
+    encoded = encode([[crop]], Captions([["a"]]), base, Store(None))
     assert encoded.sizes.tolist() == [[1023, 1021, 0, 0, 32, 32]]
     sizes = torch.tensor([[1023.0, 1021.0, 0.0, 3.0, 1023.0, 1021.0]])
     added = conditions(base.embed(["a"]), sizes)["added_cond_kwargs"]
@@ -245,7 +245,7 @@ def test_dropped_captions_are_the_empty_text_and_not_zeros(
     tiny_folders: FolderOf, kind: Kind, tmp_path: Path
 ) -> None:
     base = base_of(tiny_folders(kind))
-    encoded = encode([[crop_of(tmp_path, 0.5)]], [["mega man"]], base, Store(None))
+    encoded = encode([[crop_of(tmp_path, 0.5)]], Captions([["mega man"]]), base, Store(None))
     cfg = TrainConfig(caption_dropout=1.0)
     batch = make_batch([Position(0, 0)], encoded, cfg, base.scheduler)
     empty = base.embed([""])
@@ -363,7 +363,7 @@ def test_a_stopped_encoder_stays_and_the_unet_goes_on(train: Callable[..., Path]
 def test_captions_are_read_anew_as_long_as_the_encoders_learn(
     tiny_base: StableDiffusion, tmp_path: Path
 ) -> None:
-    encoded = encode([[crop_of(tmp_path, 0.5)]], [["mega man"]], tiny_base, Store(None))
+    encoded = encode([[crop_of(tmp_path, 0.5)]], Captions([["mega man"]]), tiny_base, Store(None))
     learning, resting = CaptionReader(encoded, tiny_base, 2), CaptionReader(encoded, tiny_base, 0)
     weight = next(iter(tiny_base.encoders["text_encoder"].parameters()))
     before = learning.for_step(0, [1]).states
@@ -383,7 +383,9 @@ def test_the_class_is_asked_of_the_base_and_answered_by_what_is_trained(
     tiny_base: StableDiffusion, tmp_path: Path
 ) -> None:
     cfg = TrainConfig(preserve_weight=1.0, text_encoder_lr=1e-3)
-    encoded = encode([[crop_of(tmp_path, 0.5)]], [["mega man"]], tiny_base, Store(None), [["a robot"]])
+    encoded = encode(
+        [[crop_of(tmp_path, 0.5)]], Captions([["mega man"]], [["a robot"]]), tiny_base, Store(None)
+    )
     megaman_lora.injection.inject(
         tiny_base.parts, cfg, SD1, lambda purpose, number: torch.Generator().manual_seed(number)
     )
@@ -487,6 +489,20 @@ def test_a_checkpoint_from_before_encoders_could_learn_is_gone_on_with(
     (folder / "manifest.json").write_text(megaman_lora.checkpoints._signed(manifest))
     weights = train("--resume_from_checkpoint", "latest")
     assert weights_in(weights).keys() == unbroken.keys()
+
+
+def test_a_run_from_before_mirrored_captions_is_not_gone_on_with_where_it_learned_others(
+    train: Callable[..., Path], folder_of_pictures: Path
+) -> None:
+    (folder_of_pictures / "megaman_0.txt").write_text("mega man, facing left", encoding="utf-8")
+    output = train("--flip", "--max_train_steps", "2").parent
+    folder = output / "checkpoints" / "step-000002"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sides = "left and right in captions of mirrored pictures"
+    assert manifest["origins"].pop(sides) == "change places"
+    (folder / "manifest.json").write_text(megaman_lora.checkpoints._signed(manifest))
+    with pytest.raises(megaman_lora.UserError, match=f"{sides} was None, now 'change places'"):
+        train("--flip", "--resume_from_checkpoint", "latest")
 
 
 # ---------------------------------------------------------------- a byte a weight

@@ -21,7 +21,7 @@ from megaman.config.train import DataFlags, TrainConfig
 from megaman.data.folder import look_into
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.training import objective
-from megaman.training.encoding import EncodedDataset, encode
+from megaman.training.encoding import Captions, EncodedDataset, encode
 from megaman.training.objective import Batch, make_batch, training_losses, validation_batch
 from megaman.training.sampler import Position
 from megaman_lora import MegaManDataset, report_of
@@ -74,7 +74,7 @@ def encoded_of(
     dataset = dataset_of(folder, **settings)
     crops = [dataset.crops(i) for i in range(len(dataset))]
     texts = [dataset.texts(i) for i in range(len(dataset))]
-    return encode(crops, texts, base, store or Store(None), [["a robot"]] * len(dataset))
+    return encode(crops, Captions(texts, [["a robot"]] * len(dataset)), base, store or Store(None))
 
 
 def batch_of(encoded: EncodedDataset, base: StableDiffusion, **settings: Any) -> Batch:

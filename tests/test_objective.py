@@ -1,5 +1,7 @@
 """The loss and the learning rate, against diffusers' own."""
 
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,11 +17,19 @@ from torch import Tensor
 from megaman.common.cache import Store
 from megaman.common.console import UserError
 from megaman.config.train import TrainConfig, read_config
+from megaman.data.captions import mirrored
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.model.text import Text
-from megaman.training.encoding import encode
-from megaman.training.objective import Batch, denoising_losses, make_batch, noise_of, preserving_losses
+from megaman.training.encoding import Captions, encode
+from megaman.training.objective import (
+    Batch,
+    denoising_losses,
+    draw_example,
+    make_batch,
+    noise_of,
+    preserving_losses,
+)
 from megaman.training.sampler import Position, generator_of
 from megaman.training.schedule import lr_at
 
@@ -111,7 +121,7 @@ def preserving(tiny_base: StableDiffusion, tmp_path: Path) -> tuple[StableDiffus
     cfg = TrainConfig(preserve_weight=1.0, preserve_class=["knight", "robot"])
     crops = [[crop_of(tmp_path, value)] for value in (-0.5, 0.5)]
     classes = [["a knight", "a robot"], ["a knight, red", "a robot, red"]]
-    encoded = encode(crops, [["mega man"], ["mega man, red"]], tiny_base, Store(None), classes)
+    encoded = encode(crops, Captions([["mega man"], ["mega man, red"]], classes), tiny_base, Store(None))
     inject_lora(tiny_base.unet, cfg)
     places = [Position(i, i % 2) for i in range(8)]
     return tiny_base, make_batch(places, encoded, cfg, tiny_base.scheduler)
@@ -142,6 +152,39 @@ def test_what_strays_is_the_difference_from_the_base_under_the_class_caption(
     assert strayed.min() > 1e-6
     torch.testing.assert_close(strayed, (after - before).square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(own, denoising_losses(unet, draw, base.scheduler, 0))
+
+
+def test_every_draw_of_a_mirrored_picture_has_the_caption_of_a_mirrored_picture(
+    tiny_base: StableDiffusion, tmp_path: Path
+) -> None:
+    crops = [[crop, replace(crop, is_mirrored=True)] for crop in (crop_of(tmp_path, 0.5),)]
+    texts, classes = ["facing left", "smiling"], ["a robot facing left", ""]
+    encoded = encode(
+        crops,
+        Captions([texts], [classes], mirrored=partial(mirrored, trigger="mega man")),
+        tiny_base,
+        Store(None),
+    )
+    said = {}  # as it was encoded: row -> text
+    for text in (*texts, *classes, "facing right", "a robot facing right"):
+        ids = tiny_base.ids_of([text])[0]
+        (said[text],) = (row for row in range(len(encoded.ids)) if torch.equal(encoded.ids[row], ids))
+    cfg = TrainConfig(preserve_weight=1.0, caption_dropout=0.2)
+    found = {False: set(), True: set()}
+    for number in range(400):
+        drawn = draw_example(Position(number, 0), encoded, cfg, tiny_base.scheduler)
+        found[drawn.crop_row == 1] |= {drawn.text_row, drawn.class_row}
+    whatever = {None, said["smiling"], said[""]}
+    assert found[False] == whatever | {said["facing left"], said["a robot facing left"]}
+    assert found[True] == whatever | {said["facing right"], said["a robot facing right"]}
+    assert (
+        encode(crops, Captions([["smiling"]], mirrored=str.upper), tiny_base, Store(None)).origins[
+            "left and right in captions of mirrored pictures"
+        ]
+        is not None
+    )
+    straight = encode([crops[0][:1]], Captions([texts], mirrored=str.upper), tiny_base, Store(None))
+    assert not straight.of_mirrored
 
 
 def test_a_class_that_nothing_preserves_is_an_error(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, stable_diffusion
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.training import checkpoints, validation
-from megaman.training.encoding import encode
+from megaman.training.encoding import Captions, encode
 from megaman.training.tracker import SilentTracker
 
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ def test_a_forgotten_way_to_the_card_is_an_error(tiny_folder: Path, tmp_path: Pa
         ):
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()
-        encoded = encode([[crop_of(tmp_path, 0.5)]], [["a"]], base, Store(None))
+        encoded = encode([[crop_of(tmp_path, 0.5)]], Captions([["a"]]), base, Store(None))
         assert (encoded.device, encoded.text.device, encoded.ids.device) == (CARD, CARD, CPU)
         base.place("vae")
         with pytest.raises(RuntimeError):  # its UNet is elsewhere

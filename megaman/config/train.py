@@ -39,11 +39,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pretrained_model_name": EMBEDDED,
         "data_dir": STARTER_IMAGES,
         "resolution": 64,
+        "flip": True,
         "mixed_precision": "no",
         "lora_rank": 16,
         "lora_alpha": 32,
         "lora_targets": "linear",
-        "learning_rate": 1.2e-3,
+        "learning_rate": 2e-3,
         "caption_dropout": 0.0,  # the empty caption is kept, not taught
         "preserve_weight": 4.0,
         "preserve_class": [
@@ -98,7 +99,7 @@ class DataFlags:
     crop: CropMode = flag(
         "bucket", "keep each picture's shape (buckets of the square's area), or cut squares"
     )
-    flip: bool = flag(False, "also show pictures mirrored; not for a character whose sides differ")
+    flip: bool = flag(False, "also mirror pictures and captions; not for a character whose sides differ")
     alpha_mask: bool = flag(
         False,
         "no loss where a picture is transparent, as where NAME.mask.png beside it is black",

@@ -25,6 +25,8 @@ MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something
 MAX_LIST_BYTES = 1 << 26  # of metadata.jsonl: captions of 100,000 pictures and more
 LONGEST_TAG = 5  # words; a longer line is a sentence
 SENTENCE_ENDS = tuple(".!?。！？")
+SIDES = r"(?<![a-z])(?:left|right)(?=(?:most|wards?)?(?![a-z]))|左|右"
+OTHER_SIDE = {"left": "right", "right": "left", "左": "右", "右": "左"}
 MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
 
 
@@ -343,6 +345,20 @@ def with_trigger_replaced(captions: Sequence[str], trigger: str, name: str) -> l
         return [""] * len(captions)
     pattern = _pattern_in_captions(trigger)
     return [pattern.sub(lambda _: name, caption) if pattern.search(caption) else name for caption in captions]
+
+
+def mirrored(caption: str, trigger: str) -> str:
+    """What a caption says of its picture mirrored: left and right change places, except in the trigger."""
+    kept = _pattern_in_captions(trigger)
+
+    def exchanged(found: re.Match[str]) -> str:
+        word = found[0]
+        other = OTHER_SIDE.get(word.lower())
+        if other is None or kept.fullmatch(word):
+            return word
+        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+
+    return re.sub(f"{kept.pattern}|{SIDES}", exchanged, caption, flags=re.IGNORECASE)
 
 
 def _pattern_in_captions(trigger: str) -> re.Pattern[str]:

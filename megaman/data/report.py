@@ -25,6 +25,7 @@ from megaman.data.captions import (
     captions_of_nobody,
     concepts_of,
     has_trigger,
+    mirrored,
     odd_repeats,
     shared_captions,
     tag_frequencies,
@@ -148,6 +149,13 @@ class Report:
             if not all(has_trigger(text, self.settings.trigger) for text in picture.caption.wordings)
         ]
 
+    @property
+    def sides_exchanged(self) -> list[TrainedPicture]:
+        """Captions that say another thing of the mirrored picture, where pictures are mirrored."""
+        trigger = self.settings.trigger
+        whole = ((picture, picture.caption.whole) for picture in self.pictures if self.settings.flip)
+        return [picture for picture, text in whole if mirrored(text, trigger) != text]
+
     @cached_property
     def tags(self) -> dict[str, int]:
         """How often each comma-separated tag occurs, the most frequent first."""
@@ -184,8 +192,10 @@ class Report:
         ]
         sizes = (f"{bucket} ({len(members)})" for bucket, members in self.buckets.items())
         ways = {"bucket": "", "center": ", cut in the middle", "random": ", cut at random places"}
-        mirrored = ", also mirrored" if self.settings.flip else ""
-        lines.append(f"sizes: {', '.join(sizes)}{ways[self.settings.crop]}{mirrored}")
+        turned = ", also mirrored" if self.settings.flip else ""
+        if exchanged := self.sides_exchanged:
+            turned += f", left and right exchanged in {count(len(exchanged), 'caption')}"
+        lines.append(f"sizes: {', '.join(sizes)}{ways[self.settings.crop]}{turned}")
         lines += self._about_masks()
         if derived:
             made = (f"{picture.name} “{picture.caption.text}”" for picture in self.captioned_from_name)

@@ -1,8 +1,9 @@
 """Encoding the dataset with the base's VAE and text encoder, each thing once."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ BATCH_PX = 2**20  # encoded at a time on a card, which must hold a picture of 10
 BATCH_TEXTS = 32
 Entry = dict[str, Tensor]  # of the store
 CHUNKS = "chunks of 75 tokens that are read of captions"  # one of a run's origins
+SIDES = "left and right in captions of mirrored pictures"  # another
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class EncodedDataset:
     (T,C,77): their tokens, in chunks, on the CPU; crop_rows, text_rows, class_rows: for each of the N, the
     rows of its crops, of its caption's variants, and of its captions that name something else instead of the
     character; masks: how much each cell of a crop counts, (1,h,w) float32, 1 in the mean, and 0 all over
-    where nothing does; None where no picture has a mask.
+    where nothing does; None where no picture has a mask; mirrored: the rows of the mirrored crops, and
+    of_mirrored: of each caption that names a side, its row and the row of what it says of such a crop.
     """
 
     means: list[Tensor]
@@ -45,6 +48,8 @@ class EncodedDataset:
     text_rows: list[list[int]]
     class_rows: list[list[int]]
     masks: list[Tensor] | None = None
+    mirrored: frozenset[int] = frozenset()
+    of_mirrored: Mapping[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.crop_rows)
@@ -58,7 +63,16 @@ class EncodedDataset:
     def origins(self) -> dict[str, Any]:
         """What a resume must find unchanged beside the pictures: None where it is as it always was."""
         chunks = self.ids.shape[1]
-        return {CHUNKS: chunks if chunks > 1 else None}
+        return {
+            CHUNKS: chunks if chunks > 1 else None,
+            SIDES: "change places" if self.of_mirrored else None,
+        }
+
+    def told_of(self, crop_row: int, text_row: int) -> int:
+        """The row of what a caption says of a crop: another one's, if that is mirrored and the caption names
+        a side.
+        """
+        return self.of_mirrored.get(text_row, text_row) if crop_row in self.mirrored else text_row
 
     def kept_for(self, trains_text: bool) -> "EncodedDataset":
         """The same; where captions are read anew in each step, what was encoded of them waits on the CPU."""
@@ -69,23 +83,38 @@ class EncodedDataset:
         return self.means[self.crop_rows[index][0]].shape
 
 
+@dataclass(frozen=True)
+class Captions:
+    """What is said of N pictures: the wordings of each one's caption, and its captions that name something
+    else instead of the character. mirrored: what a text says of the mirrored picture.
+    """
+
+    wordings: Sequence[Sequence[str]]
+    of_classes: Sequence[Sequence[str]] = ()
+    mirrored: Callable[[str], str] = str
+
+
 def encode(
     crops: Sequence[Sequence[Crop]],
-    captions: Sequence[Sequence[str]],
+    captions: Captions,
     base: StableDiffusion,
     store: Store,
-    class_captions: Sequence[Sequence[str]] = (),
     accelerator: Accelerator | None = None,
 ) -> EncodedDataset:
     """Encodes the pictures' crops and captions with the base's VAE and text encoders, equal ones once, first
     the captions; reads what the store has. The processes of an accelerator share the work.
 
-    For each of N pictures: its crops, its caption's variants, its class captions.
+    crops: of each of N pictures.
     UserError (exit 5) on a non-finite latent, (exit 6) where memory is too small for one picture.
     """
-    all_texts, text_rows = _each_once([[""], *captions, *class_captions], str)
-    ids = base.ids_of(all_texts)
     views, crop_rows = _each_once(crops, lambda crop: crop.key)
+    mirrored_views = frozenset(row for row, crop in enumerate(views) if crop.is_mirrored)
+    said = [[""], *captions.wordings, *captions.of_classes]
+    said_of_mirrored = [map(captions.mirrored, group) for group in said] if mirrored_views else []
+    all_texts, rows = _each_once([*said, *said_of_mirrored], str)
+    text_rows, rows_of_mirrored = rows[: len(said)], rows[len(said) :]
+    pairs = zip(chain(*text_rows), chain(*rows_of_mirrored), strict=False)  # none, where none is mirrored
+    ids = base.ids_of(all_texts)
     texts = _text_batches(all_texts, base, store)
     pictures = _picture_batches(views, base, store)
     found = _entries(texts, pictures, store, accelerator)
@@ -98,9 +127,11 @@ def encode(
         _text_of(_in_order(texts, found), ids.shape[1], base),
         ids,
         crop_rows,
-        text_rows[1 : 1 + len(captions)],
-        text_rows[1 + len(captions) :],
+        text_rows[1 : 1 + len(captions.wordings)],
+        text_rows[1 + len(captions.wordings) :],
         _masks_of(latents, base.device),
+        mirrored_views,
+        {row: other for row, other in pairs if other != row},
     )
 
 

@@ -98,8 +98,9 @@ def draw_example(
     crop_row = one_of(encoded.crop_rows[index])
     text_row = one_of(encoded.text_rows[index])
     asks_class = bool(cfg.preserve_weight) and number % PRESERVE_EVERY == 0
-    class_row = one_of(encoded.class_rows[index]) if asks_class else None
-    return ExampleDraw(crop_row, 0 if is_dropped else text_row, class_row, spread, noise, timestep)
+    class_row = encoded.told_of(crop_row, one_of(encoded.class_rows[index])) if asks_class else None
+    text_row = 0 if is_dropped else encoded.told_of(crop_row, text_row)
+    return ExampleDraw(crop_row, text_row, class_row, spread, noise, timestep)
 
 
 def make_batch(

@@ -60,7 +60,7 @@ from megaman.tiny_sd.figures import (  # noqa: E402
     write_heroes,
 )
 from megaman.tiny_sd.sketch import draw as draw_figure  # noqa: E402
-from megaman.training.encoding import EncodedDataset, encode  # noqa: E402
+from megaman.training.encoding import Captions, EncodedDataset, encode  # noqa: E402
 from megaman.training.objective import denoising_losses, validation_batch  # noqa: E402
 from megaman_lora import MegaManDataset, train  # noqa: E402
 
@@ -99,7 +99,7 @@ def encoded_folder(folder: Path, base: StableDiffusion) -> EncodedDataset:
     settings = DataFlags(resolution=base.native_resolution)
     dataset = MegaManDataset(folder, None, settings, cell_px=base.cell_px)
     views = [dataset.crops(i) for i in range(len(dataset))]
-    return encode(views, [dataset.texts(i) for i in range(len(dataset))], base, Store(None))
+    return encode(views, Captions([dataset.texts(i) for i in range(len(dataset))]), base, Store(None))
 
 
 @torch.no_grad()
