@@ -7,7 +7,7 @@ Ours is the step of `megaman_lora.train` with all that makes it fast. The plain 
 project but the base's files: diffusers' UNet, PEFT's LoRA with the same first weights, mean squared error,
 clipping, torch's AdamW; it is given the latents, noise, timesteps and text states that ours has drawn. Each
 is a process of its own. With --half both train in bfloat16 too, and are compared with the plain loop in
-float32: ours may lie no farther from it than the plain one does. Prints a table of losses, then one JSON line.
+float32: ours may lie no farther from it than the plain one does. Prints a table, then one JSON line.
 """
 
 import argparse
