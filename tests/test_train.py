@@ -1,5 +1,6 @@
 """The training script as a whole: what a user sees, and what must hold of every run."""
 
+import errno
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from conftest import EVERY_KIND, ROOT, run_script
 from PIL import Image
 
 import megaman_lora
-from megaman.common.console import UserError
+from megaman.common.console import UserError, quiet_libraries
 from megaman.common.output_folder import RunFolder
 from megaman.data.first_start import GUIDE
 from megaman.model import stable_diffusion
@@ -60,6 +61,25 @@ def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
     last = steps_told(output)[-1]
     assert last["step"] == 4
     assert {"loss", "lr", "grad_norm", "images_per_s"} <= last.keys()
+
+
+def test_a_tensorboard_that_cannot_write_is_told_once_and_the_run_goes_on(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+
+    def full(writer: object, data: bytes) -> None:
+        written.append(data)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    quiet_libraries()  # as the scripts do
+    output = train("--report_to", "tensorboard", "--max_train_steps", "30").parent
+    told = capsys.readouterr().err
+    assert told.count("note: TensorBoard's log can't be written (No space left on device); the run goes") == 1
+    assert "Traceback" not in told
+    assert steps_told(output)[-1]["step"] == 30
 
 
 @pytest.mark.usefixtures("all_threads")

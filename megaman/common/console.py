@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -188,6 +189,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|diffusers|transformers|peft|accelerate|xformers)\b.*"
     )
+    threading.excepthook = _tell_of_a_thread
+
+
+def _tell_of_a_thread(ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread hands its error on, and whoever gets it tells it."""
+    if not type(ended.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(ended)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

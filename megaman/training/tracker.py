@@ -192,16 +192,29 @@ class Tracker(SilentTracker):
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self._write(line)
-        if self.writer is not None:
-            shown = {name: value for name, value in line.items() if name not in ("step", "seconds")}
-            for name, value in shown.items():
-                if value is not None:
-                    self.writer.add_scalar(f"train/{name}", value, done)
+        shown = {name: value for name, value in line.items() if name not in ("step", "seconds")}
+        self._plot({f"train/{name}": value for name, value in shown.items() if value is not None}, done)
         self._show(line)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self.metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self.metrics.flush()
+
+    def _plot(self, values: Mapping[str, Any], step: int) -> None:
+        """Puts numbers and pictures (H,W,3) into TensorBoard. Where its log can't be written, the run goes on
+        without it.
+        """
+        if self.writer is None:
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, np.ndarray):
+                    self.writer.add_image(name, value, step, dataformats="HWC")
+                else:
+                    self.writer.add_scalar(name, value, step)
+        except OSError as error:  # its thread's, which is over
+            say(f"note: TensorBoard's log can't be written ({error.strerror}); the run goes on without it")
+            self.writer = None
 
     def record_validation(self, step: int, loss: float) -> None:
         """Records the loss on the pictures that are held out. UserError (exit 5) if it isn't finite."""
@@ -210,8 +223,7 @@ class Tracker(SilentTracker):
                 f"the validation loss is not finite at step {step}; lower --learning_rate", Exit.NUMBERS
             )
         self._write({"step": step, "validation_loss": loss})
-        if self.writer is not None:
-            self.writer.add_scalar("validation/loss", loss, step)
+        self._plot({"validation/loss": loss}, step)
         told = f"validation loss {loss:.4f} at step {step}"
         if self.bar is not None:
             self.bar.write(told, file=sys.stderr)  # above the bar, not into it
@@ -266,9 +278,7 @@ class Tracker(SilentTracker):
         self.samples.add(step)
         self._write({"step": step, "samples": list(prompts)})  # last: now they are complete
         renew_page(self.run)
-        if self.writer is not None:
-            for i, image in enumerate(images):
-                self.writer.add_image(f"samples/{i + 1:02}", np.asarray(image), step, dataformats="HWC")
+        self._plot({f"samples/{i:02}": np.asarray(image) for i, image in enumerate(images, 1)}, step)
         self.rate_since = (time.monotonic(), step)  # drawing is not training time
 
     def close(self) -> None:
@@ -277,9 +287,11 @@ class Tracker(SilentTracker):
             self.metrics.close()
             with contextlib.suppress(OSError):  # what ends the run is told, if it is a full disk as well
                 renew_page(self.run)
-        for sink in (self.bar, self.writer):
-            if sink is not None:
-                sink.close()
+        if self.bar is not None:
+            self.bar.close()
+        with contextlib.suppress(OSError):  # of a log that can't be written
+            if self.writer is not None:
+                self.writer.close()
         self.bar = None
         self.writer = None
 
