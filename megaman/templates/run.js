@@ -44,7 +44,7 @@ const CHINESE = {
   "A strong change: look whether the samples still follow their prompts, and compare earlier checkpoints or a lower strength.":
     "這是強的改變：看看範例圖片是否還聽從提示詞，並和較早的檢查點或較低的強度比較。",
   "Usual is from {n} %": "一般是指從 {n} %",
-  "to {n} %, where the demo ends at 17 %.": "到 {n} %，示範訓練結束時是 17 %。",
+  "to {n} %.": "到 {n} %。",
   "No checkpoint tells of it: there is none yet, or it was made before this was measured.":
     "沒有檢查點記錄這件事：還沒有檢查點，或它是在開始測量之前產生的。",
   "The pictures": "圖片",
