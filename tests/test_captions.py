@@ -541,7 +541,9 @@ def test_any_trigger_can_be_renamed(trigger: str, caption: str, expected: str) -
         ("Left-handed; the leftmost, rightwards", "Right-handed; the rightmost, leftwards"),
         ("hand_on_left_hip, (looking right:1.2)", "hand_on_right_hip, (looking left:1.2)"),
         ("bright copyright, cleft, lefty, righteous", "bright copyright, cleft, lefty, righteous"),
+        ("righthanded, topleft, Bottom-Right, LOWERLEFT", "lefthanded, topright, Bottom-Left, LOWERRIGHT"),
         ("洛克人, 左手", "洛克人, 右手"),
+        ("左右對稱, 左輪手槍, 座右銘", "左右對稱, 左輪手槍, 座右銘"),
         ("", ""),
     ],
 )
@@ -555,6 +557,11 @@ def test_a_mirrored_pictures_caption_has_left_and_right_exchanged_and_twice_is_i
 @pytest.mark.parametrize("trigger", ["left 4 hero", "Left", "(right)", "\u5de6\u624b"])
 def test_a_trigger_that_names_a_side_stays_when_its_picture_is_mirrored(trigger: str) -> None:
     assert mirrored(f"{trigger}, facing right", trigger) == f"{trigger}, facing left"
+
+
+def test_a_side_in_the_trigger_stays_nowhere_else() -> None:
+    assert mirrored("Left, leftmost, a left house", "the left") == "Right, rightmost, a right house"
+    assert mirrored("leftmost house of Left", "Left") == "rightmost house of Left"
 
 
 def test_variants_shuffle_the_tags_behind_those_that_are_kept() -> None:

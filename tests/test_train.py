@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -63,17 +64,22 @@ def test_a_run_writes_every_file_it_should(train: Callable[..., Path]) -> None:
     assert {"loss", "lr", "grad_norm", "images_per_s"} <= last.keys()
 
 
+@pytest.mark.parametrize("until", [3, 21], ids=["soon", "the last of 22"])
 def test_a_tensorboard_that_cannot_write_is_told_once_and_the_run_goes_on(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    until: int,
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     written = []
 
     def full(writer: object, data: bytes) -> None:
         written.append(data)
-        if len(written) > 3:
+        if len(written) > until:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     quiet_libraries()  # as the scripts do
     output = train("--report_to", "tensorboard", "--max_train_steps", "30").parent
     told = capsys.readouterr().err

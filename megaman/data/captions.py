@@ -25,7 +25,10 @@ MAX_CAPTION_BYTES = 100_000  # 75 tokens are about 400; such a file is something
 MAX_LIST_BYTES = 1 << 26  # of metadata.jsonl: captions of 100,000 pictures and more
 LONGEST_TAG = 5  # words; a longer line is a sentence
 SENTENCE_ENDS = tuple(".!?。！？")
-SIDES = r"(?<![a-z])(?:left|right)(?=(?:most|wards?)?(?![a-z]))|左|右"
+SIDES = (  # words that name one: lefthanded, bottomright; not copyright, 左右對稱, 左輪 (a revolver), 座右銘
+    r"(?<![a-z])(?:top|bottom|upper|lower)?(?:left|right)(?=(?:most|wards?|hand(?:ed)?|side)?(?![a-z]))"
+    r"|(?<![左座])[左右](?![右輪轮])"
+)
 OTHER_SIDE = {"left": "right", "right": "left", "左": "右", "右": "左"}
 MAX_REPEATS = 1000  # kohya's users write 1-200; a larger number before a folder's name is a year or a date
 
@@ -349,16 +352,17 @@ def with_trigger_replaced(captions: Sequence[str], trigger: str, name: str) -> l
 
 def mirrored(caption: str, trigger: str) -> str:
     """What a caption says of its picture mirrored: left and right change places, except in the trigger."""
-    kept = _pattern_in_captions(trigger)
+
+    def other(side: re.Match[str]) -> str:
+        word, found = side[0], OTHER_SIDE[side[0].lower()]
+        return found.upper() if word.isupper() else found.capitalize() if word[0].isupper() else found
 
     def exchanged(found: re.Match[str]) -> str:
-        word = found[0]
-        other = OTHER_SIDE.get(word.lower())
-        if other is None or kept.fullmatch(word):
-            return word
-        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+        is_trigger = found["trigger"] is not None
+        return found[0] if is_trigger else re.sub("left|right|左|右", other, found[0], flags=re.IGNORECASE)
 
-    return re.sub(f"{kept.pattern}|{SIDES}", exchanged, caption, flags=re.IGNORECASE)
+    trigger_or_side = f"(?P<trigger>{_pattern_in_captions(trigger).pattern})|{SIDES}"
+    return re.sub(trigger_or_side, exchanged, caption, flags=re.IGNORECASE)
 
 
 def _pattern_in_captions(trigger: str) -> re.Pattern[str]:

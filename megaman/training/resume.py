@@ -25,7 +25,7 @@ from megaman.config.record import decisive
 from megaman.config.train import TrainConfig
 from megaman.training import checkpoints
 from megaman.training.checkpoints import Checkpoint
-from megaman.training.encoding import CHUNKS
+from megaman.training.encoding import CHUNKS, SIDES
 from megaman.training.sampler import ORDER
 
 DECIDED_BY_THE_BASE = ("--snr_gamma",)  # where the user names none
@@ -91,6 +91,13 @@ def check_resume(checkpoint: Checkpoint | None, cfg: TrainConfig, origins: Mappi
         raise UserError(
             f"{checkpoint.path}: can't be resumed: pictures, captions, repeats or masks in {cfg.data_dir} "
             f"were changed since ({numbers}). Undo that, or leave --resume_from_checkpoint out."
+            + _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir),
+            Exit.STATE,
+        )
+    if now.get(SIDES) and not then.get(SIDES):
+        raise UserError(
+            f"{checkpoint.path}: can't be resumed: it was made before --flip exchanged left and right in "
+            "captions. Leave --resume_from_checkpoint out."
             + _how_to_go_on_with_others(checkpoint.path.resolve(), cfg.data_dir),
             Exit.STATE,
         )

@@ -167,6 +167,7 @@ class Tracker(SilentTracker):
         if logging_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            # Where nothing can be written from the beginning on, that is an error: nothing is lost yet.
             self.writer = SummaryWriter(str(logging_dir), purge_step=steps.start + 1 if steps.start else None)
 
     def set_total(self, total: int) -> None:
@@ -213,8 +214,19 @@ class Tracker(SilentTracker):
                 else:
                     self.writer.add_scalar(name, value, step)
         except OSError as error:  # its thread's, which is over
-            say(f"note: TensorBoard's log can't be written ({error.strerror}); the run goes on without it")
             self.writer = None
+            self._say_without_tensorboard(error)
+
+    def _say_without_tensorboard(self, error: OSError) -> None:
+        reason = error.strerror or error
+        self._say(f"note: TensorBoard's log can't be written ({reason}); the run goes on without it")
+
+    def _say(self, line: str) -> None:
+        """Says a line above the bar, not into it."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            say(line)
 
     def record_validation(self, step: int, loss: float) -> None:
         """Records the loss on the pictures that are held out. UserError (exit 5) if it isn't finite."""
@@ -224,11 +236,7 @@ class Tracker(SilentTracker):
             )
         self._write({"step": step, "validation_loss": loss})
         self._plot({"validation/loss": loss}, step)
-        told = f"validation loss {loss:.4f} at step {step}"
-        if self.bar is not None:
-            self.bar.write(told, file=sys.stderr)  # above the bar, not into it
-        else:
-            say(told)
+        self._say(f"validation loss {loss:.4f} at step {step}")
         self.rate_since = (time.monotonic(), step)  # measuring is not training time
 
     def record_dataset(self, told: Mapping[str, Any]) -> None:
@@ -287,11 +295,13 @@ class Tracker(SilentTracker):
             self.metrics.close()
             with contextlib.suppress(OSError):  # what ends the run is told, if it is a full disk as well
                 renew_page(self.run)
-        if self.bar is not None:
-            self.bar.close()
-        with contextlib.suppress(OSError):  # of a log that can't be written
+        try:
             if self.writer is not None:
                 self.writer.close()
+        except OSError as error:  # of the last that it was given
+            self._say_without_tensorboard(error)
+        if self.bar is not None:
+            self.bar.close()
         self.bar = None
         self.writer = None
 

@@ -44,6 +44,7 @@ from bench.obedience import (  # noqa: E402
 )
 from PIL.Image import Image  # noqa: E402
 from PIL.Image import open as open_picture  # noqa: E402
+from PIL.ImageOps import mirror  # noqa: E402
 
 from megaman.common.cache import Store  # noqa: E402
 from megaman.config.train import EMBEDDED  # noqa: E402
@@ -215,8 +216,9 @@ def foreign_rate(base: StableDiffusion, judge: Classifier) -> float:
 
 @torch.no_grad()
 def likeness(base: StableDiffusion, images: list[Image]) -> dict[str, float]:
-    """`copies`: images nearer to a training picture than half the held-out pictures' median, percent;
-    `diversity`: their mean distance from each other over that of held-out heroes. In the VAE's latents.
+    """`copies`: images nearer to a training picture, as it is or mirrored, than half the held-out pictures'
+    median, percent; `diversity`: their mean distance from each other over that of held-out heroes. In the
+    VAE's latents.
     """
     rng = random.Random(13)
     fresh = [draw_figure(random_hero(rng)) for _ in range(len(images))]
@@ -224,8 +226,8 @@ def likeness(base: StableDiffusion, images: list[Image]) -> dict[str, float]:
     def latents(pictures: list[Image]) -> torch.Tensor:
         return base.vae.encode(pixels_of(pictures)).latent_dist.mean.flatten(1)
 
-    training = pixels_of([open_picture(path) for path in sorted(STARTER.glob("*.png"))])
-    known = base.vae.encode(training).latent_dist.mean.flatten(1)
+    training = [open_picture(path).convert("RGB") for path in sorted(STARTER.glob("*.png"))]
+    known = latents([*training, *map(mirror, training)])
     made, held_out = latents(images), latents(fresh)
     nearest, usual = (torch.cdist(each, known).min(1).values for each in (made, held_out))
     diversity = torch.pdist(made).mean() / torch.pdist(held_out).mean()
