@@ -7,9 +7,9 @@ Two runs a seed on the embedded base: the demo with checkpoints, and an overtrai
 they are and mirrored, 3,000 steps at 1.2e-3 that never falls, nothing preserved; at three times that rate the
 base is spoilt instead, and nothing is learnt by heart). Each is recommended from with generate_megaman.py
 --recommend; then the judge of bench_learning.py looks at what every cell draws for its 64 prompts, which are
-other ones. Prints a table (recommended cell's hero rate beside the best cell's; of the overtrained run whether an early or a
-weak cell is chosen, and the copies of the last checkpoint), then one JSON line. FOLDER's adapters, pictures,
-classifier and verdicts are used again.
+other ones. Prints a table (recommended cell's hero rate beside the best cell's; of the overtrained run if an
+early or a weak cell is chosen, and the copies of the last checkpoint), then one JSON line. FOLDER's
+adapters, pictures, classifier and verdicts are used again.
 """
 
 import argparse
