@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megaman.common.kinds import SD1, XL, Kind
 from megaman.config.train import TrainConfig
 from megaman.lora.fused import fuse, layers_read
-from megaman.model import onednn
+from megaman.model import footprint, onednn
 from megaman.model.onednn import LaidOutConv2d, LaidOutLinear, lay_out
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 
@@ -71,6 +71,22 @@ def test_other_sizes_and_batches_give_torchs_bits_too(tiny_base: StableDiffusion
             made = unet(latents, 500, states).sample
             results.append((made, *torch.autograd.grad(made.sum(), latents)))
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True)), (batch, side)
+
+
+@pytest.mark.usefixtures("always")
+def test_the_memory_that_is_told_counts_both_layouts(
+    tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footprint, "kind_of_width", lambda _: SD1)
+    plain = footprint.estimate_of(tiny_base, [], TrainConfig(), 1)
+    lay_out(tiny_base.unet, run_once(tiny_base.unet))
+    given_up = [each.layouts.onward for each in laid_out_in(tiny_base.unet)]
+    size = sum(each.numel() * each.element_size() for each in given_up)
+    fast = footprint.estimate_of(tiny_base, [], TrainConfig(), 1)
+    assert size > 10_000
+    assert (fast.base - plain.base) * 2**30 == pytest.approx(size)
+    assert fast.in_bytes == pytest.approx(plain.in_bytes)
+    assert plain.in_bytes == pytest.approx(plain.base / 4)  # of float32
 
 
 @pytest.mark.usefixtures("always")

@@ -73,7 +73,7 @@ def estimate_of(kind: Kind, base_gib: float) -> Estimate:
     """Of one picture of 1024 x 1024 beside a base of this size."""
     steps = {level: cost.attention for level, cost in kind.steps.items()}
     added = {level: cost.added for level, cost in kind.steps.items()}
-    return Estimate(base_gib, 0.2, steps, added, is_checkpointed=True, has_bytes=False)
+    return Estimate(base_gib, 0.2, steps, added, is_checkpointed=True, in_bytes=base_gib / 2)
 
 
 @pytest.mark.parametrize(

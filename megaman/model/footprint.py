@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megaman.common.kinds import Level, StepCost, kind_of_width
 from megaman.config.train import TrainConfig
+from megaman.model import onednn
 from megaman.model.memory import IN_WORDS
 from megaman.model.stable_diffusion import StableDiffusion
 
@@ -31,7 +32,7 @@ class Estimate:
     steps: Mapping[Level, float]  # what is kept of the pictures between forward and backward, by level
     added: Mapping[Level, float]  # computing, in percent
     is_checkpointed: bool  # with --gradient_checkpointing
-    has_bytes: bool  # whether the base is in int8 already, or can't be
+    in_bytes: float | None  # the same frozen parts with --base_weights int8; None if they are, or can't be
 
     def total(self, level: Level) -> float:
         """All together, with so much recomputed."""
@@ -68,8 +69,8 @@ class Estimate:
             left = self.total("all")
             way = "all blocks recomputed" if self.is_checkpointed else "--gradient_checkpointing"
             ways.append(f"{way} ({left:.1f})")
-        if not self.has_bytes:
-            left -= self.base / 2
+        if self.in_bytes is not None:
+            left -= self.base - self.in_bytes
             ways.append(f"--base_weights int8 ({left:.1f})")
         return ", then ".join(ways)
 
@@ -101,9 +102,9 @@ def estimate_of(
     kind = kind_of_width(base.unet.config.cross_attention_dim)
     if kind is None:
         return None
-    parameters = {id(each): each for part in base.parts.values() for each in part.parameters()}
     own = {id(each): each for each in trained}
-    frozen = sum(each.numel() * each.element_size() for key, each in parameters.items() if key not in own)
+    frozen = [each for part in base.parts.values() for each in part.parameters() if id(each) not in own]
+    laid_out = [each for part in base.parts.values() for each in onednn.layouts_of(part)]
     adapter = sum(each.numel() for each in own.values()) * BYTES_A_PARAMETER
     examples = batch * (1 + bool(cfg.preserve_weight))
     precision = IN_FLOAT32 if base.unet.dtype == torch.float32 else 1.0
@@ -115,17 +116,19 @@ def estimate_of(
     text = chunks * kind.text_gib if cfg.text_encoder_lr else 0.0
     costs = {level: kind.steps[level] for level in levels_of(base, cfg)}
 
+    has_bytes = cfg.base_weights == "int8" or cfg.use_dora
+
     def gib(level: Level, cost: StepCost) -> float:
         kept = RECOMPUTED_TEXT * text if level == "all" else text
         return examples * precision * (size * cost.gib(cfg.lora_targets) + kept)
 
     return Estimate(
-        base=frozen / GIB,
+        base=sum(each.numel() * each.element_size() for each in (*frozen, *laid_out, *laid_out)) / GIB,
         adapter=adapter / GIB,
         steps={level: gib(level, cost) for level, cost in costs.items()},
         added={level: cost.added for level, cost in costs.items()},
         is_checkpointed=cfg.gradient_checkpointing,
-        has_bytes=cfg.base_weights == "int8" or cfg.use_dora,
+        in_bytes=None if has_bytes else sum(each.numel() for each in (*frozen, *laid_out)) / GIB,
     )
 
 

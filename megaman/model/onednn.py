@@ -188,6 +188,13 @@ def laid_out(layer: Any, shape: torch.Size) -> _Layouts:
 LAID_OUT: dict[type, type] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}
 
 
+def layouts_of(model: nn.Module) -> list[Tensor]:
+    """Of each weight that was laid out, a layout of its size, for what counts memory: in training it is there
+    twice, once a direction, and no parameter any more.
+    """
+    return [each.layouts.onward for each in model.modules() if isinstance(each, _LaidOut)]
+
+
 def can_be_laid_out(layer: nn.Module) -> bool:
     """Whether a layer is a frozen one of a form that the operators know, and whose gradient is a product of
     the same form. A convolution that steps over cells is none: the UNet has two or three.
