@@ -115,7 +115,6 @@ def estimate_of(
     size = (cfg.side_px / 1024) ** 2
     text = chunks * kind.text_gib if cfg.text_encoder_lr else 0.0
     costs = {level: kind.steps[level] for level in levels_of(base, cfg)}
-
     has_bytes = cfg.base_weights == "int8" or cfg.use_dora
 
     def gib(level: Level, cost: StepCost) -> float:
