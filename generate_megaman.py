@@ -70,6 +70,7 @@ from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file,
 from megaman.generation.recommendation import gather, recommend
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
 from megaman.generation.saving import Seldom, beside
+from megaman.lora import products
 from megaman.lora.adapter import STRENGTH, Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, footprint, memory, stable_diffusion
@@ -407,6 +408,9 @@ def load_base(
     base = stable_diffusion.load_base(name, device=device, dtype=dtype, flag="--base_model", wanted=wanted)
     base.max_chunks = cfg.max_tokens // CHUNK
     base.reads_weights = cfg.prompt_weights
+    if device.type == "cpu":
+        for part in base.parts.values():
+            products.take_over(part)
     return base
 
 

@@ -59,7 +59,7 @@ from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
-from megaman.lora import fused, init_lora, injection, strength
+from megaman.lora import fused, init_lora, injection, products, strength
 from megaman.model import compute, footprint, memory, onednn, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
@@ -427,6 +427,7 @@ def speed_up(run: Run) -> None:
         return  # what is compiled is fused by the compiler
     for part in run.base.parts.values():
         fused.fuse(part)
+        products.take_over(part)
     if run.accelerator.device.type == "cpu" and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
         times = validation.TIMESTEPS[:1] * run.memory.batch
         batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
@@ -496,6 +497,7 @@ def begin(run: Run) -> None:
         say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.checkpoint.path}")
     plan_memory(run)
     apply_memory_plan(run)
+    memory.give_back()  # what encoding and measuring took
 
 
 def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
@@ -607,6 +609,7 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
             images = validation.kept_previews(key, open_store(cfg), drawn)
         else:
             images = drawn()
+        memory.give_back()
         if images:
             tracker.show_samples(step, cfg.validation_prompt, images)
 

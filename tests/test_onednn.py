@@ -26,6 +26,7 @@ KINDS_OF_LAYERS = (LaidOutConv2d, LaidOutLinear)
 def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lays out whatever gives the same bits, however long it takes."""
     monkeypatch.setattr(onednn, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(onednn, "LEAST_WORTH", -1e9)
     monkeypatch.setattr(onednn, "_GAINS", {})
     monkeypatch.setattr(onednn, "_PROOFS", {})
     yield
@@ -144,18 +145,30 @@ def test_without_the_private_operators_all_stays_as_it_is(
 
 
 @pytest.mark.usefixtures("always")
-def test_where_memory_is_short_the_second_copy_is_not_made(
-    tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("free", [0, 100_000, 400_000])
+def test_second_copies_take_half_of_the_free_memory_and_the_best_come_first(
+    free: int, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
-    assert lay_out(tiny_base.unet, run_once(tiny_base.unet)) == 0
-    assert not laid_out_in(tiny_base.unet)
+    unet = tiny_base.unet
+    layers = [each for each in unet.modules() if onednn.can_be_laid_out(each)]
+    sizes = {layer: layer.weight.nbytes for layer in layers}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(onednn, "_gain", lambda layer, _: float(sizes[layer]))
+    lay_out(unet, run_once(unet))
+    taken = laid_out_in(unet)
+    left = [sizes[layer] for layer in layers if layer not in taken]
+    room = free / 2 - sum(sizes[layer] for layer in taken)
+    assert 0 <= room < min(left)
+    fitting = [size for size in sizes.values() if size <= free / 2]
+    assert not fitting or max(sizes[layer] for layer in taken) == max(fitting)
 
 
 @pytest.mark.usefixtures("always")
-def test_nothing_slower_is_laid_out(tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "LEAST_GAIN", 1.0)
-    monkeypatch.setattr(onednn, "_GAINS", {})
+@pytest.mark.parametrize(("which", "most"), [("LEAST_GAIN", 1.0), ("LEAST_WORTH", 1e9)])
+def test_nothing_slower_or_hardly_faster_for_its_memory_is_laid_out(
+    which: str, most: float, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, which, most)
     assert lay_out(tiny_base.unet, run_once(tiny_base.unet)) == 0
 
 

@@ -16,8 +16,8 @@ from peft.tuners.lora.layer import Conv2d as LoraConv2d
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from megaman.lora import products
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 
 DENSE = 0.4  # of a weight's size: factors that hold more give their gradients through the whole one's
@@ -107,7 +107,7 @@ class _Merged(torch.autograd.Function):
         ctx.save_for_backward(x, down, up)
         ctx.base = base
         ctx.scale = scale
-        return functional.linear(x, _merged(base, down, up, scale), base.bias)
+        return products.linear(x, _merged(base, down, up, scale), base.bias)
 
     @staticmethod
     @once_differentiable
@@ -115,9 +115,11 @@ class _Merged(torch.autograd.Function):
         """The output's gradient (N,out) -> those of x (where one is asked for), down and up."""
         x, down, up = ctx.saved_tensors
         scale = ctx.scale
-        to_x = grad @ _merged(ctx.base, down, up, scale) if ctx.needs_input_grad[0] else None
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = products.matmul(grad, _merged(ctx.base, down, up, scale))
         if len(down) * (x.shape[1] + grad.shape[1]) > DENSE * x.shape[1] * grad.shape[1]:
-            whole = grad.t() @ x  # less time than the four products with the factors
+            whole = products.matmul(grad.t(), x)  # less time than the four products with the factors
             factors = (up.t() @ whole, whole @ down.t())
         else:
             factors = ((grad @ up).t() @ x, grad.t() @ (x @ down.t()))
@@ -157,13 +159,13 @@ class _Beside(torch.autograd.Function):
 
 
 def _product(x: Tensor, base: Any) -> Tensor:
-    return functional.linear(x, base.weight.flatten(1), base.bias)
+    return products.linear(x, base.weight.flatten(1), base.bias)
 
 
 def _gradient_to_input(base: Any, grad: Tensor, shape: torch.Size) -> Tensor:
     if hasattr(base, "gradient_to_input"):
         return base.gradient_to_input(grad, shape)
-    return grad @ base.weight.flatten(1)
+    return products.matmul(grad, base.weight.flatten(1))
 
 
 def _summed(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

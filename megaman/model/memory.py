@@ -40,6 +40,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)  # of which it gives nothing back under 1 GiB
 
 
+def give_back() -> None:
+    """Returns to Linux what malloc keeps of freed blocks: work of another kind, of other sizes, follows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 @dataclass
 class MemoryPlan:
     """How a step is cut to fit memory. Saved in checkpoints: a resumed run starts with what fitted."""

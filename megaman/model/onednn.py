@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-LEAST_GAIN = 0.04  # of a layer's time both ways: below it, the memory is worth more
-LARGEST_SHARE = 0.5  # of the memory that is free: the second copy of the weights takes no more
+from megaman.model import memory
+
+LEAST_GAIN = 0.04  # of a layer's time both ways: below, it may be chance
+LEAST_WORTH = 0.1  # seconds gained in a step by each GiB of second copies: below, the memory is worth more
+LARGEST_SHARE = 0.5  # of the memory that is free: the second copies of the weights take no more
 FEWEST_CHANNELS = 16  # of fewer are the UNet's first and last layers, by which a base is known
 PRECISIONS = (torch.float32, torch.bfloat16)
 TRIES = 2  # of which the faster counts
+GIB = 2**30
 
 
 @dataclass
@@ -31,7 +35,7 @@ class _Layouts:
     """One weight, for both directions; opaque to all but oneDNN."""
 
     onward: Tensor
-    back: Tensor | None = None  # for the gradient to the input: made when one is first asked for
+    back: Tensor  # for the gradient to the input
 
 
 class _LaidOut:
@@ -83,10 +87,7 @@ class LaidOutLinear(_LaidOut, nn.Linear):  # type: ignore[override]
         return _linear(x, self.layouts.onward, self.bias)
 
     def _fast_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        kept = self.layouts
-        if kept.back is None:
-            kept.back = _linear_layout(self.weight.t().contiguous(), shape.numel() // shape[-1])
-        return _linear(grad.contiguous(), kept.back, None)
+        return _linear(grad.contiguous(), self.layouts.back, None)
 
 
 class LaidOutConv2d(_LaidOut, nn.Conv2d):  # type: ignore[override]
@@ -96,11 +97,7 @@ class LaidOutConv2d(_LaidOut, nn.Conv2d):  # type: ignore[override]
         return _conv(x, self.layouts.onward, self.bias, self)
 
     def _fast_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        kept = self.layouts
-        if kept.back is None:
-            turned = self.weight.flip(2, 3).transpose(0, 1).contiguous()
-            kept.back = _conv_layout(turned, self, grad.shape)
-        return _conv(grad, kept.back, None, self)
+        return _conv(grad, self.layouts.back, None, self)
 
 
 class _Product(torch.autograd.Function):
@@ -181,8 +178,11 @@ def laid_out(layer: Any, shape: torch.Size) -> _Layouts:
     """A layer's weight laid out for inputs of this shape."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Linear):
-        return _Layouts(_linear_layout(weight, shape.numel() // shape[-1]))
-    return _Layouts(_conv_layout(weight.contiguous(), layer, shape))
+        rows = shape.numel() // shape[-1]
+        return _Layouts(_linear_layout(weight, rows), _linear_layout(weight.t().contiguous(), rows))
+    turned = weight.flip(2, 3).transpose(0, 1).contiguous()
+    shape_out = torch.Size((shape[0], len(weight), *shape[2:]))
+    return _Layouts(_conv_layout(weight.contiguous(), layer, shape), _conv_layout(turned, layer, shape_out))
 
 
 LAID_OUT: dict[type, type] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}
@@ -219,43 +219,46 @@ def as_channels_last(unet: Any) -> None:
 
 @torch.no_grad()
 def lay_out(unet: nn.Module, run: Callable[[], object], keep: Collection[nn.Module] = ()) -> int:
-    """Lays out the weights of a frozen UNet's layers, where that is faster; returns how many.
+    """Lays out the weights of a frozen UNet's layers, where that is worth a second copy; returns how many.
 
     run: one pass through the UNet, as in training, which shows what each layer is given. keep: layers whose
-    weights others read in each step. Layers of one form and input are measured once in a process.
+    weights others read in each step. Layers of one form and input are measured once in a process. Where
+    memory is short, those that gain most by it come first.
     """
     as_channels_last(unet)
     kept = set(keep)
     layers: list[Any] = [each for each in unet.modules() if can_be_laid_out(each) and each not in kept]
-    free = psutil.virtual_memory().available
-    if sum(each.weight.nbytes for each in layers) > LARGEST_SHARE * free:
-        return 0
+    room = LARGEST_SHARE * psutil.virtual_memory().available
+    shapes = _shapes(layers, run)
     count = 0
-    for layer, shape in _shapes(layers, run).items():
-        try:
-            layouts = _worthy_layouts(layer, shape)
-        except (RuntimeError, NotImplementedError, AttributeError, TypeError):  # they are private, and go
-            return count
-        if layouts is not None:
-            layer.__class__ = LAID_OUT[type(layer)]
-            layer.take(layouts)
-            count += 1
+    try:
+        gains = {layer: _gain(layer, shape) for layer, shape in shapes.items()}
+        worthy = {layer: gain for layer, gain in gains.items() if gain is not None}
+        for layer in sorted(worthy, key=lambda each: -worthy[each]):
+            if layer.weight.nbytes <= room:
+                room -= layer.weight.nbytes
+                layouts = laid_out(layer, shapes[layer])
+                layer.__class__ = LAID_OUT[type(layer)]
+                layer.take(layouts)
+                memory.give_back()  # torch's copy, which malloc would keep
+                count += 1
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError):
+        pass  # the operators are private ones, which may go
     return count
 
 
-_GAINS: dict[object, bool] = {}  # by form of layer and input: whether it is faster so
+_GAINS: dict[object, float | None] = {}  # by form of layer and input: see `_gain`
 
 
-def _worthy_layouts(layer: Any, shape: torch.Size) -> _Layouts | None:
-    """A layer's weight laid out for inputs of this shape; None where that gains nothing."""
+def _gain(layer: Any, shape: torch.Size) -> float | None:
+    """Seconds that a layer gains in a step by each GiB of its second copy; None where that is too little, or
+    the bits are others.
+    """
     window = getattr(layer, "stride", None)
     form = (type(layer), layer.weight.shape, window, shape, layer.weight.dtype, torch.get_num_threads())
-    if not _GAINS.get(form, True):
-        return None
-    layouts = laid_out(layer, shape)
     if form not in _GAINS:
-        _GAINS[form] = _gains(layer, layouts, shape)
-    return layouts if _GAINS[form] else None
+        _GAINS[form] = _measured_gain(layer, shape)
+    return _GAINS[form]
 
 
 def _shapes(layers: Collection[Any], run: Callable[[], object]) -> dict[Any, torch.Size]:
@@ -274,12 +277,12 @@ def _shapes(layers: Collection[Any], run: Callable[[], object]) -> dict[Any, tor
     return shapes
 
 
-def _gains(layer: Any, layouts: _Layouts, shape: torch.Size) -> bool:
-    """Whether the layer is faster so, both ways together, and gives the same bits."""
+def _measured_gain(layer: Any, shape: torch.Size) -> float | None:
+    """See `_gain`."""
     like: Any = copy.copy(layer)  # its twin, with parameters of its own
     like._parameters = dict(layer._parameters)
     like.__class__ = LAID_OUT[type(layer)]
-    like.take(layouts)
+    like.take(laid_out(layer, shape))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(layer.weight.dtype)
     if x.ndim == 4:
@@ -291,8 +294,11 @@ def _gains(layer: Any, layouts: _Layouts, shape: torch.Size) -> bool:
     plain_back_s, expected = _timed(lambda: _plain_gradient(layer, grad, shape))
     onward_s, product = _timed(lambda: like._fast(x))
     back_s, gradient = _timed(lambda: like._fast_gradient(grad, shape))
+    gained_s = plain_s + plain_back_s - onward_s - back_s
+    worth = gained_s / layer.weight.nbytes * GIB
     is_equal = _is_same(product, made) and _is_same(gradient, expected)
-    return is_equal and onward_s + back_s < (1 - LEAST_GAIN) * (plain_s + plain_back_s)
+    is_worth_it = gained_s > LEAST_GAIN * (plain_s + plain_back_s) and worth > LEAST_WORTH
+    return worth if is_equal and is_worth_it else None
 
 
 def _plain(layer: Any, x: Tensor) -> Tensor:
