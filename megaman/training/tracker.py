@@ -219,7 +219,7 @@ class Tracker(SilentTracker):
 
     def _say_without_tensorboard(self, error: OSError) -> None:
         reason = error.strerror or error
-        self._say(f"note: TensorBoard's log can't be written ({reason}); the run goes on without it")
+        self._say(f"note: TensorBoard's log can't be written ({reason}) and ends here")
 
     def _say(self, line: str) -> None:
         """Says a line above the bar, not into it."""
