@@ -2,13 +2,12 @@
 
     python tests/bench/bench_forms.py [--rounds 15]
 
-Steps are timed on the embedded base on one core of the CPU, batch 8 at 64 px, float32: after a warm-up the
-forms take one step each in turn, round after round, and the core's own time is counted, so that other
-programs disturb little and all forms alike. Prints a table of medians and quartiles, then one JSON line.
+The steps are the program's own, of the embedded base on one core of the CPU, batch 8 at 64 px, float32:
+after a warm-up the forms take one each in turn, round after round, and the core's own time is counted, so
+that other programs disturb little and all forms alike. Prints medians and quartiles, then one JSON line.
 """
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -20,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from megaman.common.console import quiet_libraries  # noqa: E402
-from megaman.config.train import EMBEDDED  # noqa: E402
 
 quiet_libraries()
 
@@ -28,12 +26,10 @@ import diffusers  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 from adapted import inject_lora  # noqa: E402
+from bench.bench_step import our_loop  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 from megaman.config.train import TrainConfig  # noqa: E402
-from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
-from megaman.model.text import Text  # noqa: E402
-from megaman.training.objective import Batch, training_losses  # noqa: E402
 
 FORMS: dict[str, dict[str, object]] = {
     "attention": {},
@@ -45,7 +41,8 @@ FORMS: dict[str, dict[str, object]] = {
     "attention, DoRA": {"use_dora": True},
     "conv, DoRA": {"lora_targets": "conv", "use_dora": True},
 }
-BATCH, WARM_UP, SNR_GAMMA = 8, 3, 5.0
+BATCH, WARM_UP = 8, 3
+BASE = "--preset demo --preserve_weight 0 --lora_rank 8 --report_to none --output_dir nothing-is-written"
 
 
 def parameters(form: dict[str, object]) -> int:
@@ -55,28 +52,14 @@ def parameters(form: dict[str, object]) -> int:
     return sum(parameter.numel() for parameter in inject_lora(unet, TrainConfig(**form)))
 
 
-def stepper(base: StableDiffusion, form: dict[str, object]) -> Callable[[], float]:
-    """A function that trains one step and returns its seconds."""
-    cfg, unet = TrainConfig(**form), copy.deepcopy(base.unet)
-    optimizer = torch.optim.AdamW(inject_lora(unet, cfg), lr=1e-4)
-    unet.train()
-    generator = torch.Generator().manual_seed(0)
-    side = base.native_resolution // base.stride
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    latents, noise = (normal(BATCH, base.unet.config.in_channels, side, side) for _ in range(2))
-    timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
-    text = Text(normal(BATCH, base.tokenizer.model_max_length, unet.config.cross_attention_dim))
-    sizes, nobody = torch.zeros(BATCH, 6), torch.zeros(0, dtype=torch.long)
-    draw = Batch(latents, noise, timesteps, text, sizes, text[:0], text[:0], nobody)
+def stepper(form: dict[str, object]) -> Callable[[], float]:
+    """A function that trains one step and returns the core's seconds."""
+    flags = [word for name, value in form.items() for word in (f"--{name}", str(value)) if word != "True"]
+    train_step, _ = our_loop([*BASE.split(), "--train_batch_size", str(BATCH), *flags])
 
     def step() -> float:
         started = time.process_time()
-        training_losses(unet, draw, base.scheduler, SNR_GAMMA)[0].mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step()
         return time.process_time() - started
 
     return step
@@ -88,8 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    base = load_base(EMBEDDED, device=torch.device("cpu"), dtype=torch.float32)
-    steps = {name: stepper(base, form) for name, form in FORMS.items()}
+    steps = {name: stepper(form) for name, form in FORMS.items()}
     times: dict[str, list[float]] = {name: [] for name in FORMS}
     for number in range(WARM_UP + flags.rounds):
         for name, step in steps.items():
