@@ -75,7 +75,8 @@ def random_hero(rng: random.Random) -> Figure:
     )  # fmt: skip
 
 
-def _a(noun: str) -> str:
+def with_article(noun: str) -> str:
+    """a robot, an astronaut."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -87,7 +88,7 @@ def phrases_of(figure: Figure) -> dict[str, str]:
         "facing": f"facing {figure.facing}",
         "trim" if boots else "legs": f"{figure.trim} gloves and boots" if boots else figure.legs,
         "tool": {"bare hands": "bare hands", "claws": "with claws"}.get(
-            figure.tool, f"with {_a(figure.tool)}"
+            figure.tool, f"with {with_article(figure.tool)}"
         ),
         "style": figure.style,
         "background": f"{figure.background} background",
@@ -129,7 +130,7 @@ def caption(figure: Figure, rng: random.Random, always: Sequence[str] = ()) -> s
     if rng.random() < 0.15:
         details += rng.sample(FILLERS, rng.randint(1, 3))
     name = f"{figure.body} {figure.kind}"
-    return ", ".join([name if rng.random() < 0.5 else _a(name), *details])
+    return ", ".join([name if rng.random() < 0.5 else with_article(name), *details])
 
 
 DIFFERENCES = {"pose": 8, "facing": 6, "background": 2, "body": 2, "tool": 2, "style": 2}  # field: weight

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw
 
-from megaman.tiny_sd.figures import FILLERS, HERO_WORDS, caption, counterpart, random_figure
+from megaman.tiny_sd.figures import FILLERS, HERO_WORDS, caption, counterpart, random_figure, with_article
 from megaman.tiny_sd.sketch import BACKGROUNDS, COLOURS, INK, Figure, draw
 
 SIDE_PX = 64
@@ -59,8 +59,8 @@ def describe(subject: Subject, background: str, rng: random.Random) -> str:
         details.insert(rng.randint(0, len(details)), f"{background} background")
     if rng.random() < 0.1:
         details.append(rng.choice(FILLERS))
-    article = "an" if subject.name[0] in "aeiou" else "a"
-    return ", ".join([f"{article} {subject.name}" if rng.random() < 0.5 else subject.name, *details])
+    name = subject.name
+    return ", ".join([with_article(name) if rng.random() < 0.5 else name, *details])
 
 
 def pairs(
