@@ -421,19 +421,21 @@ def set_up(cfg: TrainConfig) -> Run:
 
 def speed_up(run: Run) -> None:
     """Puts faster ways of computing the same in place, where they fit: of the LoRA layers, and, on a CPU, of
-    the frozen ones, which are measured on an example of the run.
+    the frozen ones: linear layers of float32 by the kind of CPU, others as an example of the run shows.
     """
     if run.cfg.compile:
         return  # what is compiled is fused by the compiler
+    is_on_cpu = run.accelerator.device.type == "cpu"
     for part in run.base.parts.values():
         fused.fuse(part)
-        products.take_over(part)
-    if run.accelerator.device.type == "cpu" and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
+        if is_on_cpu:
+            products.take_over(part)
+    if is_on_cpu and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
         times = validation.TIMESTEPS[:1] * run.memory.batch
         batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
         unet = run.base.unet
         example = partial(objective.predictions, unet, batch, run.base.scheduler)
-        onednn.lay_out(unet, example, keep=fused.layers_read(unet))
+        onednn.lay_out(unet, example, fused.layers_read(unet), run.accelerator.num_processes)
 
 
 def load_base(

@@ -150,3 +150,19 @@ def test_a_run_whose_lines_nobody_reads_any_more_goes_on(tmp_path: Path) -> None
     os.close(write)
     assert done.returncode == 0
     assert (tmp_path / "made").is_file()
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA out of memory. Tried to allocate 2.00 MiB", True),
+        ("could not create a primitive", True),
+        ("could not execute a primitive", True),
+        ("could not create a primitive descriptor for a matmul primitive", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_want_of_memory_is_known_by_its_words(message: str, expected: bool) -> None:
+    assert console.is_out_of_memory(RuntimeError(message)) == expected
+    assert not console.is_out_of_memory(ValueError(message))

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from megaman.common.kinds import SD1, XL, Kind
 from megaman.config.train import TrainConfig
 from megaman.lora.fused import fuse, layers_read
-from megaman.model import footprint, onednn
+from megaman.model import footprint, memory, onednn
 from megaman.model.onednn import LaidOutConv2d, LaidOutLinear, lay_out
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
 KINDS_OF_LAYERS = (LaidOutConv2d, LaidOutLinear)
 
 
@@ -145,26 +148,29 @@ def test_without_the_private_operators_all_stays_as_it_is(
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("free", [0, 100_000, 400_000])
+@pytest.mark.parametrize(("free", "processes"), [(0, 1), (100_000, 1), (400_000, 1), (400_000, 4)])
 def test_second_copies_take_half_of_the_free_memory_and_the_best_come_first(
-    free: int, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+    free: int, processes: int, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet = tiny_base.unet
     layers = [each for each in unet.modules() if onednn.can_be_laid_out(each)]
     sizes = {layer: layer.weight.nbytes for layer in layers}
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(onednn, "_gain", lambda layer, _: float(sizes[layer]))
-    lay_out(unet, run_once(unet))
+    given_back: list[int] = []
+    monkeypatch.setattr(memory, "give_back", lambda: given_back.append(1))
+    count = lay_out(unet, run_once(unet), processes=processes)
     taken = laid_out_in(unet)
+    assert count == len(taken) == len(given_back)
+    share = free / 2 / processes
     left = [sizes[layer] for layer in layers if layer not in taken]
-    room = free / 2 - sum(sizes[layer] for layer in taken)
-    assert 0 <= room < min(left)
-    fitting = [size for size in sizes.values() if size <= free / 2]
+    assert 0 <= share - sum(sizes[layer] for layer in taken) < min(left)
+    fitting = [size for size in sizes.values() if size <= share]
     assert not fitting or max(sizes[layer] for layer in taken) == max(fitting)
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize(("which", "most"), [("LEAST_GAIN", 1.0), ("LEAST_WORTH", 1e9)])
+@pytest.mark.parametrize(("which", "most"), [("LEAST_GAIN", 1.0), ("LEAST_WORTH", 1e12)])
 def test_nothing_slower_or_hardly_faster_for_its_memory_is_laid_out(
     which: str, most: float, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,3 +188,12 @@ def test_a_layer_in_training_is_left_to_torch() -> None:
     layer = nn.Linear(32, 32)
     assert not onednn.can_be_laid_out(layer)
     assert onednn.can_be_laid_out(layer.requires_grad_(False))
+
+
+def test_a_gain_is_told_in_seconds_for_each_gib_of_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([3.0, 2.0, 1.0, 1.0])  # torch's ways there and back, then the faster ones
+    monkeypatch.setattr(onednn, "_timed", lambda compute: (next(seconds), compute()))
+    monkeypatch.setattr(onednn, "_is_same", lambda *_: True)
+    monkeypatch.setattr(onednn, "_GAINS", {})
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    assert onednn._gain(layer, torch.Size((8, 64))) == pytest.approx(3 / (64 * 64 * 4 / 2**30))

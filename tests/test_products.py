@@ -1,12 +1,13 @@
 """Products of float32 matrices by the faster library: the same numbers, and the same one every time."""
 
 import platform
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_fused import adapted, apart, computed, inputs_of
 from torch import Tensor, nn
 
@@ -15,7 +16,9 @@ import megaman_lora
 from megaman.config.generate import GenerateConfig
 from megaman.config.train import EMBEDDED, TrainConfig
 from megaman.lora import products
-from megaman.lora.fused import fuse
+from megaman.lora.adapter import Adapter
+from megaman.lora.fused import FusedLinear, fuse
+from megaman.lora.injection import lora_modules
 from megaman.lora.products import FrozenLinear, prefers_onednn, take_over
 from megaman.model.stable_diffusion import StableDiffusion
 
@@ -44,6 +47,14 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small products too."""
     monkeypatch.setattr(products, "SMALLEST_RESULT", 0)
     monkeypatch.setattr(products, "SMALLEST_WORK", 0)
+
+
+@needs_onednn
+def test_a_bias_that_lies_scattered_is_read_right(by_onednn: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(300, 200), torch.randn(120, 200), torch.randn(240)[::2]
+    torch.testing.assert_close(products.linear(x, weight, bias), x @ weight.t() + bias, rtol=1e-5, atol=1e-4)
+    assert by_onednn
 
 
 @needs_onednn
@@ -78,13 +89,20 @@ def test_small_products_and_other_precisions_are_torchs_own(
 
 @needs_onednn
 @pytest.mark.parametrize(
-    ("capability", "processor", "expected"),
-    [("AVX512", AMD, True), ("AVX512", INTEL, False), ("AVX2", AMD, False), ("DEFAULT", "", False)],
+    ("capability", "processor", "has_mkl", "expected"),
+    [
+        ("AVX512", AMD, True, True),
+        ("AVX512", AMD, False, False),
+        ("AVX512", INTEL, True, False),
+        ("AVX2", AMD, True, False),
+        ("DEFAULT", "", True, False),
+    ],
 )
 def test_the_cpu_decides(
-    capability: str, processor: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+    capability: str, processor: str, has_mkl: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
     monkeypatch.setattr(products, "_processor", lambda: processor)
     assert prefers_onednn.__wrapped__() == expected
 
@@ -99,6 +117,7 @@ def test_an_operator_that_is_gone_or_multiplies_wrong_is_not_used(
         return x @ weight
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(products, "_processor", lambda: AMD)
     monkeypatch.setattr(products, "_by_onednn", operator)
     assert not prefers_onednn.__wrapped__()
@@ -126,6 +145,10 @@ def test_a_frozen_layer_and_its_gradient_are_torchs(has_bias: bool, by_onednn: l
     torch.testing.assert_close(torch.autograd.grad(made.square().sum(), x)[0], gradient, rtol=1e-4, atol=1e-4)
     assert by_onednn == [(200, 200), (200, 160)]
     assert not layer(x.detach()).requires_grad
+    assert layer(torch.zeros(0, 5, 200)).shape == (0, 5, 160)
+    first = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError):  # instead of a second gradient of nothing
+        torch.autograd.grad(first.sum(), x)
 
 
 @pytest.mark.parametrize("prefers", [True, False])
@@ -137,6 +160,43 @@ def test_only_frozen_float32_layers_are_taken_over_and_only_where_it_gains(
     take_over(nn.ModuleList([frozen, trained, half.requires_grad_(False)]))
     assert type(frozen) is (FrozenLinear if prefers else nn.Linear)
     assert type(trained) is type(half) is nn.Linear
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("rows", "rank", "expected"),
+    [
+        (600, 64, [(600, 200), (600, 160), (160, 600)]),  # within the weight: forward, to x, of the weight
+        (600, 4, [(600, 200), (600, 160)]),  # whose factors' gradients are small products
+        (80, 4, [(80, 200), (80, 160)]),  # beside the weight
+    ],
+    ids=["all of it", "few ranks", "few rows"],
+)
+def test_a_lora_layers_large_products_are_onednns(
+    rows: int, rank: int, expected: list[tuple[int, int]], by_onednn: list[torch.Size]
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.ModuleDict({"to_q": nn.Linear(200, 160)}).requires_grad_(False)
+    wrapped = get_peft_model(layer, LoraConfig(r=rank, target_modules=["to_q"]))
+    (module,) = lora_modules(wrapped).values()
+    fuse(wrapped)
+    take_over(wrapped)
+    module(torch.randn(rows, 200, requires_grad=True)).square().sum().backward()
+    assert [size for size in by_onednn if min(size) > rank] == expected
+
+
+@pytest.mark.parametrize("order", [(fuse, take_over), (take_over, fuse)], ids=["after", "before"])
+def test_a_lora_of_a_layer_that_was_taken_over_is_fused(
+    order: tuple[Callable[[nn.Module], None], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    layer = nn.ModuleDict({"to_q": nn.Linear(8, 8)}).requires_grad_(False)
+    wrapped = get_peft_model(layer, LoraConfig(r=2, target_modules=["to_q"]))
+    for change in order:
+        change(wrapped)
+    (module,) = lora_modules(wrapped).values()
+    assert type(module) is FusedLinear
+    assert type(module.base_layer) is FrozenLinear
 
 
 @needs_onednn
@@ -159,10 +219,8 @@ def test_a_unet_with_a_lora_predicts_and_learns_the_same(
 def test_drawing_on_a_cpu_takes_them(
     device: str, expected: type, by_onednn: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = SimpleNamespace(metadata={})
-    base = generate_megaman.load_base(
-        EMBEDDED, adapter, GenerateConfig(), torch.device(device), torch.float32
-    )
+    where = torch.device(device)
+    base = generate_megaman.load_base(EMBEDDED, Adapter({}), GenerateConfig(), where, torch.float32)
     attention = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     assert type(attention.to_q) is expected
     if device == "cpu":

@@ -51,7 +51,10 @@ _LOOP = "Symlink loop from "  # what pathlib raises a RuntimeError with, before 
 _STEERING = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )  # controls, writing directions
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+_MEMORY_WORDS = re.compile(
+    r"out of memory|can't allocate memory|not enough memory"
+    r"|could not (create|execute) a primitive(?! desc)"  # oneDNN's, without room for what it needs beside
+)
 
 
 REQUIREMENTS = "requirements_megaman_lora.txt"
@@ -200,10 +203,8 @@ def _tell_of_a_thread(ended: threading.ExceptHookArgs) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or its accelerator has no memory left."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in words for word in _MEMORY_WORDS)
-    )
+    is_said = _MEMORY_WORDS.search(str(error).lower()) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_said)
 
 
 @contextmanager

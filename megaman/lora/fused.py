@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from megaman.lora import products
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 
+LINEAR = (nn.Linear, products.FrozenLinear)
 DENSE = 0.4  # of a weight's size: factors that hold more give their gradients through the whole one's
 
 
@@ -32,8 +33,8 @@ class FusedLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         if self.disable_adapters:
             return self.base_layer(x)
-        rows = x.reshape(-1, x.shape[-1])
-        return _updated(self, rows).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(-1, self.in_features)
+        return _updated(self, rows).reshape(*x.shape[:-1], self.out_features)
 
 
 class FusedPointwise(LoraConv2d):
@@ -64,7 +65,7 @@ def _is_plain(module: Any) -> bool:
     if type(module) is LoraConv2d:
         is_known = type(base) is nn.Conv2d and base.kernel_size == base.stride == (1, 1) and base.groups == 1
     else:
-        is_known = type(module) is LoraLinear and (type(base) is nn.Linear or hasattr(base, "product"))
+        is_known = type(module) is LoraLinear and (type(base) in LINEAR or hasattr(base, "product"))
     names = {*module.active_adapters, *module.lora_A}
     is_alone = names == {ADAPTER_NAME} and ADAPTER_NAME not in module.lora_variant
     dropout = module.lora_dropout[ADAPTER_NAME]

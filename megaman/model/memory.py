@@ -41,7 +41,9 @@ def keep_freed_memory() -> None:
 
 
 def give_back() -> None:
-    """Returns to Linux what malloc keeps of freed blocks: work of another kind, of other sizes, follows."""
+    """Returns to Linux what malloc keeps of freed blocks, against `keep_freed_memory`: for when work is done
+    whose blocks the next does not need, as encoding before training.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -15,6 +15,7 @@ from megaman.common.output_folder import RunFolder
 from megaman.common.signals import StopRequest
 from megaman.config.train import TrainConfig
 from megaman.data.held_out import held_out_of
+from megaman.lora import products
 from megaman.model.compute import digits_of
 from megaman.model.drawing import as_settings, draw, pipeline_of
 from megaman.model.stable_diffusion import StableDiffusion
@@ -96,7 +97,7 @@ def draw_previews(base: StableDiffusion, text: Text, look: Look, step: int, stop
     return [] if stop else images
 
 
-RECIPE = 2  # raised whenever previews are drawn in another way, which changes a digit
+RECIPE = 1  # raised whenever previews are drawn in another way, which changes a digit
 
 
 def key_of_base_previews(weights: str, base: StableDiffusion, text: Text, look: Look, kernels: str) -> str:
@@ -107,9 +108,8 @@ def key_of_base_previews(weights: str, base: StableDiffusion, text: Text, look: 
     """
     states = [each.float().cpu().numpy().tobytes() for each in (text.states, text.pooled) if each is not None]
     precision = (base.unet.dtype, json.dumps(dict(base.scheduler.config), sort_keys=True, default=str))
-    return key_of(
-        "previews", RECIPE, SAMPLE_STEPS, weights, *states, look, *precision, kernels, digits_of(base.device)
-    )
+    digits = (digits_of(base.device), products.prefers_onednn())
+    return key_of("previews", RECIPE, SAMPLE_STEPS, weights, *states, look, *precision, kernels, *digits)
 
 
 def first_drawn_with(base: StableDiffusion, cfg: TrainConfig, store: Store) -> str | None:

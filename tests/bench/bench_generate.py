@@ -31,6 +31,7 @@ from bench.plain_loops import DTYPES  # noqa: E402
 from bench.setting import Setting, add_arguments, machine, parsed, setting_of, synchronize  # noqa: E402
 from bench.turns import Answers, Contest, Deadline, Worker, ratio, serve, spread  # noqa: E402
 
+from megaman.lora.products import take_over  # noqa: E402
 from megaman.model.drawing import SAMPLERS, draw_or_none, pipeline_of, words  # noqa: E402
 from megaman.model.memory import keep_freed_memory  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
@@ -57,6 +58,9 @@ def contestant(told: dict[str, Any]) -> tuple[dict[str, Any], Answers]:
     keep_freed_memory()
     started = time.perf_counter()
     base = load_base(setting.base, device=torch.device(setting.device), dtype=DTYPES[setting.precision])
+    if setting.device == "cpu":
+        for part in base.parts.values():
+            take_over(part)  # as generate_megaman.py does
     base.place("vae", *base.parts)
     loaded = time.perf_counter() - started
     work = partial(draw, base, setting.resolution, told["steps"])
