@@ -14,7 +14,7 @@ from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.config.train import TrainConfig
 from megaman.lora.fused import FusedLinear, FusedPointwise, _summed, fuse, layers_read, merges
 from megaman.lora.injection import adapter_of, inject, lora_modules
-from megaman.model.int8 import store_in_int8
+from megaman.model.int8 import store_in_int8, whole
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.training.checkpoints import trained
 from megaman.training.sampler import generator_of
@@ -182,3 +182,16 @@ def test_fifty_steps_follow_a_plain_float32_loop(tiny_base: StableDiffusion) -> 
 def test_sums_in_float16_do_not_overflow_on_the_way() -> None:
     one, other = (torch.full((64, 2), 300.0, dtype=torch.float16) for _ in range(2))
     assert torch.equal(_summed(one, other, torch.float32), torch.full((2, 2), 64 * 300.0**2))
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [(1000, 1300), (320, 320, 3, 3), (3, 700_000), (5, 4)], ids=str)
+def test_bytes_made_whole_in_pieces_are_those_of_one_pass(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    factors = torch.rand((shape[0], *[1] * (len(shape) - 1)), generator=generator)
+    if len(shape) == 4:
+        stored = stored.to(memory_format=torch.channels_last)
+    made = whole(stored, factors, dtype)
+    assert torch.equal(made, torch.mul(stored, factors, out=torch.empty_like(stored, dtype=dtype)))
+    assert made.stride() == stored.stride()

@@ -14,6 +14,7 @@ from torch.nn.grad import conv2d_input
 
 LARGEST = 127
 SMALLEST_LAYER = 4096  # weights; below, nothing is saved
+IN_CACHE = 2**19  # weights that are made whole at a time
 
 
 class Int8Linear(nn.Linear):
@@ -52,8 +53,16 @@ IN_INT8: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
 
 
 def whole(weight: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that the bytes stand for, in one pass and without a float32 copy."""
-    return torch.mul(weight, factors, out=torch.empty_like(weight, dtype=dtype))
+    """The weight that the bytes stand for, without a float32 copy of it: on a card in one pass; on a CPU,
+    whose products are slow while they convert, in pieces that stay in its cache.
+    """
+    made = torch.empty_like(weight, dtype=dtype)
+    if weight.device.type != "cpu":
+        return torch.mul(weight, factors, out=made)
+    rows = max(1, IN_CACHE * len(weight) // weight.numel())
+    for piece, stored, factor in zip(made.split(rows), weight.split(rows), factors.split(rows), strict=True):
+        piece.copy_(stored.float().mul_(factor))
+    return made
 
 
 class _Linear(torch.autograd.Function):
