@@ -70,7 +70,7 @@ from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file,
 from megaman.generation.recommendation import gather, recommend
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
 from megaman.generation.saving import Seldom, beside
-from megaman.lora import products
+from megaman.kernels import heap, products
 from megaman.lora.adapter import STRENGTH, Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, footprint, memory, stable_diffusion
@@ -361,7 +361,7 @@ def generate(cfg: GenerateConfig) -> Path:
     cfg = replace(cfg, negative_prompt=cfg.negative_prompt and without_lora_tags(cfg.negative_prompt))
     check_output_folder(output, lora_path)
 
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     device = compute.pick_device(cfg.device)
     dtype = compute.pick_dtype(cfg.mixed_precision, device)
     name = base_of(adapter, lora_path, cfg.base_model)

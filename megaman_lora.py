@@ -59,8 +59,9 @@ from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
-from megaman.lora import fused, init_lora, injection, products, strength
-from megaman.model import compute, footprint, memory, onednn, stable_diffusion
+from megaman.kernels import convolutions, heap, onednn, products
+from megaman.lora import fused, init_lora, injection, strength
+from megaman.model import compute, footprint, memory, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
@@ -374,7 +375,7 @@ class Run:
 
 def set_up(cfg: TrainConfig) -> Run:
     """Everything before the first step, what is quick and may fail before what is slow. Writes nothing."""
-    memory.keep_freed_memory()
+    heap.keep_freed_memory()
     accelerator, dtype = compute.start(cfg.mixed_precision)
     compute.try_out(cfg.attention, cfg.compile, accelerator.device)
     checkpoint = resume.checkpoint_of(cfg.resume_from_checkpoint, RunFolder(Path(cfg.output_dir)))
@@ -430,6 +431,7 @@ def speed_up(run: Run) -> None:
         fused.fuse(part)
         if is_on_cpu:
             products.take_over(part)
+            convolutions.take_over(part)
     if is_on_cpu and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
         times = validation.TIMESTEPS[:1] * run.memory.batch
         batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
@@ -499,7 +501,7 @@ def begin(run: Run) -> None:
         say(f"resuming: at step {run.start} of {run.cfg.max_train_steps}, from {run.checkpoint.path}")
     plan_memory(run)
     apply_memory_plan(run)
-    memory.give_back()  # what encoding and measuring took
+    heap.give_back()  # what encoding and measuring took
 
 
 def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
@@ -611,7 +613,7 @@ def draw_samples(run: Run, tracker: SilentTracker, step: int, stop: signals.Stop
             images = validation.kept_previews(key, open_store(cfg), drawn)
         else:
             images = drawn()
-        memory.give_back()
+        heap.give_back()
         if images:
             tracker.show_samples(step, cfg.validation_prompt, images)
 

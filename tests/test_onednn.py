@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from megaman.common.kinds import SD1, XL, Kind
 from megaman.config.train import TrainConfig
+from megaman.kernels import heap, onednn
+from megaman.kernels.onednn import LaidOutConv2d, LaidOutLinear, lay_out
 from megaman.lora.fused import fuse, layers_read
-from megaman.model import footprint, memory, onednn
-from megaman.model.onednn import LaidOutConv2d, LaidOutLinear, lay_out
+from megaman.model import footprint
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 
 pytestmark = pytest.mark.skipif(
@@ -158,7 +159,7 @@ def test_second_copies_take_half_of_the_free_memory_and_the_best_come_first(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(onednn, "_gain", lambda layer, _: float(sizes[layer]))
     given_back: list[int] = []
-    monkeypatch.setattr(memory, "give_back", lambda: given_back.append(1))
+    monkeypatch.setattr(heap, "give_back", lambda: given_back.append(1))
     count = lay_out(unet, run_once(unet), processes=processes)
     taken = laid_out_in(unet)
     assert count == len(taken) == len(given_back)

@@ -15,11 +15,11 @@ import generate_megaman
 import megaman_lora
 from megaman.config.generate import GenerateConfig
 from megaman.config.train import EMBEDDED, TrainConfig
-from megaman.lora import products
+from megaman.kernels import products
+from megaman.kernels.products import FrozenLinear, prefers_onednn, take_over
 from megaman.lora.adapter import Adapter
 from megaman.lora.fused import FusedLinear, fuse
 from megaman.lora.injection import lora_modules
-from megaman.lora.products import FrozenLinear, prefers_onednn, take_over
 from megaman.model.stable_diffusion import StableDiffusion
 
 INTEL, AMD = "vendor_id : GenuineIntel", "vendor_id : AuthenticAMD"
@@ -32,14 +32,14 @@ needs_onednn = pytest.mark.skipif(
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Lets oneDNN multiply whatever the CPU; the sizes of what it was given."""
     given: list[torch.Size] = []
-    real = products._by_onednn
+    real = products.by_onednn
 
     def noted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         given.append(x.shape)
         return real(x, weight, bias)
 
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
-    monkeypatch.setattr(products, "_by_onednn", noted)
+    monkeypatch.setattr(products, "by_onednn", noted)
     return given
 
 
@@ -119,7 +119,7 @@ def test_an_operator_that_is_gone_or_multiplies_wrong_is_not_used(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(products, "_processor", lambda: AMD)
-    monkeypatch.setattr(products, "_by_onednn", operator)
+    monkeypatch.setattr(products, "by_onednn", operator)
     assert not prefers_onednn.__wrapped__()
 
 

@@ -18,10 +18,11 @@ FLOORS = {
     "common": set(),
     "config": {"common"},
     "data": {"common", "config"},
-    "model": {"common", "config"},
-    "lora": {"common", "config"},
-    "training": {"common", "config", "data", "model", "lora"},
-    "generation": {"common", "config", "data", "model", "lora"},
+    "kernels": set(),
+    "model": {"common", "config", "kernels"},
+    "lora": {"common", "config", "kernels"},
+    "training": {"common", "config", "data", "kernels", "model", "lora"},
+    "generation": {"common", "config", "data", "kernels", "model", "lora"},
 }  # whom each may import beside its own; the scripts all, and nobody the scripts
 WITHOUT_TORCH = ("common", "config")
 LONGEST_CHAIN, ROOMS_TO_WRITE_A_FILE = 9, 14

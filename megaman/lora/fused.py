@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megaman.lora import products
+from megaman.kernels import products
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 
 LINEAR = (nn.Linear, products.FrozenLinear)

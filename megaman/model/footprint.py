@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaman.common.kinds import Level, StepCost, kind_of_width
 from megaman.config.train import TrainConfig
-from megaman.model import onednn
+from megaman.kernels import onednn
 from megaman.model.memory import IN_WORDS
 from megaman.model.stable_diffusion import StableDiffusion
 

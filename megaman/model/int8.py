@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.grad import conv2d_input
+
+from megaman.kernels import convolutions, products
 
 LARGEST = 127
 SMALLEST_LAYER = 4096  # weights; below, nothing is saved
@@ -26,15 +26,16 @@ class Int8Linear(nn.Linear):
         """(…,in) -> (…,out)."""
         if self.weight.is_floating_point():  # PEFT makes its own layers of the class that it wraps
             return super().forward(x)
-        return _Linear.apply(x, self.weight, self.factors, self.bias)
+        rows = x.reshape(-1, self.in_features)
+        return _Linear.apply(rows, self.weight, self.factors, self.bias).reshape(*x.shape[:-1], -1)
 
     def product(self, x: Tensor) -> Tensor:
-        """As `forward`, without a gradient."""
-        return functional.linear(x, whole(self.weight, self.factors, x.dtype), self.bias)
+        """As `forward`, of rows (N,in) -> (N,out), without a gradient."""
+        return products.linear(x, whole(self.weight, self.factors, x.dtype), self.bias)
 
-    def gradient_to_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """Of the output's gradient (…,out): the input's, of this shape (…,in)."""
-        return (grad @ whole(self.weight, self.factors, grad.dtype)).reshape(shape)
+    def gradient_to_input(self, grad: Tensor, _: torch.Size) -> Tensor:
+        """Of the output's gradient (N,out): the input's (N,in)."""
+        return products.matmul(grad, whole(self.weight, self.factors, grad.dtype))
 
 
 class Int8Conv2d(nn.Conv2d):
@@ -69,12 +70,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, factors)
-        return functional.linear(x, whole(weight, factors, x.dtype), bias)
+        return products.linear(x, whole(weight, factors, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, factors = ctx.saved_tensors
-        return grad @ whole(weight, factors, grad.dtype), None, None, None
+        return products.matmul(grad, whole(weight, factors, grad.dtype)), None, None, None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -84,13 +85,13 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, factors)
         ctx.shape, ctx.window = x.shape, window
-        return functional.conv2d(x, whole(weight, factors, x.dtype), bias, *window)
+        return convolutions.conv2d(x, whole(weight, factors, x.dtype), bias, window)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, factors = ctx.saved_tensors
         made = whole(weight, factors, grad.dtype)
-        return conv2d_input(ctx.shape, made, grad, *ctx.window), None, None, None, None
+        return convolutions.conv2d_to_input(ctx.shape, made, grad, ctx.window), None, None, None, None
 
 
 @torch.no_grad()

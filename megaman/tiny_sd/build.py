@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from megaman.model.memory import keep_freed_memory
+from megaman.kernels.heap import keep_freed_memory
 from megaman.tiny_sd import autoencoder, denoiser
 from megaman.tiny_sd.autoencoder import latents_of, train_vae
 from megaman.tiny_sd.denoiser import (

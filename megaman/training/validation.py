@@ -15,7 +15,7 @@ from megaman.common.output_folder import RunFolder
 from megaman.common.signals import StopRequest
 from megaman.config.train import TrainConfig
 from megaman.data.held_out import held_out_of
-from megaman.lora import products
+from megaman.kernels import products
 from megaman.model.compute import digits_of
 from megaman.model.drawing import as_settings, draw, pipeline_of
 from megaman.model.stable_diffusion import StableDiffusion

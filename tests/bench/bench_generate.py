@@ -31,7 +31,7 @@ from bench.plain_loops import DTYPES  # noqa: E402
 from bench.setting import Setting, add_arguments, machine, parsed, setting_of, synchronize  # noqa: E402
 from bench.turns import Answers, Contest, Deadline, Worker, ratio, serve, spread  # noqa: E402
 
-from megaman.lora.products import take_over  # noqa: E402
+from megaman.kernels.products import take_over  # noqa: E402
 from megaman.model.drawing import SAMPLERS, draw_or_none, pipeline_of, words  # noqa: E402
 from megaman.model.memory import keep_freed_memory  # noqa: E402
 from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402

@@ -21,16 +21,17 @@ SMALLEST_WORK = 2_000_000  # multiplications, 20 microseconds: below, its longer
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: x (N,in), weight (out,in), bias (out,) -> (N,out). No gradient goes through it."""
-    return _by_onednn(x, weight, bias) if _is_faster(x, weight) else functional.linear(x, weight, bias)
+    return by_onednn(x, weight, bias) if _is_faster(x, weight) else functional.linear(x, weight, bias)
 
 
 def matmul(one: Tensor, other: Tensor) -> Tensor:
     """one (N,K), other (K,M) -> (N,M). No gradient goes through it."""
     turned = other.t()
-    return _by_onednn(one, turned, None) if _is_faster(one, turned) else one @ other
+    return by_onednn(one, turned, None) if _is_faster(one, turned) else one @ other
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by its private operator: x (…,in), weight (out,in) or its layout, bias (out,) -> (…,out)."""
     bias = None if bias is None else bias.contiguous()  # the operator reads no other one right
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -52,7 +53,7 @@ def prefers_onednn() -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn((64, 64), generator=generator) for _ in range(2))
     try:
-        made = _by_onednn(x, weight, None)
+        made = by_onednn(x, weight, None)
     except (RuntimeError, AttributeError, TypeError):  # it is private, and may go
         return False
     return torch.allclose(made, functional.linear(x, weight), rtol=0, atol=1e-4)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-from megaman.model import memory
+from megaman.kernels import convolutions, heap, products
 
 LEAST_GAIN = 0.04  # of a layer's time both ways: below, it may be chance
 LEAST_WORTH = 0.1  # seconds gained in a step by each GiB of second copies: below, the memory is worth more
@@ -84,10 +84,10 @@ class LaidOutLinear(_LaidOut, nn.Linear):  # type: ignore[override]
     """A frozen linear layer, (…,in) -> (…,out); see above."""
 
     def _fast(self, x: Tensor) -> Tensor:
-        return _linear(x, self.layouts.onward, self.bias)
+        return products.by_onednn(x, self.layouts.onward, self.bias)
 
     def _fast_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        return _linear(grad.contiguous(), self.layouts.back, None)
+        return products.by_onednn(grad.contiguous(), self.layouts.back, None)
 
 
 class LaidOutConv2d(_LaidOut, nn.Conv2d):  # type: ignore[override]
@@ -154,10 +154,6 @@ def _linear_layout(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-def _linear(x: Tensor, layout: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "")
-
-
 def _conv_layout(weight: Tensor, like: nn.Conv2d, shape: torch.Size) -> Tensor:
     """A weight (out,in,k,k) laid out for inputs of this shape; others are taken too."""
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
@@ -185,7 +181,11 @@ def laid_out(layer: Any, shape: torch.Size) -> _Layouts:
     return _Layouts(_conv_layout(weight.contiguous(), layer, shape), _conv_layout(turned, layer, shape_out))
 
 
-LAID_OUT: dict[type, type] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}
+LAID_OUT: dict[type, type] = {
+    nn.Linear: LaidOutLinear,
+    nn.Conv2d: LaidOutConv2d,
+    convolutions.FrozenConv2d: LaidOutConv2d,
+}
 
 
 def layouts_of(model: nn.Module) -> list[Tensor]:
@@ -243,7 +243,7 @@ def lay_out(
                 layouts = laid_out(layer, shapes[layer])
                 layer.__class__ = LAID_OUT[type(layer)]
                 layer.take(layouts)
-                memory.give_back()  # torch's copy, which malloc would keep
+                heap.give_back()  # torch's copy, which malloc would keep
                 count += 1
     except (RuntimeError, AttributeError, TypeError):
         pass  # the operators are private ones, which may go
@@ -265,11 +265,14 @@ def _gain(layer: Any, shape: torch.Size) -> float | None:
 
 
 def _shapes(layers: Collection[Any], run: Callable[[], object]) -> dict[Any, torch.Size]:
-    """The shape of what each layer is given in a pass; not of those that it leaves out."""
+    """The shape of what each layer is given in a pass; not of those that it leaves out, nor of convolutions
+    that are products.
+    """
     shapes: dict[Any, torch.Size] = {}
 
     def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        shapes[layer] = given[0].shape
+        if not convolutions.is_one(layer, given[0].shape):
+            shapes[layer] = given[0].shape
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
