@@ -70,7 +70,7 @@ from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file,
 from megaman.generation.recommendation import gather, recommend
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
 from megaman.generation.saving import Seldom, beside
-from megaman.kernels import heap, products
+from megaman.kernels import convolutions, heap, products
 from megaman.lora.adapter import STRENGTH, Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, footprint, memory, stable_diffusion
@@ -411,6 +411,7 @@ def load_base(
     if device.type == "cpu":
         for part in base.parts.values():
             products.take_over(part)
+        convolutions.take_over(base.unet)
     return base
 
 

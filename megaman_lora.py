@@ -431,8 +431,8 @@ def speed_up(run: Run) -> None:
         fused.fuse(part)
         if is_on_cpu:
             products.take_over(part)
-            convolutions.take_over(part)
     if is_on_cpu and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
+        convolutions.take_over(run.base.unet)
         times = validation.TIMESTEPS[:1] * run.memory.batch
         batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
         unet = run.base.unet

@@ -132,7 +132,7 @@ def test_layers_of_other_bits_or_in_use_elsewhere_stay_torchs(
     assert laid_out_in(unet)
 
 
-@pytest.mark.parametrize("missing", ["_linear", "_conv_layout"])
+@pytest.mark.parametrize("missing", ["_linear_layout", "_conv", "_conv_layout"])
 def test_without_the_private_operators_all_stays_as_it_is(
     missing: str, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ to rounding; the CPU and the sizes decide, never a clock, so a run that is repea
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.nn.grad import conv2d_input
 
 from megaman.kernels import products
 
-MOST_CELLS = 128  # of all pictures, that come out; with more, the product itself takes the time
+MOST_CELLS = {torch.bfloat16: 128, torch.float32: 256}  # of all pictures, that come out; with more, the
+# product itself takes the time, and a layout is worth its memory, see onednn.lay_out
 SMALLEST_WEIGHT = 2**20  # numbers; of a smaller one a second copy is cheap, see onednn.lay_out
 
 
@@ -44,15 +46,15 @@ def conv2d_to_input(shape: torch.Size, weight: Tensor, grad: Tensor, window: Any
     (down, across), (above, beside) = window
     batch, channels, high, wide = shape
     cells = grad.permute(0, 2, 3, 1)
-    rows, columns = cells.shape[1:3]
+    tall, broad = cells.shape[1:3]
     parts = products.matmul(cells.reshape(-1, len(weight)), _rows_of(weight))
     parts = parts.reshape(*cells.shape[:3], *weight.shape[2:], channels)  # (B,h',w',k,k,in)
     padded = grad.new_zeros((batch, high + 2 * above, wide + 2 * beside, channels), dtype=torch.float32)
-    for y in range(weight.shape[2]):
-        for x in range(weight.shape[3]):
-            to = padded[:, y : y + down * rows : down, x : x + across * columns : across]
-            to += parts[:, :, :, y, x]
-    return padded[:, above : above + high, beside : beside + wide].to(grad.dtype).permute(0, 3, 1, 2)
+    for y, x in product(range(weight.shape[2]), range(weight.shape[3])):
+        to = padded[:, y : y + down * tall : down, x : x + across * broad : across]
+        to += parts[:, :, :, y, x]
+    inner = padded[:, above : above + high, beside : beside + wide]
+    return inner.to(grad.dtype).contiguous().permute(0, 3, 1, 2)
 
 
 def _rows_of(weight: Tensor) -> Tensor:
@@ -67,8 +69,9 @@ def is_product(shape: Sequence[int], weight: Tensor, window: Any) -> bool:
     height, width = weight.shape[2:]
     rows = (high + 2 * above - height) // down + 1
     columns = (wide + 2 * beside - width) // across + 1
-    is_few = 0 < batch * rows * columns <= MOST_CELLS and weight.numel() >= SMALLEST_WEIGHT
-    return is_few and weight.is_contiguous(memory_format=torch.channels_last) and _gains(weight)
+    is_few = 0 < batch * rows * columns <= MOST_CELLS.get(weight.dtype, 0)
+    is_large = weight.numel() >= SMALLEST_WEIGHT and weight.is_contiguous(memory_format=torch.channels_last)
+    return is_few and is_large and _gains(weight)
 
 
 def _gains(weight: Tensor) -> bool:
@@ -103,13 +106,14 @@ class _Frozen(torch.autograd.Function):
         return conv2d_to_input(ctx.shape, weight, grad, ctx.window), None, None, None
 
 
-def take_over(model: nn.Module) -> None:
-    """Lets a model's frozen convolutions be products where that is faster and their weights lie channel by
-    channel: for a model that computes on the CPU.
+def take_over(model: Any) -> None:
+    """Lets a model's frozen convolutions be products where that is faster: for a model that computes on the
+    CPU. If it has any, all its weights come to lie channel by channel, as products need them.
     """
-    for module in model.modules():
-        if type(module) is nn.Conv2d and _is_usual(module) and _gains(module.weight):
-            module.__class__ = FrozenConv2d
+    layers = [module for module in model.modules() if type(module) is nn.Conv2d and _is_usual(module)]
+    for layer in (each for each in layers if _gains(each.weight)):
+        layer.__class__ = FrozenConv2d
+        model.to(memory_format=torch.channels_last)
 
 
 def is_one(layer: nn.Module, shape: Sequence[int]) -> bool:

@@ -31,10 +31,11 @@ from bench.plain_loops import DTYPES  # noqa: E402
 from bench.setting import Setting, add_arguments, machine, parsed, setting_of, synchronize  # noqa: E402
 from bench.turns import Answers, Contest, Deadline, Worker, ratio, serve, spread  # noqa: E402
 
-from megaman.kernels.products import take_over  # noqa: E402
+import generate_megaman  # noqa: E402
+from megaman.config.generate import GenerateConfig  # noqa: E402
+from megaman.lora.adapter import Adapter  # noqa: E402
 from megaman.model.drawing import SAMPLERS, draw_or_none, pipeline_of, words  # noqa: E402
-from megaman.model.memory import keep_freed_memory  # noqa: E402
-from megaman.model.stable_diffusion import StableDiffusion, load_base  # noqa: E402
+from megaman.model.stable_diffusion import StableDiffusion  # noqa: E402
 
 PROMPT, NEGATIVE = "mega man, running, facing left, sand background", "blurry"
 GUIDANCE = 7.5
@@ -55,12 +56,9 @@ def draw(base: StableDiffusion, side: int, steps: int, batch: int, sampler: str)
 def contestant(told: dict[str, Any]) -> tuple[dict[str, Any], Answers]:
     """Loads the base and draws once: its facts, and what it answers."""
     setting = Setting(**told["setting"])
-    keep_freed_memory()
     started = time.perf_counter()
-    base = load_base(setting.base, device=torch.device(setting.device), dtype=DTYPES[setting.precision])
-    if setting.device == "cpu":
-        for part in base.parts.values():
-            take_over(part)  # as generate_megaman.py does
+    device, dtype = torch.device(setting.device), DTYPES[setting.precision]
+    base = generate_megaman.load_base(setting.base, Adapter({}), GenerateConfig(), device, dtype)
     base.place("vae", *base.parts)
     loaded = time.perf_counter() - started
     work = partial(draw, base, setting.resolution, told["steps"])

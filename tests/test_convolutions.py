@@ -1,0 +1,251 @@
+"""Convolutions of few cells as products: torch's numbers, without a second copy of a weight."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from test_fused import adapted, apart, computed, inputs_of
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_input
+
+import generate_megaman
+import megaman_lora
+from megaman.config.generate import GenerateConfig
+from megaman.config.train import EMBEDDED, TrainConfig
+from megaman.kernels import convolutions, onednn, products
+from megaman.kernels.convolutions import FrozenConv2d, is_product, take_over
+from megaman.kernels.onednn import LaidOutConv2d, lay_out
+from megaman.lora.adapter import Adapter
+from megaman.lora.fused import fuse, layers_read
+from megaman.model import int8
+from megaman.model.int8 import Int8Conv2d, store_in_int8
+from megaman.model.stable_diffusion import StableDiffusion
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
+ONE_STEP = ((1, 1), (1, 1))  # a convolution's stride and padding
+
+
+@pytest.fixture
+def small_too(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets small weights be products, whatever the CPU; how many cells each product made or was given."""
+    cells: list[int] = []
+    real = products.matmul
+
+    def noted(one: Tensor, other: Tensor) -> Tensor:
+        cells.append(min(len(one), other.shape[1]))
+        return real(one, other)
+
+    monkeypatch.setattr(convolutions, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(convolutions.products, "matmul", noted)
+    return cells
+
+
+def frozen(layer: nn.Conv2d, dtype: torch.dtype = torch.float32) -> nn.Conv2d:
+    """A layer as a UNet's that computes on a CPU."""
+    return layer.requires_grad_(False).to(dtype, memory_format=torch.channels_last)
+
+
+def there_and_back(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer makes of x, and the gradient to x of a sum that weighs each number otherwise."""
+    x = x.detach().requires_grad_()
+    made = layer(x)
+    weights = torch.linspace(-1, 1, made.numel(), dtype=made.dtype).reshape(made.shape)
+    return made.detach(), torch.autograd.grad((made * weights).sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(32, 48, 3, padding=1), (1, 32, 4, 4)),
+        (nn.Conv2d(32, 48, 3, padding=1), (2, 32, 5, 7)),
+        (nn.Conv2d(32, 48, 3, padding=1), (1, 32, 1, 2)),
+        (nn.Conv2d(32, 48, 3, padding=1, bias=False), (3, 32, 4, 4)),
+        (nn.Conv2d(32, 48, 3, padding=1, stride=2), (1, 32, 8, 8)),
+        (nn.Conv2d(32, 48, 3, padding=0, stride=2), (2, 32, 9, 6)),
+        (nn.Conv2d(32, 48, (3, 5), padding=(1, 2), stride=(2, 3)), (1, 32, 8, 11)),
+        (nn.Conv2d(32, 48, 1), (2, 32, 6, 6)),
+    ],
+    ids=lambda each: str(each).replace(" ", ""),
+)
+@pytest.mark.parametrize("lies", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_products_and_gradients_are_torchs(
+    layer: nn.Conv2d, shape: tuple[int, ...], lies: torch.memory_format, small_too: list[int]
+) -> None:
+    layer = frozen(deepcopy(layer))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=lies)
+    expected = there_and_back(layer, x)
+    take_over(layer)
+    made = there_and_back(layer, x)
+    assert type(layer) is FrozenConv2d
+    assert len(small_too) == 2
+    for one, other in zip(expected, made, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+        assert other.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_in_half_precision_they_are_as_near_to_the_truth_as_torchs(small_too: list[int]) -> None:
+    layer = frozen(nn.Conv2d(256, 128, 3, padding=1), torch.bfloat16)
+    x = torch.randn(1, 256, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    true = there_and_back(deepcopy(layer).double(), x.double())
+    expected = there_and_back(layer, x)
+    take_over(layer)
+    made = there_and_back(layer, x)
+    assert small_too == [64, 64]
+    for exact, torchs, ours in zip(true, expected, made, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert apart(exact, ours) < 1.6 * apart(exact, torchs) < 0.01
+
+
+def test_nothing_of_the_input_is_kept_and_there_is_no_second_gradient(small_too: list[int]) -> None:
+    layer = frozen(nn.Conv2d(32, 48, 3, padding=1))
+    take_over(layer)
+    kept: list[Tensor] = []
+    x = torch.randn(1, 32, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        made = layer(x)
+    assert [each.data_ptr() for each in kept] == [layer.weight.data_ptr()]
+    first = torch.autograd.grad(made.square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError):  # instead of a second gradient of nothing
+        torch.autograd.grad(first.sum(), x)
+    assert len(small_too) == 2
+
+
+# ---------------------------------------------------------------- which
+
+
+def weight_of(channels: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Of a convolution with so many channels in and out."""
+    return torch.empty((channels, channels, 3, 3), dtype=dtype, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "expected"),
+    [
+        ((1, 640, 8, 8), weight_of(640, torch.bfloat16), True),
+        ((2, 640, 8, 8), weight_of(640, torch.bfloat16), True),
+        ((3, 640, 8, 8), weight_of(640, torch.bfloat16), False),  # too many cells
+        ((1, 640, 16, 16), weight_of(640, torch.float32), True),
+        ((1, 640, 16, 17), weight_of(640, torch.float32), False),
+        ((0, 640, 8, 8), weight_of(640, torch.bfloat16), False),
+        ((1, 320, 8, 8), weight_of(320, torch.bfloat16), False),  # too small a weight
+        ((1, 640, 8, 8), weight_of(640, torch.float16), False),
+        ((1, 640, 8, 8), weight_of(640, torch.bfloat16).contiguous(), False),  # in torch's order
+        ((1, 640, 8, 8), weight_of(640, torch.bfloat16, "meta"), False),
+    ],
+)
+def test_sizes_decide(
+    shape: tuple[int, ...], weight: Tensor, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    assert is_product(shape, weight, ONE_STEP) == expected
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_of_a_cpu_whose_products_nobody_has_timed_float32_stays_torchs(
+    dtype: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    assert is_product((1, 640, 8, 8), weight_of(640, dtype), ONE_STEP) == expected
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not is_product((1, 640, 8, 8), weight_of(640, dtype), ONE_STEP)
+
+
+def test_the_cells_that_come_out_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of(640, torch.bfloat16)
+    assert not is_product((1, 640, 16, 16), weight, ONE_STEP)
+    assert is_product((1, 640, 16, 16), weight, ((2, 2), (1, 1)))
+
+
+@pytest.mark.usefixtures("small_too")
+def test_only_frozen_convolutions_of_the_usual_form_are_taken_over() -> None:
+    others = [
+        nn.Conv2d(8, 8, 3, padding=1),  # in training
+        nn.Conv2d(8, 8, 3, padding="same").requires_grad_(False),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular").requires_grad_(False),
+        nn.Conv2d(8, 8, 3, groups=2).requires_grad_(False),
+        nn.Conv2d(8, 8, 3, dilation=2).requires_grad_(False),
+        nn.Conv2d(8, 8, 3).requires_grad_(False).half(),
+    ]
+    usual = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    take_over(nn.ModuleList(others))
+    assert not any(each.weight.is_contiguous(memory_format=torch.channels_last) for each in others)
+    take_over(nn.ModuleList([*others, usual]))
+    assert {type(each) for each in others} == {nn.Conv2d}
+    assert type(usual) is FrozenConv2d
+
+
+# ---------------------------------------------------------------- in models
+
+
+@pytest.mark.parametrize("targets", ["attention", "conv"])
+def test_a_unet_with_a_lora_predicts_and_learns_the_same(
+    targets: str, tiny_base: StableDiffusion, small_too: list[int]
+) -> None:
+    plain = adapted(tiny_base.unet, TrainConfig(lora_rank=4, lora_targets=targets))
+    fast = deepcopy(plain)
+    fuse(fast)
+    take_over(fast)
+    for one, other in zip(computed(plain), computed(fast), strict=True):
+        assert apart(one, other) < 1e-5
+    assert len(small_too) > 40
+
+
+def test_a_product_gets_no_second_copy_until_it_has_more_cells(
+    tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch, small_too: list[int]
+) -> None:
+    for name in ("LEAST_GAIN", "LEAST_WORTH"):
+        monkeypatch.setattr(onednn, name, -1e9)
+    inputs, _ = inputs_of(tiny_base.unet)  # two examples, 8 x 8
+    for most, expected in ((128, 0), (127, 1)):
+        monkeypatch.setattr(convolutions, "MOST_CELLS", {torch.float32: most})
+        monkeypatch.setattr(onednn, "_GAINS", {})
+        unet = deepcopy(tiny_base.unet)
+        take_over(unet)
+        lay_out(unet, lambda unet=unet: unet(*inputs), layers_read(unet))
+        laid_out = [each for each in unet.modules() if isinstance(each, LaidOutConv2d)]
+        assert (len(laid_out) > 0) == expected
+        small_too.clear()
+        made = unet(*inputs).sample
+        assert small_too
+        assert apart(tiny_base.unet(*inputs).sample, made) < 1e-5
+
+
+def test_layers_of_bytes_make_products_of_their_whole_weights(
+    tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch, small_too: list[int]
+) -> None:
+    monkeypatch.setattr(int8, "SMALLEST_LAYER", 1)
+    store_in_int8(tiny_base.unet)
+    layer = next(each for each in tiny_base.unet.modules() if isinstance(each, Int8Conv2d))
+    x = torch.randn(1, layer.in_channels, 8, 8)
+    whole = int8.whole(layer.weight, layer.factors, x.dtype)
+    window = layer.stride, layer.padding
+    expected = functional.conv2d(x, whole, layer.bias, *window)
+    onednn.as_channels_last(tiny_base.unet)
+    made, gradient = there_and_back(layer, x)
+    weights = torch.linspace(-1, 1, made.numel()).reshape(made.shape)
+    assert len(small_too) == 2
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    true = conv2d_input(x.shape, whole, weights, *window)
+    torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("meta", False)])
+@pytest.mark.usefixtures("small_too")
+def test_drawing_on_a_cpu_takes_them(device: str, expected: bool) -> None:
+    where = torch.device(device)
+    base = generate_megaman.load_base(EMBEDDED, Adapter({}), GenerateConfig(), where, torch.float32)
+    assert any(isinstance(each, FrozenConv2d) for each in base.unet.modules()) == expected
+
+
+@pytest.mark.parametrize(("flag", "expected"), [((), True), (("--use_dora", "true"), False)])
+@pytest.mark.usefixtures("small_too")
+def test_training_takes_them(flag: tuple[str, ...], expected: bool, train_flags: list[str]) -> None:
+    run = megaman_lora.set_up(megaman_lora.read_config([*train_flags, *flag])[0])
+    assert any(isinstance(each, FrozenConv2d) for each in run.base.unet.modules()) == expected
