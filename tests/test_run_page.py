@@ -31,9 +31,9 @@ from megaman.common.kinds import UNET
 from megaman.common.output_folder import OutputLock, RunFolder, move_aside, read_rows
 from megaman.config.record import recorded
 from megaman.config.train import TrainConfig
+from megaman.kernels import onednn
 from megaman.lora.injection import adapter_of, inject, lora_modules
 from megaman.lora.strength import strengths_of
-from megaman.model import onednn
 from megaman.model.int8 import store_in_int8
 from megaman.model.stable_diffusion import StableDiffusion
 from megaman.training import run_page

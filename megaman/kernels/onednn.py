@@ -4,7 +4,7 @@ torch keeps a weight in its own order, and oneDNN, which computes on CPUs, lays 
 takes longer than the product itself where a large weight meets few latent cells. Here it is laid out once for
 each direction, and torch's copy is given up. The operators are private ones: what they make is compared with
 torch's own, to the bit, before any layer is changed. Where they are missing, no faster or not equal, torch's
-layers stay, so this changes no number. (In float32 linear layers of some CPUs are lora.products' already.)
+layers stay, so this changes no number. What `products` and `convolutions` compute needs no second copy.
 """
 
 import copy
