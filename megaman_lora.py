@@ -422,7 +422,8 @@ def set_up(cfg: TrainConfig) -> Run:
 
 def speed_up(run: Run) -> None:
     """Puts faster ways of computing the same in place, where they fit: of the LoRA layers, and, on a CPU, of
-    the frozen ones: linear layers of float32 by the kind of CPU, others as an example of the run shows.
+    the frozen ones: linear layers of float32 by the kind of CPU, convolutions of few cells, others as the
+    largest picture shows.
     """
     if run.cfg.compile:
         return  # what is compiled is fused by the compiler
@@ -431,10 +432,11 @@ def speed_up(run: Run) -> None:
         fused.fuse(part)
         if is_on_cpu:
             products.take_over(part)
-    if is_on_cpu and not run.cfg.use_dora:  # PEFT's DoRA wants torch's order
+    if is_on_cpu and not run.cfg.use_dora:  # which views its convolutions' factors in torch's order
         convolutions.take_over(run.base.unet)
         times = validation.TIMESTEPS[:1] * run.memory.batch
-        batch = objective.validation_batch(run.encoded, 0, times, run.captions.now)
+        index = max(range(len(run.encoded)), key=lambda each: run.encoded.shape_of(each).numel())
+        batch = objective.validation_batch(run.encoded, index, times, run.captions.now)
         unet = run.base.unet
         example = partial(objective.predictions, unet, batch, run.base.scheduler)
         onednn.lay_out(unet, example, fused.layers_read(unet), run.accelerator.num_processes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megaman.common.kinds import SD1, XL, Kind
 from megaman.config.train import TrainConfig
-from megaman.kernels import heap, onednn
+from megaman.kernels import heap, onednn, products
 from megaman.kernels.onednn import LaidOutConv2d, LaidOutLinear, lay_out
 from megaman.lora.fused import fuse, layers_read
 from megaman.model import footprint
@@ -132,7 +132,7 @@ def test_layers_of_other_bits_or_in_use_elsewhere_stay_torchs(
     assert laid_out_in(unet)
 
 
-@pytest.mark.parametrize("missing", ["_linear_layout", "_conv", "_conv_layout"])
+@pytest.mark.parametrize("missing", ["_linear_layout", "by_onednn", "_conv", "_conv_layout"])
 def test_without_the_private_operators_all_stays_as_it_is(
     missing: str, tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +141,7 @@ def test_without_the_private_operators_all_stays_as_it_is(
     def gone(*_: object) -> Tensor:
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
 
-    monkeypatch.setattr(onednn, missing, gone)
+    monkeypatch.setattr(products if missing == "by_onednn" else onednn, missing, gone)
     monkeypatch.setattr(onednn, "_GAINS", {})
     lay_out(tiny_base.unet, run_once(tiny_base.unet))
     inputs, _ = inputs_of(before)

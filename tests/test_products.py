@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,16 @@ def test_an_operator_that_is_gone_or_multiplies_wrong_is_not_used(
     monkeypatch.setattr(products, "_processor", lambda: AMD)
     monkeypatch.setattr(products, "by_onednn", operator)
     assert not prefers_onednn.__wrapped__()
+
+
+@pytest.mark.parametrize("operator", [None, lambda: False, lambda: True], ids=["gone", "no", "yes"])
+def test_bfloat16_is_onednns_where_it_says_so(
+    operator: Callable[[], bool] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {} if operator is None else {"_is_mkldnn_bf16_supported": operator}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**kept))
+    assert products.has_bfloat16.__wrapped__() == (operator is not None and operator())
 
 
 def test_the_maker_is_known_without_linux_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Convolutions with a large frozen weight over few latent cells, on a CPU: as one product of matrices.
+"""Convolutions with a large frozen weight over few latent cells, on a CPU: as one product of matrices each.
 
 At every call oneDNN lays a convolution's weight out in its own order, which takes longer than the product
 itself where there are few cells. A product takes the weight as it lies, forward and back, and needs no second
-copy of it: what surrounds a cell is put in a row, and the rows meet the weight. Equal to torch's convolution
-to rounding; the CPU and the sizes decide, never a clock, so a run that is repeated ends in the same numbers.
+copy of it: for each cell that comes out, what surrounds it is put in a row, and the rows meet the weight.
+Equal to torch's convolution to rounding; the CPU and the sizes decide, never a clock, so a run that is
+repeated ends in the same numbers. (tests/bench/bench_convolutions.py shows where it gains.)
 """
 
 from collections.abc import Sequence
@@ -18,67 +19,69 @@ from torch.nn.grad import conv2d_input
 
 from megaman.kernels import products
 
-MOST_CELLS = {torch.bfloat16: 128, torch.float32: 256}  # of all pictures, that come out; with more, the
-# product itself takes the time, and a layout is worth its memory, see onednn.lay_out
-SMALLEST_WEIGHT = 2**20  # numbers; of a smaller one a second copy is cheap, see onednn.lay_out
+Window = Any  # a convolution's stride and padding, each of rows and of columns
+# cells of all pictures that come out; with more, the product itself takes the time, see onednn.lay_out
+MOST_CELLS = {torch.bfloat16: 128, torch.float32: 256}
+SMALLEST_WEIGHT = 2**20  # numbers; of a smaller one a second copy is cheap
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Any) -> Tensor:
-    """x (B,in,h,w), weight (out,in,k,k), bias (out,) -> (B,out,h',w'). window: the convolution's stride and
-    padding. No gradient goes through it.
-    """
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """x (B,in,h,w), weight (out,in,k,k), bias (out,) -> (B,out,h',w'). No gradient goes through it."""
     if not is_product(x.shape, weight, window):
         return functional.conv2d(x, weight, bias, *window)
-    (down, across), (above, beside) = window
+    stride, (above, beside) = window
     padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, beside, beside, above, above))
-    height, width = weight.shape[2:]
-    around = padded.unfold(1, height, down).unfold(2, width, across)  # (B,h',w',in,k,k)
-    rows = around.permute(0, 1, 2, 4, 5, 3).reshape(-1, weight[0].numel())
-    made = products.matmul(_rows_of(weight), rows.t()).t().contiguous()  # faster so than the other way round
-    made = made if bias is None else made.add_(bias)
-    return made.reshape(*around.shape[:3], -1).permute(0, 3, 1, 2)
+    around = torch.cat(_around(padded, weight.shape[2:], stride), dim=-1)  # (B,h',w',k*k*in)
+    matrices = weight.permute(0, 2, 3, 1).flatten(1), around.flatten(0, 2).t()
+    made = products.matmul(*matrices) if bias is None else products.addmm(bias[:, None], *matrices)
+    shape = (len(x), len(weight), *around.shape[1:3])
+    result = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)  # no view, see autograd
+    result.permute(0, 2, 3, 1).flatten(0, 2).copy_(made.t())
+    return result
 
 
-def conv2d_to_input(shape: torch.Size, weight: Tensor, grad: Tensor, window: Any) -> Tensor:
+def conv2d_to_input(shape: torch.Size, weight: Tensor, grad: Tensor, window: Window) -> Tensor:
     """The gradient to the input, of this shape (B,in,h,w), of the output's (B,out,h',w'); see `conv2d`."""
     if not is_product(shape, weight, window):
         return conv2d_input(shape, weight, grad, *window)
     (down, across), (above, beside) = window
     batch, channels, high, wide = shape
+    tall, broad = weight.shape[2:]
     cells = grad.permute(0, 2, 3, 1)
-    tall, broad = cells.shape[1:3]
-    parts = products.matmul(cells.reshape(-1, len(weight)), _rows_of(weight))
-    parts = parts.reshape(*cells.shape[:3], *weight.shape[2:], channels)  # (B,h',w',k,k,in)
-    padded = grad.new_zeros((batch, high + 2 * above, wide + 2 * beside, channels), dtype=torch.float32)
-    for y, x in product(range(weight.shape[2]), range(weight.shape[3])):
-        to = padded[:, y : y + down * tall : down, x : x + across * broad : across]
-        to += parts[:, :, :, y, x]
-    inner = padded[:, above : above + high, beside : beside + wide]
-    return inner.to(grad.dtype).contiguous().permute(0, 3, 1, 2)
+    padded = grad.new_zeros((batch, high + tall - 1, wide + broad - 1, len(weight)))
+    first = tall - 1 - above, broad - 1 - beside
+    last = first[0] + down * cells.shape[1], first[1] + across * cells.shape[2]
+    padded[:, first[0] : last[0] : down, first[1] : last[1] : across] = cells
+    turned = _around(padded, weight.shape[2:], (1, 1))[::-1]
+    around = torch.stack(turned, dim=-1).flatten(3)  # (B,h,w,out*k*k)
+    made = products.matmul(around.flatten(0, 2), weight.permute(0, 2, 3, 1).reshape(-1, channels))
+    return made.reshape(batch, high, wide, channels).permute(0, 3, 1, 2)
 
 
-def _rows_of(weight: Tensor) -> Tensor:
-    """A weight that lies channel by channel, as a matrix (out,k*k*in); no copy."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
+def _around(padded: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> list[Tensor]:
+    """For each place of a kernel, what lies there around each cell that comes out: (B,h',w',C)."""
+    ends = [side - length + 1 for side, length in zip(padded.shape[1:3], kernel, strict=True)]
+    places = product(*(range(length) for length in kernel))
+    return [padded[:, y : y + ends[0] : stride[0], x : x + ends[1] : stride[1]] for y, x in places]
 
 
-def is_product(shape: Sequence[int], weight: Tensor, window: Any) -> bool:
+def is_product(shape: Sequence[int], weight: Tensor, window: Window) -> bool:
     """Whether an input of this shape (B,in,h,w) meets this weight (out,in,k,k) in a product."""
-    (down, across), (above, beside) = window
-    batch, _, high, wide = shape
-    height, width = weight.shape[2:]
-    rows = (high + 2 * above - height) // down + 1
-    columns = (wide + 2 * beside - width) // across + 1
-    is_few = 0 < batch * rows * columns <= MOST_CELLS.get(weight.dtype, 0)
+    cells = shape[0]
+    for side, length, step, edge in zip(shape[2:], weight.shape[2:], *window, strict=True):
+        cells *= (side + 2 * edge - length) // step + 1
+    is_few = 0 < cells <= MOST_CELLS.get(weight.dtype, 0)
     is_large = weight.numel() >= SMALLEST_WEIGHT and weight.is_contiguous(memory_format=torch.channels_last)
     return is_few and is_large and _gains(weight)
 
 
 def _gains(weight: Tensor) -> bool:
-    """Whether this CPU's products in the weight's precision are known to gain: oneDNN's."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether this CPU multiplies in the weight's precision by oneDNN, with which it gains."""
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and products.prefers_onednn())
+    if weight.dtype == torch.float32:
+        return products.prefers_onednn()
+    return weight.dtype == torch.bfloat16 and products.has_bfloat16()
 
 
 # ---------------------------------------------------------------- frozen layers
@@ -89,12 +92,12 @@ class FrozenConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,in,h,w) -> (B,out,h',w')."""
-        return _Frozen.apply(x, self.weight, self.bias, (self.stride, self.padding))
+        return _Frozen.apply(x, self.weight, self.bias, window_of(self))
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.window = x.shape, window
         return conv2d(x, weight, bias, window)
@@ -106,23 +109,38 @@ class _Frozen(torch.autograd.Function):
         return conv2d_to_input(ctx.shape, weight, grad, ctx.window), None, None, None
 
 
+def window_of(layer: Any) -> Window:
+    """A convolution's window."""
+    return layer.stride, layer.padding
+
+
 def take_over(model: Any) -> None:
     """Lets a model's frozen convolutions be products where that is faster: for a model that computes on the
     CPU. If it has any, all its weights come to lie channel by channel, as products need them.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Conv2d and _is_usual(module)]
-    for layer in (each for each in layers if _gains(each.weight)):
+    layers = [each for each in model.modules() if type(each) is nn.Conv2d and _is_usual(each)]
+    for layer in layers:
         layer.__class__ = FrozenConv2d
+    if layers:
         model.to(memory_format=torch.channels_last)
 
 
-def is_one(layer: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether a layer computes an input of this shape as a product of its own."""
-    return isinstance(layer, FrozenConv2d) and is_product(shape, layer.weight, (layer.stride, layer.padding))
+def makes_product(layer: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a layer that was taken over meets an input of this shape in a product."""
+    return isinstance(layer, FrozenConv2d) and is_product(shape, layer.weight, window_of(layer))
 
 
 def _is_usual(layer: nn.Conv2d) -> bool:
     """Frozen, with a weight that is large enough, and nothing that `conv2d` does not know."""
-    is_large = layer.weight.numel() >= SMALLEST_WEIGHT and not layer.weight.requires_grad
+    is_frozen = not any(each.requires_grad for each in layer.parameters())
     is_plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-    return is_large and is_plain and not isinstance(layer.padding, str)
+    is_inside = not isinstance(layer.padding, str) and all(
+        edge < length for edge, length in zip(layer.padding, layer.kernel_size, strict=True)
+    )
+    return (
+        is_frozen
+        and is_plain
+        and is_inside
+        and layer.weight.numel() >= SMALLEST_WEIGHT
+        and _gains(layer.weight)
+    )

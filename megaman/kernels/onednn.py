@@ -17,7 +17,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.grad import conv2d_input
 
 from megaman.kernels import convolutions, heap, products
 
@@ -271,7 +270,7 @@ def _shapes(layers: Collection[Any], run: Callable[[], object]) -> dict[Any, tor
     shapes: dict[Any, torch.Size] = {}
 
     def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if not convolutions.is_one(layer, given[0].shape):
+        if not convolutions.makes_product(layer, given[0].shape):
             shapes[layer] = given[0].shape
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -310,13 +309,13 @@ def _measured_gain(layer: Any, shape: torch.Size) -> float | None:
 def _plain(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return functional.linear(x, layer.weight, layer.bias)
-    return functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    return convolutions.conv2d(x, layer.weight, layer.bias, convolutions.window_of(layer))
 
 
 def _plain_gradient(layer: Any, grad: Tensor, shape: torch.Size) -> Tensor:
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight
-    return conv2d_input(shape, layer.weight, grad, layer.stride, layer.padding)
+    return convolutions.conv2d_to_input(shape, layer.weight, grad, convolutions.window_of(layer))
 
 
 def _timed(compute: Callable[[], Tensor]) -> tuple[float, Tensor]:

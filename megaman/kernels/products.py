@@ -30,6 +30,14 @@ def matmul(one: Tensor, other: Tensor) -> Tensor:
     return by_onednn(one, turned, None) if _is_faster(one, turned) else one @ other
 
 
+def addmm(summand: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """summand (N,1) or (N,M) + one (N,K) other (K,M) -> (N,M), rounded once in half precision."""
+    turned = other.t()
+    if _is_faster(one, turned):
+        return by_onednn(one, turned, None).add_(summand)
+    return torch.addmm(summand, one, other)
+
+
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b by its private operator: x (…,in), weight (out,in) or its layout, bias (out,) -> (…,out)."""
     bias = None if bias is None else bias.contiguous()  # the operator reads no other one right
@@ -38,7 +46,7 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether x W^T is faster by oneDNN."""
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     result = len(x) * len(weight)
     return result >= SMALLEST_RESULT and result * x.shape[1] >= SMALLEST_WORK and prefers_onednn()
@@ -57,6 +65,15 @@ def prefers_onednn() -> bool:
     except (RuntimeError, AttributeError, TypeError):  # it is private, and may go
         return False
     return torch.allclose(made, functional.linear(x, weight), rtol=0, atol=1e-4)
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether torch leaves bfloat16's products on this CPU to oneDNN."""
+    try:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (RuntimeError, AttributeError, TypeError):  # it is private, and may go
+        return False
 
 
 def _processor() -> str:

@@ -17,10 +17,11 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megaman.kernels import products
+from megaman.kernels import convolutions, products
 from megaman.lora.injection import ADAPTER_NAME, lora_modules
 
 LINEAR = (nn.Linear, products.FrozenLinear)
+CONVOLUTIONS = (nn.Conv2d, convolutions.FrozenConv2d)
 DENSE = 0.4  # of a weight's size: factors that hold more give their gradients through the whole one's
 
 
@@ -63,7 +64,9 @@ def _is_plain(module: Any) -> bool:
     """Whether it is PEFT's simplest: one LoRA without dropout, DoRA or a bias, of a layer of single cells."""
     base = module.get_base_layer()
     if type(module) is LoraConv2d:
-        is_known = type(base) is nn.Conv2d and base.kernel_size == base.stride == (1, 1) and base.groups == 1
+        is_known = (
+            type(base) in CONVOLUTIONS and base.kernel_size == base.stride == (1, 1) and base.groups == 1
+        )
     else:
         is_known = type(module) is LoraLinear and (type(base) in LINEAR or hasattr(base, "product"))
     names = {*module.active_adapters, *module.lora_A}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megaman.kernels import convolutions, products
 
@@ -27,7 +28,9 @@ class Int8Linear(nn.Linear):
         if self.weight.is_floating_point():  # PEFT makes its own layers of the class that it wraps
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        return _Linear.apply(rows, self.weight, self.factors, self.bias).reshape(*x.shape[:-1], -1)
+        return _Linear.apply(rows, self.weight, self.factors, self.bias).reshape(
+            *x.shape[:-1], self.out_features
+        )
 
     def product(self, x: Tensor) -> Tensor:
         """As `forward`, of rows (N,in) -> (N,out), without a gradient."""
@@ -47,7 +50,7 @@ class Int8Conv2d(nn.Conv2d):
         """(B,in,h,w) -> (B,out,h',w')."""
         if self.weight.is_floating_point():  # as above
             return super().forward(x)
-        return _Conv2d.apply(x, self.weight, self.factors, self.bias, (self.stride, self.padding))
+        return _Conv2d.apply(x, self.weight, self.factors, self.bias, convolutions.window_of(self))
 
 
 IN_INT8: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
@@ -73,6 +76,7 @@ class _Linear(torch.autograd.Function):
         return products.linear(x, whole(weight, factors, x.dtype), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, factors = ctx.saved_tensors
         return products.matmul(grad, whole(weight, factors, grad.dtype)), None, None, None
@@ -88,6 +92,7 @@ class _Conv2d(torch.autograd.Function):
         return convolutions.conv2d(x, whole(weight, factors, x.dtype), bias, window)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, factors = ctx.saved_tensors
         made = whole(weight, factors, grad.dtype)

@@ -57,6 +57,7 @@ def contestant(told: dict[str, Any]) -> tuple[dict[str, Any], Answers]:
     """Loads the base and draws once: its facts, and what it answers."""
     setting = Setting(**told["setting"])
     started = time.perf_counter()
+    getattr(generate_megaman, "heap", generate_megaman.memory).keep_freed_memory()  # an earlier checkout's
     device, dtype = torch.device(setting.device), DTYPES[setting.precision]
     base = generate_megaman.load_base(setting.base, Adapter({}), GenerateConfig(), device, dtype)
     base.place("vae", *base.parts)
