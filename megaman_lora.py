@@ -510,6 +510,7 @@ def restore_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     """Puts a checkpoint's state in place: adapter, average, optimizer, scaler, and what the run had found
     out.
     """
+    resume.tell_of_rounding(checkpoint, compute.digits_of(run.accelerator.device))
     tensors = run.ema.take_from(checkpoint.tensors)
     checkpoints.restore(run.trainable, run.optimizer, tensors)
     run.memory = MemoryPlan.of(checkpoint.run)
@@ -559,6 +560,7 @@ def save_checkpoint(run: Run, tracker: SilentTracker, step: int) -> None:
         run.best.note_saved(step)
         scaler = run.accelerator.scaler
         facts = {
+            "digits": compute.digits_of(run.accelerator.device),
             "scaler": None if scaler is None else scaler.state_dict(),
             "best": asdict(run.best),
             **run.memory.facts(),

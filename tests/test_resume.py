@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
@@ -101,6 +102,38 @@ def test_a_run_stopped_three_times_ends_with_the_bytes_of_an_unbroken_one(
         resume = ("--resume_from_checkpoint", "latest")
     assert bytes_of(train(*flags, *total, *resume)) == unbroken
     assert "resuming: at step 5 of 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("made_with", "expected"),
+    [
+        (None, None),
+        ("torch 2.1, 96 threads", "was made with torch 2.1, 96 threads; this run has torch"),
+        ("", "was made with an earlier version of this program, 1 threads; this run has torch"),
+    ],
+    ids=["the same", "another", "an earlier"],
+)
+def test_a_checkpoint_of_other_roundings_is_told(
+    made_with: str | None,
+    expected: str | None,
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = Checkpoint
+
+    def with_digits(step: int, settings: Any, origins: Any, run: dict[str, Any], *others: Any) -> Checkpoint:
+        if made_with is not None:
+            del run["digits"]
+        return real(step, settings, origins, run | ({"digits": made_with} if made_with else {}), *others)
+
+    monkeypatch.setattr(megaman_lora, "Checkpoint", with_digits)
+    train("--max_train_steps", "2", "--save_steps", "1")
+    capsys.readouterr()
+    train("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    told = [line for line in capsys.readouterr().err.splitlines() if "up to rounding, not to the bit" in line]
+    assert len(told) == (expected is not None)
+    assert expected is None or expected in told[0]
 
 
 def test_the_told_command_goes_on(

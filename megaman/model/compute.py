@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megaman.common.console import Exit, UserError, is_out_of_memory, say
 from megaman.config.train import Attention
+from megaman.kernels import products
 
 T = TypeVar("T")
 # Where float16 trains, under a scaler of the gradients. On a CPU it works too, but several times slower than
@@ -62,11 +63,18 @@ def _cuda_remedy() -> str:
     return "README, «Windows with an NVIDIA card», has the line that installs torch with CUDA."
 
 
+WAY = 2  # raised whenever a step or a picture comes out otherwise in its last digits
+
+
 def digits_of(device: torch.device) -> str:
-    """What decides a computation's last digits beside its numbers: libraries, device and threads."""
+    """What decides a computation's last digits beside its numbers, in words: libraries, device, threads and
+    the way that this program computes.
+    """
     is_card = device.type == "cuda"
     kind = torch.cuda.get_device_name(device) if is_card else torch.backends.cpu.get_cpu_capability()
-    return f"{torch.__version__} {diffusers.__version__} {device.type} {kind} {torch.get_num_threads()}"
+    libraries = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    way = f"{WAY}{' by oneDNN' if products.prefers_onednn() and not is_card else ''}"
+    return f"{libraries}, {device.type} {kind}, {torch.get_num_threads()} threads, kernels {way}"
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megaman.common.console import Exit, UserError, command_of, say, shell_quoted
 from megaman.common.files import write_text
 from megaman.common.kinds import CHUNK
@@ -38,13 +36,19 @@ def checkpoint_of(wanted: str | None, run: RunFolder) -> Checkpoint | None:
     """
     if wanted is None:
         return None
-    checkpoint = checkpoints.find_checkpoint(wanted, run.checkpoints)
-    if checkpoint.threads != torch.get_num_threads():
+    return checkpoints.find_checkpoint(wanted, run.checkpoints)
+
+
+def tell_of_rounding(checkpoint: Checkpoint, digits: str) -> None:
+    """Says if the checkpoint was made where numbers are rounded otherwise. digits: see compute.digits_of."""
+    made_with = checkpoint.run.get(
+        "digits", f"an earlier version of this program, {checkpoint.threads} threads"
+    )
+    if made_with != digits:
         say(
-            f"note: the checkpoint was made with {checkpoint.threads} threads, this run has "
-            f"{torch.get_num_threads()}: equal up to rounding, not to the bit"
+            f"note: the checkpoint was made with {made_with}; this run has {digits}: equal up to rounding, "
+            "not to the bit"
         )
-    return checkpoint
 
 
 def _how_to_go_on_with_others(checkpoint: Path, data_dir: str) -> str:

@@ -15,7 +15,6 @@ from megaman.common.output_folder import RunFolder
 from megaman.common.signals import StopRequest
 from megaman.config.train import TrainConfig
 from megaman.data.held_out import held_out_of
-from megaman.kernels import products
 from megaman.model.compute import digits_of
 from megaman.model.drawing import as_settings, draw, pipeline_of
 from megaman.model.stable_diffusion import StableDiffusion
@@ -97,7 +96,7 @@ def draw_previews(base: StableDiffusion, text: Text, look: Look, step: int, stop
     return [] if stop else images
 
 
-RECIPE = 2  # raised whenever previews are drawn in another way, which changes a digit
+RECIPE = 1  # raised whenever previews are drawn in another way, which changes a digit
 
 
 def key_of_base_previews(weights: str, base: StableDiffusion, text: Text, look: Look, kernels: str) -> str:
@@ -108,8 +107,8 @@ def key_of_base_previews(weights: str, base: StableDiffusion, text: Text, look: 
     """
     states = [each.float().cpu().numpy().tobytes() for each in (text.states, text.pooled) if each is not None]
     precision = (base.unet.dtype, json.dumps(dict(base.scheduler.config), sort_keys=True, default=str))
-    digits = (digits_of(base.device), products.prefers_onednn())
-    return key_of("previews", RECIPE, SAMPLE_STEPS, weights, *states, look, *precision, kernels, *digits)
+    digits = digits_of(base.device)
+    return key_of("previews", RECIPE, SAMPLE_STEPS, weights, *states, look, *precision, kernels, digits)
 
 
 def first_drawn_with(base: StableDiffusion, cfg: TrainConfig, store: Store) -> str | None:
