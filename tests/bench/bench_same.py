@@ -8,7 +8,7 @@ project but the base's files: diffusers' UNet, PEFT's LoRA with the same first w
 clipping, torch's AdamW; it is given the latents, noise, timesteps and text states that ours has drawn. Each
 is a process of its own. With --half both train in bfloat16 too, and are compared with the plain loop in
 float32: ours may lie no farther from it than the plain one does, on the average of so many seeds, since where
-a run of half precision strays to is chance. On the CPU. Prints a table of each, a verdict, then one JSON line.
+a run of half precision strays to is chance. On the CPU. Prints tables, a verdict, then one JSON line.
 """
 
 import argparse
