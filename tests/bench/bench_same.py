@@ -48,7 +48,15 @@ RATE, RANK = 1e-3, 8  # a rate at which fifty steps change something
 FLOAT32 = 1e-4  # of a loss, how far ours may lie from the plain loop's
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 NUDGED, LAST_DIGIT = "nudged", 2.0**-22  # of float32
-DRAWN = "drawn.pt"  # by our float32 steps, for all others
+DRAWN = "drawn-{}.pt"  # by our steps in this precision, in which the text is read too
+# by name: the way, its precision, and the precision of our steps whose draws it takes
+WAYS = {"ours no": ("ours", "no", "no"), "plain no": ("plain", "no", "no")}
+HALF_WAYS = {
+    "ours bf16": ("ours", "bf16", "bf16"),
+    "true bf16": ("plain", "no", "bf16"),
+    "plain bf16": ("plain", "bf16", "bf16"),
+    "nudged bf16": (NUDGED, "bf16", "bf16"),
+}
 
 
 def our_losses(setting: Setting, work: Path, targets: str, steps: int, seed: int) -> list[float]:
@@ -71,14 +79,16 @@ def our_losses(setting: Setting, work: Path, targets: str, steps: int, seed: int
         batches.append((batch.latents, batch.noise, batch.timesteps, batch.text.states, added))
         losses.append(forward_backward(run, positions, number).mean.item())
         run.step.update(rates_at(number, run.cfg))
-    if not (work / DRAWN).exists():
-        torch.save({"first": first, "batches": batches, "decay": run.cfg.weight_decay}, work / DRAWN)
+    drawn = {"first": first, "batches": batches, "decay": run.cfg.weight_decay}
+    torch.save(drawn, work / DRAWN.format(setting.precision))
     return losses
 
 
-def plain_losses(setting: Setting, work: Path, targets: str, nudge: float) -> list[float]:
-    """Of the plain loop, from what ours has drawn. nudge: of the first weights, how much larger they are."""
-    drawn: dict[str, Any] = torch.load(work / DRAWN, weights_only=True)
+def plain_losses(setting: Setting, path: Path, targets: str, nudge: float) -> list[float]:
+    """Of the plain loop, from what ours has drawn (path). nudge: of the first weights, how much larger they
+    are.
+    """
+    drawn: dict[str, Any] = torch.load(path, weights_only=True)
     folder = EMBEDDED_FOLDER if setting.kind == "embedded" else Path(setting.base)
     dtype = DTYPES[setting.precision]
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype)
@@ -93,6 +103,8 @@ def plain_losses(setting: Setting, work: Path, targets: str, nudge: float) -> li
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=drawn["decay"])
     losses = []
     for latents, noise, timesteps, states, added in drawn["batches"]:
+        for values in added.values():
+            values["text_embeds"] = values["text_embeds"].to(dtype)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
             predicted = unet(noisy.to(dtype), timesteps, states.to(dtype), **added).sample
@@ -133,11 +145,10 @@ def apart_on_average(one: list[float], other: list[float]) -> float:
 def losses_of(seed: int, half: bool) -> dict[str, list[float]]:
     """The losses of each way in each precision, and a table of some of them."""
     losses = {}
-    for precision in ("no", *(("bf16",) if half else ())):
-        for way in ("ours", "plain", *((NUDGED,) if precision == "bf16" else ())):
-            argv = [*sys.argv, "--seed", str(seed), "--precision", precision, "--way", way]
-            told = subprocess.run([sys.executable, *argv], stdout=subprocess.PIPE, text=True, check=True)
-            losses[f"{way} {precision}"] = json.loads(told.stdout.splitlines()[-1])
+    for name, (way, precision, drawn) in (WAYS | (HALF_WAYS if half else {})).items():
+        argv = [*sys.argv, "--seed", str(seed), "--precision", precision, "--way", way, "--drawn", drawn]
+        told = subprocess.run([sys.executable, *argv], stdout=subprocess.PIPE, text=True, check=True)
+        losses[name] = json.loads(told.stdout.splitlines()[-1])
     for number, row in enumerate(zip(*losses.values(), strict=True)):
         if number % 7 == 0 or number == len(losses["plain no"]) - 1:
             print(f"step {number + 1:3}  " + "  ".join(f"{value:.6f}" for value in row))
@@ -151,6 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--targets", default="attention")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--drawn", choices=DTYPES, default="no", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=("ours", "plain", NUDGED), help=argparse.SUPPRESS)
     parser.add_argument("--half", action="store_true", help="bf16 too")
@@ -162,17 +174,18 @@ def main() -> None:
         return print(json.dumps(our_losses(setting, work, flags.targets, flags.steps, flags.seed)))
     if flags.way is not None:
         nudge = LAST_DIGIT if flags.way == NUDGED else 0.0
-        return print(json.dumps(plain_losses(setting, work, flags.targets, nudge)))
+        return print(
+            json.dumps(plain_losses(setting, work / DRAWN.format(flags.drawn), flags.targets, nudge))
+        )
     found: dict[str, list[float]] = {"ours no": []}
     for seed in range(flags.seeds):
-        (work / DRAWN).unlink(missing_ok=True)
         losses = losses_of(seed, flags.half)
-        true, half = losses["plain no"], losses.get("plain bf16")
-        found["ours no"].append(apart(true, losses["ours no"]))
+        found["ours no"].append(apart(losses["plain no"], losses["ours no"]))
+        half = losses.get("plain bf16")
         if half is not None:
             for name in ("ours bf16", "plain bf16"):
-                found.setdefault(name, []).append(apart_on_average(true, losses[name]))
-            found.setdefault("two plain bf16", []).append(apart_on_average(half, losses[f"{NUDGED} bf16"]))
+                found.setdefault(name, []).append(apart_on_average(losses["true bf16"], losses[name]))
+            found.setdefault("two plain bf16", []).append(apart_on_average(half, losses["nudged bf16"]))
         told = {name: f"{values[-1]:.1e}" for name, values in found.items()}
         print(f"seed {seed}, away from the plain float32 loop:", told, flush=True)
     is_same = max(found["ours no"]) <= FLOAT32
