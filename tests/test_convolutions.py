@@ -1,12 +1,11 @@
 """Convolutions of few cells as products: torch's numbers, without a second copy of a weight."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from test_fused import adapted, apart, computed, inputs_of
+from test_fused import adapted, apart, changed, farthest, inputs_of
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
@@ -20,8 +19,8 @@ from megaman.kernels import convolutions, onednn, products
 from megaman.kernels.convolutions import FrozenConv2d, is_product, take_over
 from megaman.kernels.onednn import LaidOutConv2d, lay_out
 from megaman.lora.adapter import Adapter
-from megaman.lora.fused import FusedPointwise, fuse, layers_read
-from megaman.lora.injection import adapter_of, lora_modules
+from megaman.lora.fused import fuse, layers_read
+from megaman.lora.injection import adapter_of
 from megaman.lora.merge import MergedAdapter
 from megaman.model import int8
 from megaman.model.int8 import Int8Conv2d, store_in_int8
@@ -204,11 +203,8 @@ def test_a_unet_with_a_lora_predicts_and_learns_the_same(
     targets: str, tiny_base: StableDiffusion, small_too: list[torch.Size]
 ) -> None:
     plain = adapted(tiny_base.unet, TrainConfig(lora_rank=4, lora_targets=targets))
-    fast = deepcopy(plain)
-    fuse(fast)
-    take_over(fast)
-    for one, other in zip(computed(plain), computed(fast), strict=True):
-        assert apart(one, other) < 1e-5
+    fast = changed(plain, fuse, take_over)
+    assert farthest(plain, fast) < 1e-5
     taken = [each for each in fast.modules() if isinstance(each, FrozenConv2d) and each.kernel_size == (3, 3)]
     assert len(small_too) > 1.8 * len(taken) > 20  # there and, but for the first ones, back
 
@@ -232,20 +228,6 @@ def test_products_in_float32_take_the_operator_of_true_sizes(
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
     assert given == [((192, 9 * 256), (64, 9 * 256)), ((64, 9 * 192), (256, 9 * 192))]
     assert len(small_too) == 2
-
-
-@pytest.mark.parametrize("order", [(fuse, take_over), (take_over, fuse)], ids=["after", "before"])
-@pytest.mark.usefixtures("small_too")
-def test_a_lora_of_a_convolution_of_single_cells_is_fused(
-    order: tuple[Callable[[nn.Module], None], ...],
-) -> None:
-    layer = nn.ModuleDict({"proj_in": nn.Conv2d(8, 8, 1)}).requires_grad_(False)
-    wrapped = get_peft_model(layer, LoraConfig(r=2, target_modules=["proj_in"]))
-    for change in order:
-        change(wrapped)
-    (module,) = lora_modules(wrapped).values()
-    assert type(module) is FusedPointwise
-    assert type(module.base_layer) is FrozenConv2d
 
 
 def test_a_merged_adapter_changes_them_and_leaves_them_as_they_were(

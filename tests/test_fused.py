@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.config.train import TrainConfig
+from megaman.kernels import convolutions, products
 from megaman.lora.fused import FusedLinear, FusedPointwise, _summed, fuse, layers_read, merges
 from megaman.lora.injection import adapter_of, inject, lora_modules
 from megaman.model.int8 import store_in_int8, whole
@@ -63,6 +64,19 @@ def apart(one: Tensor, other: Tensor) -> float:
     return ((one.double() - other.double()).norm() / one.double().norm()).item()
 
 
+def changed(unet: nn.Module, *changes: Callable[[nn.Module], None]) -> nn.Module:
+    """A copy of a model, put through these one after the other."""
+    copy = deepcopy(unet)
+    for change in changes:
+        change(copy)
+    return copy
+
+
+def farthest(plain: nn.Module, fast: nn.Module) -> float:
+    """How far two UNets lie apart, in their predictions or in their gradients."""
+    return max(apart(one, other) for one, other in zip(computed(plain), computed(fast), strict=True))
+
+
 @pytest.mark.parametrize("targets", ["attention", "linear", "conv"])
 @pytest.mark.parametrize("kind", [SD1, SD2, XL], ids=lambda kind: kind.folder)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype)[6:])
@@ -81,6 +95,33 @@ def test_predictions_and_gradients_are_pefts(
     for true, expected, made in zip(exact, computed(plain), computed(fast), strict=True):
         rounded = 1.8 * apart(true, expected)  # PEFT's own error, in fewer places
         assert apart(true, made) < (1e-4 if dtype == torch.float32 else max(4e-2, rounded))
+
+
+@pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("layer", "take_over", "fused_kind", "frozen_kind"),
+    [
+        (nn.Linear(8, 8), products.take_over, FusedLinear, products.FrozenLinear),
+        (nn.Conv2d(8, 8, 1), convolutions.take_over, FusedPointwise, convolutions.FrozenConv2d),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_a_lora_of_a_layer_that_was_taken_over_is_fused(
+    layer: nn.Module,
+    take_over: Callable[[nn.Module], None],
+    fused_kind: type,
+    frozen_kind: type,
+    is_before: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(convolutions, "SMALLEST_WEIGHT", 0)
+    frozen = nn.ModuleDict({"to_q": deepcopy(layer)}).requires_grad_(False)
+    wrapped = get_peft_model(frozen, LoraConfig(r=2, target_modules=["to_q"]))
+    order = (take_over, fuse) if is_before else (fuse, take_over)
+    (module,) = lora_modules(changed(wrapped, *order)).values()
+    assert type(module) is fused_kind
+    assert type(module.base_layer) is frozen_kind
 
 
 @pytest.mark.parametrize("rows", [3, 300])

@@ -96,7 +96,7 @@ def draw_previews(base: StableDiffusion, text: Text, look: Look, step: int, stop
     return [] if stop else images
 
 
-RECIPE = 1  # raised whenever previews are drawn in another way, which changes a digit
+RECIPE = 2  # raised whenever previews are drawn in another way, which changes a digit
 
 
 def key_of_base_previews(weights: str, base: StableDiffusion, text: Text, look: Look, kernels: str) -> str:
