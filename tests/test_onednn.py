@@ -95,6 +95,16 @@ def test_the_memory_that_is_told_counts_both_layouts(
 
 
 @pytest.mark.usefixtures("always")
+def test_there_is_no_second_gradient() -> None:
+    model = nn.Sequential(nn.Linear(32, 32)).requires_grad_(False)
+    x = torch.randn(8, 32, requires_grad=True)
+    assert lay_out(model, lambda: model(x)) == 1
+    first = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError):  # instead of one of nothing
+        torch.autograd.grad(first.sum(), x)
+
+
+@pytest.mark.usefixtures("always")
 def test_torchs_copy_is_given_up_and_comes_back_at_a_look(tiny_base: StableDiffusion) -> None:
     weights = {name: each.clone() for name, each in tiny_base.unet.named_parameters()}
     lay_out(tiny_base.unet, run_once(tiny_base.unet))

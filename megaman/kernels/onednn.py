@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megaman.kernels import convolutions, heap, products
@@ -110,6 +111,7 @@ class _Product(torch.autograd.Function):
         return layer.product(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The output's gradient -> the input's."""
         return ctx.layer.gradient_to_input(grad, ctx.shape), None
