@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL.Image import Image
 from tqdm import tqdm
 
 from megaman.common.files import path_from
@@ -73,7 +72,8 @@ from megaman.generation.saving import Seldom, beside
 from megaman.kernels import convolutions, heap, products
 from megaman.lora.adapter import STRENGTH, Adapter
 from megaman.lora.merge import MergedAdapter
-from megaman.model import compute, drawing, footprint, memory, stable_diffusion
+from megaman.model import compute, decoding, drawing, memory, stable_diffusion
+from megaman.model.decoding import Decoded, Decoder
 from megaman.model.hub import canonical_name, download_adapter, is_local
 from megaman.model.prompt_syntax import has_weights, notes_on_syntax, without_lora_tags
 from megaman.model.stable_diffusion import StableDiffusion
@@ -182,8 +182,8 @@ class Drawn(NamedTuple):
     """What became of a task."""
 
     task: Task
-    image: Image | None  # None if its numbers overflowed
-    seconds: float  # its share of the batch's time
+    image: Decoded  # which a card may still be at work on
+    seconds: float  # its share of the batch's time so far
 
 
 def make_tasks(
@@ -230,16 +230,15 @@ def check_jobs(jobs: Sequence[Job], base: StableDiffusion) -> None:
             )
 
 
-def render(batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter) -> list[Image | None]:
-    """The pictures of one batch; None for one whose numbers overflowed. Each has a generator of its own, so
-    its neighbours don't matter.
-    """
+def render(
+    batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter, decoder: Decoder
+) -> list[Decoded]:
+    """The pictures of one batch. Each has a generator of its own, so its neighbours don't matter."""
     job = batch[0]
     merged.set_scale(job.lora_scale)
-    pipeline = drawing.pipeline_of(base, job.scheduler)
-    return drawing.draw_or_none(
+    latents = drawing.latents_of(
         base,
-        pipeline,
+        drawing.pipeline_of(base, job.scheduler),
         **drawing.words(base, [job.prompt for job in batch], [job.negative_prompt for job in batch]),
         num_inference_steps=job.num_inference_steps,
         guidance_scale=job.guidance_scale,
@@ -247,16 +246,21 @@ def render(batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter) -
         height=job.height,
         generators=[torch.Generator().manual_seed(job.seed) for job in batch],
     )
+    return decoder.start(latents)
 
 
 # ---------------------------------------------------------------- drawing
 
 
 def draw_batch(
-    batch: Sequence[Job], base: StableDiffusion, merged: MergedAdapter, limit: memory.BatchLimit
-) -> list[Image | None]:
+    batch: Sequence[Job],
+    base: StableDiffusion,
+    merged: MergedAdapter,
+    decoder: Decoder,
+    limit: memory.BatchLimit,
+) -> list[Decoded]:
     """The pictures of a batch, in as many parts as the memory asks for."""
-    return limit.drawn(batch, lambda part: render(part, base, merged), batch[0].pixels)
+    return limit.drawn(batch, lambda part: render(part, base, merged, decoder), batch[0].pixels)
 
 
 def draw_batches(
@@ -264,6 +268,7 @@ def draw_batches(
 ) -> Iterator[list[Drawn]]:
     """The pictures batch by batch, one adapter after the other."""
     limit = memory.BatchLimit()
+    decoder = Decoder(base)
     by_adapter: dict[str, dict[Job, Task]] = {}
     for task in tasks:
         by_adapter.setdefault(task.candidate.digest, {})[task.job] = task
@@ -272,8 +277,8 @@ def draw_batches(
         merged = MergedAdapter(adapter, base.parts, base.kind)
         for batch in group_into_batches(list(wanted), batch_size, base.device.type):
             started = time.monotonic()
-            images = draw_batch(batch, base, merged, limit)
-            seconds = round((time.monotonic() - started) / len(batch), 3)
+            images = draw_batch(batch, base, merged, decoder, limit)
+            seconds = (time.monotonic() - started) / len(batch)
             yield [Drawn(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
         merged.set_scale(0)  # the next adapter goes into the base's own weights
 
@@ -281,13 +286,17 @@ def draw_batches(
 def save_batch(
     batch: Sequence[Drawn], cfg: GenerateConfig, about: dict[str, Any]
 ) -> Iterator[records.ImageRecord]:
-    """Saves a batch's pictures, but for those that overflowed; gives each record as soon as its picture is
-    safe.
+    """Saves a batch's pictures, but for those that overflowed, as a card is done with them; gives each record
+    as soon as its picture is safe.
     """
-    for task, image, seconds in batch:
+    started = time.monotonic()
+    images = [each.image.picture() for each in batch]
+    waited = (time.monotonic() - started) / len(batch)
+    for (task, _, seconds), image in zip(batch, images, strict=True):
         if image is not None:
             output = Path(cfg.output_dir)
-            record = record_of(task.job, task.digest, about | task.candidate.facts(output), seconds)
+            about_it = about | task.candidate.facts(output)
+            record = record_of(task.job, task.digest, about_it, round(seconds + waited, 3))
             records.save_picture(image, record, output, described=not cfg.no_metadata)
             yield record
 
@@ -374,7 +383,7 @@ def generate(cfg: GenerateConfig) -> Path:
     about = facts_of_run(output, base, name, trigger)
     jobs = [as_read(job, base) for job in make_jobs(cfg, prompts)]
     check_jobs(jobs, base)
-    base.is_crowded = footprint.is_crowded(base, max(job.pixels for job in jobs))
+    base.is_crowded = decoding.is_crowded(base, max(job.pixels for job in jobs))
     base.place(*(() if base.is_crowded else ("vae", *base.parts)))
     for line in [*notes, *notes_on_cuts(jobs, base)]:
         say(line)

@@ -61,7 +61,7 @@ from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
 from megaman.kernels import convolutions, heap, onednn, products
 from megaman.lora import fused, init_lora, injection, strength
-from megaman.model import compute, footprint, memory, stable_diffusion
+from megaman.model import compute, decoding, footprint, memory, stable_diffusion
 from megaman.model.hub import model_hashes
 from megaman.model.int8 import store_in_int8
 from megaman.model.memory import MemoryPlan
@@ -464,7 +464,7 @@ def place_for_training(base: StableDiffusion, cfg: TrainConfig, validation_ids: 
         base.drop_encoders()
     if cfg.base_weights == "int8":
         store_in_int8(base.unet)
-    base.is_crowded = footprint.is_crowded(base, cfg.side_px**2)
+    base.is_crowded = decoding.is_crowded(base, cfg.side_px**2)
     base.place(*base.parts)
     return text
 
@@ -527,7 +527,7 @@ def plan_memory(run: Run) -> None:
     """
     chunks = run.encoded.ids.shape[1]
     estimate = footprint.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch, chunks)
-    card = compute.smallest(footprint.card_gib(run.accelerator.device), run.accelerator)
+    card = compute.smallest(memory.card_gib(run.accelerator.device), run.accelerator)
     if run.cfg.gradient_checkpointing and run.memory.recomputed == "nothing":
         run.memory.recomputed = "all" if estimate is None else estimate.level_for(card)
     if estimate is not None:

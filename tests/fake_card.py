@@ -113,6 +113,38 @@ def _copied(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tenso
     return tensor
 
 
+class _Event:
+    """What a stream has been asked to tell."""
+
+    def __init__(self, stream: "_Stream") -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        """Waits for it."""
+        self.stream.told.append("is waited for")
+
+
+class _Stream:
+    """What a card does one after the other. told: what was asked of it beside computing."""
+
+    def __init__(self, device: object = None) -> None:
+        self.told: list[str] = []
+
+    def wait_stream(self, _: "_Stream") -> None:
+        """Begins when the other is where it is now."""
+        self.told.append("waits")
+
+    def record_event(self) -> _Event:
+        """What can be waited for."""
+        self.told.append("an event")
+        return _Event(self)
+
+
+def _kept_for(tensor: Tensor, stream: _Stream) -> None:
+    """tensor.record_stream(stream)"""
+    stream.told.append(f"keeps {tuple(tensor.shape)}")
+
+
 ANSWERS: dict[str, Callable[..., Any]] = {
     "item": _item,
     "__int__": lambda tensor: int(_item(tensor)),
@@ -142,11 +174,36 @@ def _moved(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     return module
 
 
+class _Streams:
+    """The streams of a card, of which one is the current."""
+
+    def __init__(self) -> None:
+        self.current = _Stream()
+
+    @contextmanager
+    def inside(self, stream: _Stream) -> Iterator[None]:
+        """torch.cuda.stream"""
+        before, self.current = self.current, stream
+        stream.told.append("begins")
+        try:
+            yield
+        finally:
+            self.current = before
+
+
 @contextmanager
-def fake_card(gib: float = 24) -> Iterator[torch.device]:
-    """Inside the block there is a card with so much memory. What is on it has no numbers."""
+def fake_card(gib: float = 24, free_gib: float = 20) -> Iterator[torch.device]:
+    """Inside the block there is a card with so much memory, of which so much is said to be free. What is on
+    it has no numbers.
+    """
     about = SimpleNamespace(total_memory=gib * 2**30, name="a card")
+    streams = _Streams()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Card():
         patch.setattr(nn.Module, "_apply", _moved)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+        patch.setattr(torch.cuda, "mem_get_info", lambda _: (free_gib * 2**30, gib * 2**30))
+        patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "current_stream", lambda _: streams.current)
+        patch.setattr(torch.cuda, "stream", streams.inside)
+        patch.setattr(Tensor, "record_stream", _kept_for)
         yield CARD

@@ -34,6 +34,7 @@ from megaman.generation.gallery import command, rebuild, render_gallery
 from megaman.generation.records import PATHS, Job, file_name, read_records
 from megaman.lora.adapter import Adapter
 from megaman.lora.load import read_adapter
+from megaman.model.decoding import Decoded
 from megaman.model.hub import canonical_name, hub_id_of, is_local
 
 
@@ -247,7 +248,7 @@ def test_an_interrupted_run_keeps_its_batches(
 ) -> None:
     honest, calls = generate_megaman.render, iter(range(9))
 
-    def dying(*args: object) -> list[Image.Image]:
+    def dying(*args: object) -> list[Decoded]:
         if next(calls) == 2:
             raise KeyboardInterrupt
         return honest(*args)
@@ -919,12 +920,12 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[Job]], object
     """Makes `render` do what `fails` wants first; the sizes of the batches that are tried."""
     honest, tried = generate_megaman.render, []
 
-    def render(batch: list[Job], *rest: object) -> list[Image.Image | None]:
+    def render(batch: list[Job], *rest: object) -> list[Decoded]:
         tried.append(len(batch))
         spoilt = fails(batch)
         return [
-            None if job.prompt == spoilt else image
-            for job, image in zip(batch, honest(batch, *rest), strict=True)
+            replace(each, is_whole=each.is_whole & (job.prompt != spoilt))
+            for job, each in zip(batch, honest(batch, *rest), strict=True)
         ]
 
     monkeypatch.setattr(generate_megaman, "render", render)

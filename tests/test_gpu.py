@@ -49,3 +49,52 @@ def test_every_precision_learns_the_hero_and_draws_him(tmp_path: Path, flags: li
     )
     assert drawn.returncode == 0, drawn.stderr
     assert len(list(gallery.glob("*.png"))) == 10
+
+
+BESIDE = """
+import torch
+from megaman.config.train import EMBEDDED
+from megaman.model import compute, drawing
+from megaman.model.decoding import Decoder, decode
+from megaman.model.stable_diffusion import load_base
+
+device = torch.device("cuda")
+base = load_base(EMBEDDED, device=device, dtype=compute.pick_dtype("auto", device))
+base.place("vae", *base.parts)
+decoder = Decoder(base)
+
+def latents(seed):
+    return drawing.latents_of(
+        base, drawing.pipeline_of(base), **drawing.words(base, ["a wizard"] * 4, [""] * 4), width=256,
+        height=256, num_inference_steps=4, guidance_scale=3.0,
+        generators=[torch.Generator().manual_seed(4 * seed + each) for each in range(4)],
+    )
+
+begun, kept = [], []
+for seed in range(6):
+    kept.append(latents(seed))
+    begun.append(decoder.start(kept[-1] + 0))  # memory that is given back while it is read
+for made, drawn in zip(begun, kept):
+    for beside, plain in zip(made, decode(base, drawn)):
+        assert beside.picture().tobytes() == plain.picture().tobytes()
+assert decoder.most_px == 256**2, decoder.most_px
+print(len({each.picture().tobytes() for made in begun for each in made}), "pictures")
+"""
+
+
+def test_pictures_that_are_decoded_beside_the_next_batch_are_the_same() -> None:
+    told = with_gpu("-c", BESIDE)
+    assert (told.returncode, told.stdout) == (0, "24 pictures\n"), told.stderr
+
+
+def test_a_run_with_checkpoints_is_judged_on_the_card(tmp_path: Path) -> None:
+    run, gallery = tmp_path / "run", tmp_path / "gallery"
+    preset = ["--preset", "demo", "--max_train_steps", "80", "--report_to", "none", "--output_dir", str(run)]
+    trained = with_gpu("megaman_lora.py", *preset, "--checkpointing_steps", "40", "--mixed_precision", "fp16")
+    assert trained.returncode == 0, trained.stderr
+    judged = with_gpu(
+        *["generate_megaman.py", "--lora_path", str(run / "lora_weights"), "--output_dir", str(gallery)],
+        *["--recommend", "--num_images_per_prompt", "1"],
+    )
+    assert judged.returncode == 0, judged.stderr
+    assert (gallery / "recommend.html").is_file()

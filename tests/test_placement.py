@@ -19,6 +19,7 @@ from megaman.generation.records import Job
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, drawing, stable_diffusion
+from megaman.model.decoding import Decoder
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.training import checkpoints, validation
 from megaman.training.encoding import Captions, encode
@@ -168,9 +169,12 @@ def test_pictures_are_drawn_on_the_card(base_folder: Path, gib: float) -> None:
         base.place(*(() if base.is_crowded else ("vae", *base.parts)))
         devices = devices_of_work(base)
         merged = MergedAdapter(small_adapter(base), base.parts, base.kind)
-        pictures = generate_megaman.render(jobs, base, merged)
-        assert [picture.size for picture in pictures] == [(36, 32)] * 2
+        decoder = Decoder(base)
+        drawn = generate_megaman.render(jobs, base, merged, decoder)
+        assert [each.picture().size for each in drawn] == [(36, 32)] * 2
         assert devices == {CARD}
+        beside = ["waits", "keeps (2, 4, 16, 18)", "begins", "an event", "an event", *["is waited for"] * 2]
+        assert decoder.stream.told == ([] if base.is_crowded else beside)
         merged.set_scale(0)
 
 

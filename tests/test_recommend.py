@@ -38,6 +38,7 @@ from megaman.generation.trained_on import TrainingPictures, find_training_pictur
 from megaman.lora.adapter import Adapter
 from megaman.lora.injection import adapter_of
 from megaman.lora.save import write_kohya
+from megaman.model.decoding import Decoded
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.tiny_sd.figures import random_figure, random_hero
 from megaman.tiny_sd.sketch import BACKGROUNDS, Figure, draw
@@ -463,7 +464,7 @@ def test_an_interrupted_recommendation_keeps_what_is_drawn(
     drawn = generate_megaman.draw_batch
     left = [3]
 
-    def dying(*args: Any) -> list[Image.Image | None]:
+    def dying(*args: Any) -> list[Decoded]:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
@@ -483,9 +484,10 @@ def test_a_cell_whose_numbers_overflow_comes_last_and_stops_nothing(
 ) -> None:
     render = generate_megaman.render
 
-    def overflowing(batch: Sequence[Any], *rest: Any) -> list[Image.Image | None]:
+    def overflowing(batch: Sequence[Any], *rest: Any) -> list[Decoded]:
         drawn = render(batch, *rest)
-        return [None if job.lora_scale == 2 else image for job, image in zip(batch, drawn, strict=True)]
+        return [replace(each, is_whole=each.is_whole & (job.lora_scale != 2))
+                for job, each in zip(batch, drawn, strict=True)]  # fmt: skip
 
     monkeypatch.setattr(generate_megaman, "render", overflowing)
     found = recommend(finished / "lora_weights", tmp_path / "gen", *PROMPTS, "--lora_scale", "1", "2")

@@ -10,7 +10,7 @@ import megaman_lora
 from megaman.common.console import UserError
 from megaman.common.kinds import KINDS, SD1, SD2, XL, Kind, Level
 from megaman.config.train import TrainConfig
-from megaman.model import footprint
+from megaman.model import footprint, memory
 from megaman.model.footprint import Estimate
 from megaman.model.memory import MemoryPlan
 from megaman.training import objective
@@ -147,8 +147,8 @@ def test_a_run_takes_what_its_card_holds_and_more_recomputing_before_smaller_bat
     monkeypatch.setattr(footprint, "kind_of_width", lambda _: SD1)
     run = megaman_lora.set_up(megaman_lora.read_config([*train_flags, "--gradient_checkpointing"])[0])
     estimate = footprint.estimate_of(run.base, run.trainable.values(), run.cfg, run.memory.batch)
-    card = (estimate.total("largest") + 1e-9) / footprint.LARGEST_SHARE
-    monkeypatch.setattr(footprint, "card_gib", lambda _: card)
+    card = (estimate.total("largest") + 1e-9) / memory.LARGEST_SHARE
+    monkeypatch.setattr(memory, "card_gib", lambda _: card)
     megaman_lora.begin(run)
     assert run.memory == MemoryPlan(2, "largest")
     assert "; the largest blocks are recomputed, 19 % more computing)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Pictures from a base: its pipeline, the samplers, the decoding."""
+"""Pictures from a base: its pipeline, the samplers, what they begin with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from megaman.common.console import Exit, UserError
 from megaman.common.kinds import UNET
+from megaman.model.decoding import decode
 from megaman.model.read_once import text_read_once
 from megaman.model.stable_diffusion import StableDiffusion, of_kind
 from megaman.model.text import Text
@@ -94,6 +95,15 @@ def noise_of(base: StableDiffusion, width: int, height: int, generators: Sequenc
 
 
 def draw_or_none(
+    base: StableDiffusion, pipeline: DiffusionPipeline, **settings: Any
+) -> list[Image.Image | None]:
+    """The pictures of one batch, RGB, by the settings of `latents_of`; None where numbers overflowed, which
+    leaves the others as they are.
+    """
+    return [each.picture() for each in decode(base, latents_of(base, pipeline, **settings))]
+
+
+def latents_of(
     base: StableDiffusion,
     pipeline: DiffusionPipeline,
     *,
@@ -101,9 +111,8 @@ def draw_or_none(
     height: int,
     generators: Sequence[Generator],
     **settings: Any,
-) -> list[Image.Image | None]:
-    """The pictures of one batch, RGB; None where numbers overflowed, which leaves the others as they are.
-    Latents are decoded one at a time, which halves the peak memory.
+) -> Tensor:
+    """The latents of one batch, (B,C,h,w) on the base's device; a card may still be at work on them.
 
     width, height: pixels, multiples of the base's stride. generators: one a picture, on the CPU. settings:
     the pipeline's own.
@@ -115,19 +124,4 @@ def draw_or_none(
         settings["guidance_rescale"] = GUIDANCE_RESCALE
     settings |= {"latents": noise, "generator": list(generators), "output_type": "latent"}
     with base.at_work(UNET), text_read_once(base.unet):
-        latents = pipeline(**settings).images
-    with base.at_work("vae"), torch.no_grad():
-        decoded = [_decode(base, latent) for latent in latents.split(1)]  # a card is not waited for yet
-        return [_picture(pixels) if is_whole else None for pixels, is_whole in decoded]
-
-
-def _decode(base: StableDiffusion, latent: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixels of a latent (1,C,h,w), (H,W,3) uint8, and whether all were numbers; both on the device."""
-    scaled = latent.to(base.device, torch.float32) / base.vae.config.scaling_factor
-    pixels = base.vae.decode(scaled, return_dict=False)[0][0]
-    rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return rounded.permute(1, 2, 0), pixels.isfinite().all()
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.cpu().numpy())
+        return pipeline(**settings).images

@@ -10,7 +10,7 @@ from torch import Tensor
 from megaman.common.kinds import Level, StepCost, kind_of_width
 from megaman.config.train import TrainConfig
 from megaman.kernels import onednn
-from megaman.model.memory import IN_WORDS
+from megaman.model.memory import GIB, IN_WORDS, LARGEST_SHARE
 from megaman.model.stable_diffusion import StableDiffusion
 
 RECOMPUTED_TEXT = 0.15  # of what encoders in training keep, where everything is recomputed
@@ -19,8 +19,6 @@ OF_DORA, OF_DORA_CONVOLUTIONS = 1.8, 2.5  # the same of DoRA
 IN_FLOAT32 = 1.6  # times what half precision keeps: it keeps some of it twice
 BESIDE_GIB = 0.09  # workspaces of the kernels
 BYTES_A_PARAMETER = 16  # of the adapter: itself, its gradient, two moments, float32
-LARGEST_SHARE = 0.9  # of a card: beyond, Windows moves memory to and fro, twenty times slower
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -129,20 +127,3 @@ def estimate_of(
         is_checkpointed=cfg.gradient_checkpointing,
         in_bytes=None if has_bytes else sum(each.numel() for each in (*frozen, *laid_out)) / GIB,
     )
-
-
-def card_gib(device: torch.device) -> float | None:
-    """The memory of a card; None of anything else."""
-    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
-
-
-# ---------------------------------------------------------------- drawing
-DECODING_GIB = 4.9  # that the VAE takes for a picture of 1024 x 1024, float32
-
-
-def is_crowded(base: StableDiffusion, pixels: int) -> bool:
-    """Whether the card is too small for all of the base's parts at once and a picture of so many pixels."""
-    card = card_gib(base.device)
-    parts = (base.vae, *base.parts.values())
-    size = sum(each.numel() * each.element_size() for part in parts for each in part.parameters())
-    return card is not None and size / GIB + DECODING_GIB * pixels / 2**20 > LARGEST_SHARE * card

@@ -1,5 +1,5 @@
 """What happens when memory runs out: in training activations are recomputed and batches become smaller, in
-drawing batches only; then an honest end.
+drawing batches only; then an honest end. How large a card is.
 """
 
 import gc
@@ -21,8 +21,15 @@ IN_WORDS: dict[Level, str] = {
     "two largest and feed-forwards": "the blocks of the two largest sizes and all feed-forwards are",
     "all": "all blocks are",
 }
+GIB = 2**30
+LARGEST_SHARE = 0.9  # of a card: beyond, Windows moves memory to and fro, twenty times slower
 S = TypeVar("S")
 T = TypeVar("T")
+
+
+def card_gib(device: torch.device) -> float | None:
+    """The memory of a card; None of anything else."""
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
 
 
 @dataclass

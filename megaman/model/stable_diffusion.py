@@ -147,16 +147,17 @@ class StableDiffusion:
         never holds what has no work to do.
         """
         parts = {"vae": self.vae, **self.parts}
-        for name in sorted(parts, key=lambda name: name in names):  # room is made first
-            if name in self.placed and name not in names:
-                parts[name].to("cpu")
-                self.placed = tuple(each for each in self.placed if each != name)
-            elif name in names and name not in self.placed:
+        moved = [name for name in parts if (name in names) != (name in self.placed)]
+        for name in sorted(moved, key=lambda name: name in names):  # room is made first
+            if name in names:
                 parts[name].to(self.device)  # which may have no room: then it is not noted
                 self.placed = (*self.placed, name)
+            else:
+                parts[name].to("cpu")
+                self.placed = tuple(each for each in self.placed if each != name)
         self.placed = names
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if moved and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of sizes that the parts before needed; it waits for the card
 
     @contextlib.contextmanager
     def at_work(self, *names: str) -> Iterator[None]:
@@ -164,8 +165,7 @@ class StableDiffusion:
         crowded, instead of it.
         """
         before = self.placed
-        both = tuple(dict.fromkeys((*before, *names)))
-        self.place(*(names if self.is_crowded else both))
+        self.place(*(names if self.is_crowded else dict.fromkeys((*before, *names))))
         try:
             yield
         finally:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BOOT = """
 import runpy, sys
 sys.path.insert(0, {project!r})
-import megaman_lora
+import generate_megaman, megaman_lora
 sys.argv = [{script!r}, "--serve", {settings!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
