@@ -68,8 +68,8 @@ from megaman.generation.comparison import Task, prompts_for
 from megaman.generation.prompts import Prompt, plain_prompts, read_prompts_file, texts_of
 from megaman.generation.recommendation import gather, recommend
 from megaman.generation.records import PLAIN, WEIGHTED, Job, job_hash, record_of
-from megaman.generation.saving import Seldom, beside
-from megaman.kernels import convolutions, heap, products
+from megaman.generation.saving import Laps, Seldom, beside
+from megaman.kernels import attention, convolutions, heap, products
 from megaman.lora.adapter import STRENGTH, Adapter
 from megaman.lora.merge import MergedAdapter
 from megaman.model import compute, decoding, drawing, memory, stable_diffusion
@@ -182,8 +182,8 @@ class Drawn(NamedTuple):
     """What became of a task."""
 
     task: Task
-    image: Decoded  # which a card may still be at work on
-    seconds: float  # its share of the batch's time so far
+    decoded: Decoded
+    started_s: float  # when its batch was, by the clock
 
 
 def make_tasks(
@@ -236,7 +236,7 @@ def render(
     """The pictures of one batch. Each has a generator of its own, so its neighbours don't matter."""
     job = batch[0]
     merged.set_scale(job.lora_scale)
-    latents = drawing.latents_of(
+    latents = drawing.draw_latents(
         base,
         drawing.pipeline_of(base, job.scheduler),
         **drawing.words(base, [job.prompt for job in batch], [job.negative_prompt for job in batch]),
@@ -268,35 +268,33 @@ def draw_batches(
 ) -> Iterator[list[Drawn]]:
     """The pictures batch by batch, one adapter after the other."""
     limit = memory.BatchLimit()
-    decoder = Decoder(base)
     by_adapter: dict[str, dict[Job, Task]] = {}
     for task in tasks:
         by_adapter.setdefault(task.candidate.digest, {})[task.job] = task
-    for wanted in by_adapter.values():
-        adapter = next(iter(wanted.values())).candidate.adapter
-        merged = MergedAdapter(adapter, base.parts, base.kind)
-        for batch in group_into_batches(list(wanted), batch_size, base.device.type):
-            started = time.monotonic()
-            images = draw_batch(batch, base, merged, decoder, limit)
-            seconds = (time.monotonic() - started) / len(batch)
-            yield [Drawn(wanted[job], image, seconds) for job, image in zip(batch, images, strict=True)]
-        merged.set_scale(0)  # the next adapter goes into the base's own weights
+    with closing(Decoder(base)) as decoder:
+        for wanted in by_adapter.values():
+            adapter = next(iter(wanted.values())).candidate.adapter
+            merged = MergedAdapter(adapter, base.parts, base.kind)
+            for batch in group_into_batches(list(wanted), batch_size, base.device.type):
+                started_s = time.monotonic()
+                drawn = draw_batch(batch, base, merged, decoder, limit)
+                yield [Drawn(wanted[job], each, started_s) for job, each in zip(batch, drawn, strict=True)]
+            merged.set_scale(0)  # the next adapter goes into the base's own weights
 
 
 def save_batch(
-    batch: Sequence[Drawn], cfg: GenerateConfig, about: dict[str, Any]
+    batch: Sequence[Drawn], cfg: GenerateConfig, about: dict[str, Any], laps: Laps
 ) -> Iterator[records.ImageRecord]:
-    """Saves a batch's pictures, but for those that overflowed, as a card is done with them; gives each record
-    as soon as its picture is safe.
+    """Saves a batch's pictures, once a card is done with them all, but for those that overflowed; gives each
+    record as soon as its picture is safe.
     """
-    started = time.monotonic()
-    images = [each.image.picture() for each in batch]
-    waited = (time.monotonic() - started) / len(batch)
-    for (task, _, seconds), image in zip(batch, images, strict=True):
+    output = Path(cfg.output_dir)
+    images = [each.decoded.picture() for each in batch]
+    seconds = round(laps.end(batch[0].started_s) / len(batch), 3)
+    for each, image in zip(batch, images, strict=True):
         if image is not None:
-            output = Path(cfg.output_dir)
-            about_it = about | task.candidate.facts(output)
-            record = record_of(task.job, task.digest, about_it, round(seconds + waited, 3))
+            facts = about | each.task.candidate.facts(output)
+            record = record_of(each.task.job, each.task.digest, facts, seconds)
             records.save_picture(image, record, output, described=not cfg.no_metadata)
             yield record
 
@@ -333,9 +331,10 @@ def draw_missing(
         return [*(finished[task.digest] for task in tasks if task.digest in finished), *earlier.values()]
 
     page = Seldom(lambda: gallery.show(output, known()))
+    laps = Laps()
 
     def keep(batch: Sequence[Drawn]) -> None:
-        for record in save_batch(batch, cfg, about):
+        for record in save_batch(batch, cfg, about, laps):
             finished[record.job] = record
         records.write_records(output, known())
         page.do()
@@ -420,6 +419,7 @@ def load_base(
     if device.type == "cpu":
         for part in base.parts.values():
             products.take_over(part)
+        attention.take_over(base.unet)
         convolutions.take_over(base.unet)
     return base
 

@@ -59,7 +59,7 @@ from megaman.data import buckets, captions, scan
 from megaman.data.buckets import Bucket, Crop
 from megaman.data.folder import look_into
 from megaman.data.report import Report, TrainedPicture, dataset_facts
-from megaman.kernels import convolutions, heap, onednn, products
+from megaman.kernels import attention, convolutions, heap, onednn, products
 from megaman.lora import fused, init_lora, injection, strength
 from megaman.model import compute, decoding, footprint, memory, stable_diffusion
 from megaman.model.hub import model_hashes
@@ -422,8 +422,8 @@ def set_up(cfg: TrainConfig) -> Run:
 
 def speed_up(run: Run) -> None:
     """Puts faster ways of computing the same in place, where they fit: of the LoRA layers, and, on a CPU, of
-    the frozen ones: linear layers of float32 by the kind of CPU, convolutions of few cells, others as the
-    largest picture shows.
+    the frozen ones: linear layers of float32 by the kind of CPU, attention of bfloat16, convolutions of few
+    cells, others as the largest picture shows.
     """
     if run.cfg.compile:
         return  # what is compiled is fused by the compiler
@@ -432,6 +432,8 @@ def speed_up(run: Run) -> None:
         fused.fuse(part)
         if is_on_cpu:
             products.take_over(part)
+    if is_on_cpu and run.cfg.attention == "auto":
+        attention.take_over(run.base.unet)
     if is_on_cpu and not run.cfg.use_dora:  # which views its convolutions' factors in torch's order
         convolutions.take_over(run.base.unet)
         times = validation.TIMESTEPS[:1] * run.memory.batch

@@ -113,17 +113,6 @@ def _copied(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tenso
     return tensor
 
 
-class _Event:
-    """What a stream has been asked to tell."""
-
-    def __init__(self, stream: "_Stream") -> None:
-        self.stream = stream
-
-    def synchronize(self) -> None:
-        """Waits for it."""
-        self.stream.told.append("is waited for")
-
-
 class _Stream:
     """What a card does one after the other. told: what was asked of it beside computing."""
 
@@ -134,10 +123,22 @@ class _Stream:
         """Begins when the other is where it is now."""
         self.told.append("waits")
 
-    def record_event(self) -> _Event:
-        """What can be waited for."""
-        self.told.append("an event")
-        return _Event(self)
+
+class _Event:
+    """A point in what a stream does."""
+
+    def __init__(self, *, blocking: bool) -> None:
+        self.stream: _Stream | None = None
+
+    def record(self, stream: _Stream) -> None:
+        """Is where the stream is now."""
+        self.stream = stream
+        stream.told.append("an event")
+
+    def synchronize(self) -> None:
+        """Waits until the stream has come by."""
+        assert self.stream is not None
+        self.stream.told.append("is waited for")
 
 
 def _kept_for(tensor: Tensor, stream: _Stream) -> None:
@@ -192,17 +193,22 @@ class _Streams:
 
 
 @contextmanager
-def fake_card(gib: float = 24, free_gib: float = 20) -> Iterator[torch.device]:
-    """Inside the block there is a card with so much memory, of which so much is said to be free. What is on
-    it has no numbers.
+def fake_card(gib: float = 24, free_gib: float | None = None) -> Iterator[torch.device]:
+    """Inside the block there is a card with so much memory, which is said to be free but for what is named.
+    What is on it has no numbers.
     """
     about = SimpleNamespace(total_memory=gib * 2**30, name="a card")
     streams = _Streams()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Card():
         patch.setattr(nn.Module, "_apply", _moved)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: about)
-        patch.setattr(torch.cuda, "mem_get_info", lambda _: (free_gib * 2**30, gib * 2**30))
+        patch.setattr(
+            torch.cuda,
+            "mem_get_info",
+            lambda _: ((gib if free_gib is None else free_gib) * 2**30, gib * 2**30),
+        )
         patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "current_stream", lambda _: streams.current)
         patch.setattr(torch.cuda, "stream", streams.inside)
         patch.setattr(Tensor, "record_stream", _kept_for)

@@ -23,7 +23,7 @@ from megaman.common.kinds import SD1, SD2, XL, Kind
 from megaman.config.generate import GenerateConfig
 from megaman.config.train import TrainConfig
 from megaman.generation import gallery, records
-from megaman.generation.saving import TIMES_AS_LONG, Seldom, beside
+from megaman.generation.saving import TIMES_AS_LONG, Laps, Seldom, beside
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.merge import MergedAdapter
 from megaman.model import drawing, int8
@@ -300,6 +300,12 @@ def listed(folder: Path) -> list[str]:
         with Image.open(folder / record["file"]) as picture:
             picture.load()
     return [record["prompt"] for record in told]
+
+
+def test_pieces_of_work_that_begin_before_the_last_has_ended_share_the_time() -> None:
+    ends = iter([4.0, 7.0, 10.0])
+    laps = Laps(lambda: next(ends))
+    assert [laps.end(began) for began in (1.0, 2.0, 9.0)] == [3.0, 3.0, 1.0]
 
 
 def test_a_batch_is_saved_while_the_next_one_is_drawn(

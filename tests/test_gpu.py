@@ -64,7 +64,7 @@ base.place("vae", *base.parts)
 decoder = Decoder(base)
 
 def latents(seed):
-    return drawing.latents_of(
+    return drawing.draw_latents(
         base, drawing.pipeline_of(base), **drawing.words(base, ["a wizard"] * 4, [""] * 4), width=256,
         height=256, num_inference_steps=4, guidance_scale=3.0,
         generators=[torch.Generator().manual_seed(4 * seed + each) for each in range(4)],

@@ -1,6 +1,7 @@
 """Everything lies where it computes: training, measuring and drawing on a card that is imitated."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.generation.records import Job
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.merge import MergedAdapter
-from megaman.model import compute, drawing, stable_diffusion
-from megaman.model.decoding import Decoder
+from megaman.model import compute, decoding, drawing, stable_diffusion
+from megaman.model.decoding import Decoded, Decoder
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.training import checkpoints, validation
 from megaman.training.encoding import Captions, encode
@@ -153,18 +154,20 @@ def small_adapter(base: StableDiffusion) -> Adapter:
 
 
 @pytest.mark.parametrize(
-    ("base_folder", "gib"),
-    [(SD1, 24), (XL, CROWDED_GIB)],
-    ids=["sd1", "xl, crowded"],
+    ("base_folder", "gib", "free_gib", "is_beside"),
+    [(SD1, 24, None, True), (SD1, 24, 2.4, False), (XL, CROWDED_GIB, None, False)],
+    ids=["sd1", "sd1, full", "xl, crowded"],
     indirect=["base_folder"],
 )
-def test_pictures_are_drawn_on_the_card(base_folder: Path, gib: float) -> None:
+def test_pictures_are_drawn_on_the_card(
+    base_folder: Path, gib: float, free_gib: float | None, is_beside: bool
+) -> None:
     base = base_for_a_card(base_folder)
     base.max_chunks, base.reads_weights = 2, True
     shared = {"negative_prompt": "grey", "num_inference_steps": 1, "guidance_scale": 5.0, "width": 36}
     jobs = [Job(prompt=words, seed=3, lora_scale=1.0, scheduler="euler_a", height=32, **shared)
             for words in ("a (robot:1.2)", "a BREAK knight")]  # fmt: skip
-    with fake_card(gib):
+    with fake_card(gib, free_gib):
         base.is_crowded = gib == CROWDED_GIB
         base.place(*(() if base.is_crowded else ("vae", *base.parts)))
         devices = devices_of_work(base)
@@ -174,8 +177,45 @@ def test_pictures_are_drawn_on_the_card(base_folder: Path, gib: float) -> None:
         assert [each.picture().size for each in drawn] == [(36, 32)] * 2
         assert devices == {CARD}
         beside = ["waits", "keeps (2, 4, 16, 18)", "begins", "an event", "an event", *["is waited for"] * 2]
-        assert decoder.stream.told == ([] if base.is_crowded else beside)
+        assert decoder.stream.told == (beside if is_beside else [])
         merged.set_scale(0)
+
+
+def test_what_was_decoded_beside_the_drawing_is_so_until_there_is_more_of_it(tiny_folder: Path) -> None:
+    base = base_for_a_card(tiny_folder)
+    small, large = (torch.zeros(1, 4, side, side) for side in (8, 16))
+    freed: list[bool] = []
+    with fake_card(), pytest.MonkeyPatch.context() as patch:
+        base.place("vae", UNET)
+        patch.setattr(torch.cuda, "empty_cache", lambda: freed.append(base.is_roomy))
+        with closing(Decoder(base)) as decoder:
+            for latents, has_room in ((small, False), (small, True), (small, False), (large, False)):
+                patch.setattr(decoding, "_has_room", lambda *_, has_room=has_room: has_room)
+                before = len(decoder.stream.told), len(freed)
+                decoder.start(latents.to(CARD))
+                is_beside = latents is small and decoder.most_px > 0
+                assert (len(decoder.stream.told) > before[0]) == base.is_roomy == is_beside
+                assert (len(freed) > before[1]) != is_beside  # which would wait for the drawing
+            base.place(UNET)
+            patch.setattr(decoding, "_has_room", lambda *_: True)
+            before = len(decoder.stream.told), len(freed)
+            decoder.start(small.to(CARD))  # its VAE comes and goes
+            assert len(decoder.stream.told) == before[0]
+            base.is_roomy = True
+            freed.clear()
+        assert (freed, base.is_roomy) == ([False], False)
+
+
+def test_a_picture_is_read_when_the_card_is_done_with_it() -> None:
+    pixels, is_whole = torch.zeros(2, 3, 3, dtype=torch.uint8), torch.tensor(False)
+
+    class Done:
+        def synchronize(self) -> None:
+            pixels.fill_(7)
+            is_whole.fill_(True)
+
+    picture = Decoded(pixels, is_whole, Done()).picture()
+    assert (picture.size, picture.getpixel((2, 1))) == ((3, 2), (7, 7, 7))
 
 
 def test_a_forgotten_way_to_the_card_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:

@@ -258,7 +258,8 @@ class PrecisionFlags:
         is_free=True,
     )
     attention: Attention = flag(
-        "auto", "attention kernels: auto and sdpa are torch's own, xformers needs an NVIDIA card"
+        "auto",
+        "attention kernels: auto is the fastest known here, sdpa torch's own, xformers needs an NVIDIA card",
     )
     compile: bool = flag(
         False, "compile the UNet's blocks: a wait at first; equal to rounding, also after a resume"

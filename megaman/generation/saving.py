@@ -31,6 +31,21 @@ class Seldom:
         self.due_s = ended_s + TIMES_AS_LONG * (ended_s - started_s)
 
 
+class Laps:
+    """How long one piece of work after the other took, each of which may begin before the last has ended."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds."""
+        self.clock = clock
+        self.ended_s = float("-inf")
+
+    def end(self, started_s: float) -> float:
+        """Seconds of the piece that ends now: since it began, or since the last one ended."""
+        began_s = max(started_s, self.ended_s)
+        self.ended_s = self.clock()
+        return self.ended_s - began_s
+
+
 @contextmanager
 def beside(at_the_end: Work) -> Iterator[Callable[[Work], None]]:
     """Gives a function that has a piece of work done in one other thread, in the order of the calls, and

@@ -63,7 +63,7 @@ def _cuda_remedy() -> str:
     return "README, «Windows with an NVIDIA card», has the line that installs torch with CUDA."
 
 
-WAY = 2  # raised whenever a step or a picture comes out otherwise in its last digits
+WAY = 3  # raised whenever a step or a picture comes out otherwise in its last digits
 
 
 def digits_of(device: torch.device) -> str:

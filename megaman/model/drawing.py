@@ -69,21 +69,6 @@ def as_settings(text: Text, negative: Text) -> Mapping[str, Tensor | None]:
     }
 
 
-OVERFLOW = (
-    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), or a lower "
-    "--lora_scale."
-)
-
-
-def draw(base: StableDiffusion, pipeline: DiffusionPipeline, **settings: Any) -> list[Image.Image]:
-    """The pictures of one batch, as `draw_or_none` makes them. UserError (exit 5) on non-finite numbers."""
-    pictures = draw_or_none(base, pipeline, **settings)
-    whole = [picture for picture in pictures if picture is not None]
-    if len(whole) < len(pictures):
-        raise UserError(OVERFLOW, Exit.NUMBERS)
-    return whole
-
-
 def noise_of(base: StableDiffusion, width: int, height: int, generators: Sequence[Generator]) -> Tensor:
     """What a picture of each generator begins with, (B,C,h,w) on the CPU. The pipeline would draw the same,
     but for sizes that are no multiples of 8, which it refuses whatever the base's stride.
@@ -94,16 +79,7 @@ def noise_of(base: StableDiffusion, width: int, height: int, generators: Sequenc
     )
 
 
-def draw_or_none(
-    base: StableDiffusion, pipeline: DiffusionPipeline, **settings: Any
-) -> list[Image.Image | None]:
-    """The pictures of one batch, RGB, by the settings of `latents_of`; None where numbers overflowed, which
-    leaves the others as they are.
-    """
-    return [each.picture() for each in decode(base, latents_of(base, pipeline, **settings))]
-
-
-def latents_of(
+def draw_latents(
     base: StableDiffusion,
     pipeline: DiffusionPipeline,
     *,
@@ -125,3 +101,27 @@ def latents_of(
     settings |= {"latents": noise, "generator": list(generators), "output_type": "latent"}
     with base.at_work(UNET), text_read_once(base.unet):
         return pipeline(**settings).images
+
+
+def draw_or_none(
+    base: StableDiffusion, pipeline: DiffusionPipeline, **settings: Any
+) -> list[Image.Image | None]:
+    """The pictures of one batch, RGB, by the settings of `draw_latents`; None where numbers overflowed, which
+    leaves the others as they are.
+    """
+    return [each.picture() for each in decode(base, draw_latents(base, pipeline, **settings))]
+
+
+OVERFLOW = (
+    "a picture came out as NaN: numbers overflowed. Use --mixed_precision no (or bf16), or a lower "
+    "--lora_scale."
+)
+
+
+def draw(base: StableDiffusion, pipeline: DiffusionPipeline, **settings: Any) -> list[Image.Image]:
+    """The pictures of one batch, as `draw_or_none` makes them. UserError (exit 5) on non-finite numbers."""
+    pictures = draw_or_none(base, pipeline, **settings)
+    whole = [picture for picture in pictures if picture is not None]
+    if len(whole) < len(pictures):
+        raise UserError(OVERFLOW, Exit.NUMBERS)
+    return whole

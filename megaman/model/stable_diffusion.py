@@ -60,6 +60,7 @@ class StableDiffusion:
     max_chunks: int = 1  # of 75 tokens, that are read of a text
     reads_weights: bool = False  # A1111's (word:1.3) and [word] in texts
     is_crowded: bool = False  # whether the device holds hardly more than one part at a time
+    is_roomy: bool = False  # whether its freed memory may stay as each part had it
     placed: tuple[str, ...] = ()  # the parts that lie on the device
 
     @property
@@ -147,17 +148,16 @@ class StableDiffusion:
         never holds what has no work to do.
         """
         parts = {"vae": self.vae, **self.parts}
-        moved = [name for name in parts if (name in names) != (name in self.placed)]
-        for name in sorted(moved, key=lambda name: name in names):  # room is made first
-            if name in names:
-                parts[name].to(self.device)  # which may have no room: then it is not noted
-                self.placed = (*self.placed, name)
-            else:
+        for name in sorted(parts, key=lambda name: name in names):  # room is made first
+            if name in self.placed and name not in names:
                 parts[name].to("cpu")
                 self.placed = tuple(each for each in self.placed if each != name)
+            elif name in names and name not in self.placed:
+                parts[name].to(self.device)  # which may have no room: then it is not noted
+                self.placed = (*self.placed, name)
         self.placed = names
-        if moved and self.device.type == "cuda":
-            torch.cuda.empty_cache()  # of sizes that the parts before needed; it waits for the card
+        if self.device.type == "cuda" and not self.is_roomy:
+            torch.cuda.empty_cache()  # which waits for all that the card is at work on
 
     @contextlib.contextmanager
     def at_work(self, *names: str) -> Iterator[None]:

@@ -3,9 +3,9 @@
     python tests/bench/bench_generate.py [--kind sd1|sd2|xl|embedded|tiny] [--batches 1,4,8,16]
         [--samplers dpm++,euler] [--resolution 256] [--steps 25] [--rounds 5] [--against FOLDER]
 
-Draws as generate_megaman.py does, words and decoding included, some batches in a row, as a card decodes one
-while it draws the next (of an earlier checkout too, which did not). --against has another process beside
-ours, from another checkout of this project; all settings in turn, round after round. The
+Draws as generate_megaman.py does, words and decoding included; on a card four batches in a row, of which it
+decodes one while it draws the next. --against has another process beside ours, from another checkout of this
+project, which may be one that did not; all settings in turn, round after round. The
 first of --batches is drawn with every sampler, the others with the first of --samplers. Prints medians, then
 one JSON line.
 """
@@ -43,10 +43,10 @@ from megaman.model.stable_diffusion import StableDiffusion  # noqa: E402
 PROMPT, NEGATIVE = "mega man, running, facing left, sand background", "blurry"
 GUIDANCE = 7.5
 IN_A_ROW = {"cuda": 4}  # batches; elsewhere one, after which nothing is at work
-Start = Callable[..., list[Any]]
+Way = tuple[Callable[..., list[Any]], Callable[[list[Any]], object]]
 
 
-def way_of(base: StableDiffusion) -> tuple[Start, Start]:
+def way_of(base: StableDiffusion) -> Way:
     """What begins a batch, and what waits for what it began: the project's own."""
     try:
         from megaman.model.decoding import Decoder
@@ -55,17 +55,16 @@ def way_of(base: StableDiffusion) -> tuple[Start, Start]:
     decoder = Decoder(base)
 
     def start(*args: Any, **settings: Any) -> list[Any]:
-        return decoder.start(drawing.latents_of(*args, **settings))
+        return decoder.start(drawing.draw_latents(*args, **settings))
 
     return start, lambda made: [each.picture() for each in made]
 
 
 def draw(
-    base: StableDiffusion, way: tuple[Start, Start], side: int, steps: int, batch: int, sampler: str
+    base: StableDiffusion, way: Way, in_a_row: int, side: int, steps: int, batch: int, sampler: str
 ) -> float:
     """Seconds a picture, of so many at a time."""
     start, wait = way
-    in_a_row = IN_A_ROW.get(base.device.type, 1)
     started = time.perf_counter()
     made: list[Any] = []
     for _ in range(in_a_row):
@@ -90,8 +89,9 @@ def contestant(told: dict[str, Any]) -> tuple[dict[str, Any], Answers]:
     base = generate_megaman.load_base(setting.base, Adapter({}), GenerateConfig(), device, dtype)
     base.place("vae", *base.parts)
     loaded = time.perf_counter() - started
-    work = partial(draw, base, way_of(base), setting.resolution, told["steps"])
-    first = work(1, next(iter(SAMPLERS)))
+    way, settings = way_of(base), (setting.resolution, told["steps"])
+    first = draw(base, way, 1, *settings, 1, next(iter(SAMPLERS)))
+    work = partial(draw, base, way, IN_A_ROW.get(setting.device, 1), *settings)
 
     def memory(batch: int, sampler: str) -> dict[str, float | None]:
         return peak_memory(lambda: work(batch, sampler))

@@ -158,7 +158,8 @@ def peak_memory(step: Callable[[], None]) -> dict[str, float | None]:
         before = torch.cuda.memory_allocated() / GIB
         step()
         synchronize()
-        return _memory(before, torch.cuda.max_memory_allocated() / GIB)
+        reserved = round(torch.cuda.max_memory_reserved() / GIB, 3)  # what the card has to give for it
+        return _memory(before, torch.cuda.max_memory_allocated() / GIB) | {"reserved_gib": reserved}
     if sys.platform != "linux":
         return {"before_gib": None, "peak_gib": None, "growth_gib": None}
     ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,140 @@
+"""Attention in bfloat16 on a CPU, as a few large products instead of torch's many small ones.
+
+torch's fused kernel multiplies tile by tile and leaves AMD's CPUs at a sixth of what they can do. Here as
+many scores are made at a time as a cache holds, in float32, and multiplied on by oneDNN: half of the time
+there and back, up to 256 tokens, and two thirds of 1,024 (`tests/bench/bench_attention.py`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megaman.kernels import products
+
+SCORES_AT_ONCE = 2**20  # 4 MiB of float32
+KEPT_TOKENS = 256  # attended to, up to which weights are kept for the way back; of more they are made again
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What N tokens take from M others: query (B,H,N,D), key and value (B,H,M,D) -> (B,H,N,D), bfloat16."""
+    joined = [each.flatten(0, 1).contiguous() for each in (query, key, value)]
+    return _Attention.apply(*joined).unflatten(0, query.shape[:2])
+
+
+class _Attention(torch.autograd.Function):
+    """Of heads of all pictures, (A,N,D) and (A,M,D) twice -> (A,N,D)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keeps its inputs and, of few tokens, the weights."""
+        made = torch.empty_like(query)
+        keeps = any(ctx.needs_input_grad) and key.shape[1] <= KEPT_TOKENS
+        kept = query.new_empty((*query.shape[:2], key.shape[1])) if keeps else None
+        raised = _raised(query, key)
+        for heads, rows in _parts(query, key):
+            weights = _weights(raised, heads, rows)
+            made[heads, rows] = torch.bmm(weights, value[heads])
+            if kept is not None:
+                kept[heads, rows] = weights
+        ctx.save_for_backward(query, key, value, kept)
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """To query, key and value, each added up in float32."""
+        query, key, value, kept = ctx.saved_tensors
+        grad = grad.contiguous()
+        raised = _raised(query, key) if kept is None else (query, key)
+        to_query, to_key, to_value = sums = [
+            torch.zeros_like(each, dtype=torch.float32) for each in (query, key, value)
+        ]
+        for heads, rows in _parts(query, key):
+            weights = _weights(raised, heads, rows) if kept is None else kept[heads, rows]
+            given = grad[heads, rows]
+            to_value[heads] += torch.bmm(weights.transpose(1, 2), given)
+            to_weights = torch.bmm(given, value[heads].transpose(1, 2))
+            to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+            to_query[heads, rows] = torch.bmm(to_scores, key[heads])
+            to_key[heads] += torch.bmm(to_scores.transpose(1, 2), query[heads, rows])
+        for scaled in (to_query, to_key):
+            scaled.mul_(_scale(query))
+        return tuple(each.to(grad.dtype) for each in sums)
+
+
+def _scale(query: Tensor) -> float:
+    return query.shape[-1] ** -0.5
+
+
+def _raised(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32, in which their products are scores."""
+    return query.float().mul_(_scale(query)), key.float()
+
+
+def _weights(raised: tuple[Tensor, Tensor], heads: slice, rows: slice) -> Tensor:
+    """How much some tokens of some heads take from each other: (G,R,M) bfloat16, by the scores' softmax."""
+    query, key = raised[0][heads, rows], raised[1][heads]
+    if len(query) > 1:
+        scores = torch.bmm(query, key.transpose(1, 2))
+    else:
+        scores = products.matmul(query[0], key[0].t())[None]
+    return torch.softmax(scores, -1).bfloat16()
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Which heads and which of their tokens are computed at a time."""
+    heads, tokens, others = *query.shape[:2], key.shape[1]
+    at_once = max(1, SCORES_AT_ONCE // (tokens * others))
+    rows = tokens if at_once > 1 else max(1, SCORES_AT_ONCE // others)
+    for head in range(0, heads, at_once):
+        for row in range(0, tokens, rows):
+            yield slice(head, head + at_once), slice(row, row + rows)
+
+
+# ---------------------------------------------------------------- layers
+
+
+class FewProducts(AttnProcessor2_0):
+    """diffusers' processor of attention, which computes what is plain by `attend`."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Tensor:
+        """(B,N,C) -> (B,N,C)."""
+        is_plain = hidden_states.ndim == 3 and hidden_states.dtype == torch.bfloat16 and not (rest or options)
+        if not is_plain or attention_mask is not None or torch.compiler.is_compiling():
+            others = (encoder_hidden_states, attention_mask, *rest)
+            return super().__call__(attn, hidden_states, *others, **options)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        by_head = [each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in projected]
+        made = attend(*by_head).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](made))
+
+
+def take_over(unet: nn.Module) -> None:
+    """Makes a UNet's attention compute so, where this CPU gains by it and torch's attention is used: for a
+    UNet in bfloat16 that computes on the CPU.
+    """
+    if not (products.has_bfloat16() and products.prefers_onednn()):
+        return
+    for layer in unet.modules():
+        if isinstance(layer, Attention) and _is_plain(layer):
+            layer.set_processor(FewProducts())
+
+
+def _is_plain(layer: Attention) -> bool:
+    """Whether a layer is what Stable Diffusion's are: projections and attention."""
+    beside = (layer.spatial_norm, layer.group_norm, layer.norm_q, layer.norm_k, layer.norm_cross)
+    is_usual = type(layer.processor) is AttnProcessor2_0 and all(each is None for each in beside)
+    return is_usual and not layer.residual_connection and layer.rescale_output_factor == 1
