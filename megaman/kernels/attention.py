@@ -2,7 +2,7 @@
 
 torch's fused kernel multiplies tile by tile and leaves AMD's CPUs at a sixth of what they can do. Here as
 many scores are made at a time as a cache holds, in float32, and multiplied on by oneDNN: half of the time
-there and back, up to 256 tokens, and two thirds of 1,024 (`tests/bench/bench_attention.py`).
+there and back for a text or 256 tokens, seven tenths for 1,024 and more (`tests/bench/bench_attention.py`).
 """
 
 from collections.abc import Iterator
