@@ -267,11 +267,11 @@ def draw_batches(
     tasks: Sequence[Task], batch_size: int | None, base: StableDiffusion
 ) -> Iterator[list[Drawn]]:
     """The pictures batch by batch, one adapter after the other."""
-    limit = memory.BatchLimit()
     by_adapter: dict[str, dict[Job, Task]] = {}
     for task in tasks:
         by_adapter.setdefault(task.candidate.digest, {})[task.job] = task
     with closing(Decoder(base)) as decoder:
+        limit = memory.BatchLimit(gives_way=decoder.gives_way)
         for wanted in by_adapter.values():
             adapter = next(iter(wanted.values())).candidate.adapter
             merged = MergedAdapter(adapter, base.parts, base.kind)

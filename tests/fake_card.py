@@ -194,7 +194,7 @@ class _Streams:
 
 @contextmanager
 def fake_card(gib: float = 24, free_gib: float | None = None) -> Iterator[torch.device]:
-    """Inside the block there is a card with so much memory, which is said to be free but for what is named.
+    """Inside the block there is a card with so much memory, all of it free unless free_gib says otherwise.
     What is on it has no numbers.
     """
     about = SimpleNamespace(total_memory=gib * 2**30, name="a card")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from test_fused import adapted, apart, changed, computed
+from test_fused import adapted, apart, changed, computed, inputs_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,9 @@ from megaman.config.train import EMBEDDED, TrainConfig
 from megaman.kernels import attention, products
 from megaman.kernels.attention import FewProducts, attend, take_over
 from megaman.lora.adapter import Adapter
+from megaman.lora.fused import fuse
+from megaman.model.read_once import text_read_once
+from megaman.model.recompute import recompute
 from megaman.model.stable_diffusion import StableDiffusion
 
 
@@ -29,6 +32,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[slice, slice]]:
         noted.append(part)
         return real(raised, *part)
 
+    assert attention._is_right()  # tried once, and not noted
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
     monkeypatch.setattr(attention, "_weights", weights)
@@ -64,6 +68,7 @@ def there_and_back(way: object, inputs: list[Tensor]) -> list[Tensor]:
         ((1, 2, 3, 5, 16), 2, 2 * 3),
         ((1, 2, 30, 300, 16), 2**20, 1),  # weights that are made again on the way back
         ((1, 2, 30, 300, 16), 7 * 300, 2 * 5),
+        ((1, 1, 640, 40, 16), 4 * 40, 160),  # of which the gradients are added up
     ],
     ids=str,
 )
@@ -126,6 +131,43 @@ def test_a_unets_predictions_and_gradients_are_torchs(parts: list, tiny_base: St
         assert apart(true, made) < max(4e-2, 1.8 * apart(true, expected))
 
 
+def test_what_is_recomputed_or_read_once_is_the_same(parts: list, tiny_base: StableDiffusion) -> None:
+    unet = changed(adapted(tiny_base.unet.to(torch.bfloat16), TrainConfig(lora_rank=4), SD1), fuse, take_over)
+    plain = computed(unet)
+    recompute(unet, "all")
+    before = len(parts)
+    again = computed(unet)
+    assert len(parts) - before == 2 * before  # once more on the way back
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    inputs, added = inputs_of(unet)
+    with torch.no_grad(), text_read_once(unet):
+        one, other = (unet(*inputs, added_cond_kwargs=added, return_dict=False)[0] for _ in range(2))
+    assert torch.equal(one, plain[0].to(one.dtype))
+    assert torch.equal(one, other)
+
+
+def test_a_heads_digits_do_not_depend_on_its_neighbours(parts: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 3 * 128 * 160)
+    inputs = heads_of(1, 4, 128, 160, 40)
+    assert torch.equal(attend(*inputs)[:, 3], attend(*[each[:, 2:] for each in inputs])[:, 1])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, TypeError])
+def test_what_torch_has_no_more_is_left_to_it(
+    parts: list, error: type[Exception], tiny_base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(torch, "_softmax_backward_data", gone)
+    attention._is_right.cache_clear()
+    take_over(tiny_base.unet)
+    attention._is_right.cache_clear()
+    assert type(next(each for each in tiny_base.unet.modules() if isinstance(each, Attention)).processor) is (
+        AttnProcessor2_0
+    )
+
+
 def test_masks_and_float32_stay_torchs(parts: list, tiny_base: StableDiffusion) -> None:
     layer = next(each for each in tiny_base.unet.modules() if isinstance(each, Attention))
     layer.to(torch.bfloat16)
@@ -138,6 +180,14 @@ def test_masks_and_float32_stay_torchs(parts: list, tiny_base: StableDiffusion) 
     torch.testing.assert_close(made[0], expected[0], rtol=0.05, atol=0.02)
     layer.float()(states.float())
     assert len(parts) == 1
+
+
+@pytest.mark.parametrize("norm", ["spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross"])
+def test_layers_that_normalise_are_left(parts: list, norm: str, tiny_base: StableDiffusion) -> None:
+    layer = next(each for each in tiny_base.unet.modules() if isinstance(each, Attention))
+    setattr(layer, norm, torch.nn.Identity())
+    take_over(tiny_base.unet)
+    assert type(layer.processor) is AttnProcessor2_0
 
 
 def test_layers_with_more_than_attention_or_another_kernel_are_left(

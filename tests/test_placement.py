@@ -15,11 +15,12 @@ from PIL.Image import Image
 import generate_megaman
 import megaman_lora
 from megaman.common.cache import Store
+from megaman.common.console import UserError
 from megaman.common.kinds import SD1, SD2, UNET, XL, Kind
 from megaman.generation.records import Job
 from megaman.lora.adapter import Adapter, LoraLayer
 from megaman.lora.merge import MergedAdapter
-from megaman.model import compute, decoding, drawing, stable_diffusion
+from megaman.model import compute, decoding, drawing, memory, stable_diffusion
 from megaman.model.decoding import Decoded, Decoder
 from megaman.model.stable_diffusion import StableDiffusion, load_base
 from megaman.training import checkpoints, validation
@@ -189,11 +190,12 @@ def test_what_was_decoded_beside_the_drawing_is_so_until_there_is_more_of_it(tin
         base.place("vae", UNET)
         patch.setattr(torch.cuda, "empty_cache", lambda: freed.append(base.is_roomy))
         with closing(Decoder(base)) as decoder:
-            for latents, has_room in ((small, False), (small, True), (small, False), (large, False)):
+            for latents, has_room, is_beside in (
+                (small, False, False), (small, True, True), (small, False, True), (large, False, False)
+            ):  # fmt: skip
                 patch.setattr(decoding, "_has_room", lambda *_, has_room=has_room: has_room)
                 before = len(decoder.stream.told), len(freed)
                 decoder.start(latents.to(CARD))
-                is_beside = latents is small and decoder.most_px > 0
                 assert (len(decoder.stream.told) > before[0]) == base.is_roomy == is_beside
                 assert (len(freed) > before[1]) != is_beside  # which would wait for the drawing
             base.place(UNET)
@@ -204,6 +206,31 @@ def test_what_was_decoded_beside_the_drawing_is_so_until_there_is_more_of_it(tin
             base.is_roomy = True
             freed.clear()
         assert (freed, base.is_roomy) == ([False], False)
+
+
+def test_decoding_beside_the_drawing_gives_way_to_it(tiny_folder: Path) -> None:
+    base = base_for_a_card(tiny_folder)
+    latents = torch.zeros(1, 4, 8, 8)
+    with fake_card():
+        base.place("vae", UNET)
+        decoder = Decoder(base)
+        assert not Decoder(base).gives_way()  # nothing was
+        decoder.start(latents.to(CARD))
+        stream = decoder.stream
+        drawn = [MemoryError, MemoryError, ["a picture"]]
+
+        def draw(_: object) -> list[str]:
+            if drawn[0] is MemoryError:
+                raise drawn.pop(0)
+            return drawn[0]
+
+        limit = memory.BatchLimit(gives_way=decoder.gives_way)
+        with pytest.raises(UserError, match="out of memory with one picture"):
+            limit.drawn([1], draw, 64)  # the second time there is nothing left that gives way
+        assert drawn == [["a picture"]]
+        told = len(stream.told)
+        decoder.start(latents.to(CARD))
+        assert (len(stream.told), base.is_roomy) == (told, False)
 
 
 def test_a_picture_is_read_when_the_card_is_done_with_it() -> None:

@@ -45,7 +45,7 @@ ELSEWHERE = {
     **dict.fromkeys(("precision", "dtype"), "--mixed_precision"),
     **dict.fromkeys(
         ("xformers", "sdpa", "enable_xformers_memory_efficient_attention"),
-        "leave it out: pictures are drawn with torch's own attention",
+        "leave it out: the attention's kernels are chosen by themselves",
     ),
     **dict.fromkeys(("lowram", "lowvram", "medvram", "opt_channelslast", "vae_batch_size"), _FITTED),
     **dict.fromkeys(("max_embeddings_multiples", "max_token_length"), "--max_tokens"),

@@ -259,7 +259,8 @@ class PrecisionFlags:
     )
     attention: Attention = flag(
         "auto",
-        "attention kernels: auto is the fastest known here, sdpa torch's own, xformers needs an NVIDIA card",
+        "attention kernels: auto is torch's own but for bf16 on AMD's CPUs, sdpa torch's own everywhere; "
+        "xformers needs an NVIDIA card",
     )
     compile: bool = flag(
         False, "compile the UNet's blocks: a wait at first; equal to rounding, also after a resume"

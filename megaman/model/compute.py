@@ -237,7 +237,7 @@ def _compile_a_line(device: torch.device) -> None:
 
 def apply_kernels(unet: UNet2DConditionModel, attention: Attention, compiled: bool) -> None:
     """Puts into force what `try_out` has tried. auto and sdpa: torch's own kernels, which diffusers takes by
-    itself. Compiled are the transformer blocks.
+    itself (beside which auto has `kernels.attention` on a CPU). Compiled are the transformer blocks.
     """
     if attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()

@@ -36,7 +36,8 @@ def _decode(base: StableDiffusion, latent: Tensor) -> Decoded:
     if base.device.type != "cuda":
         return Decoded(rounded.cpu(), is_whole.cpu(), None)
     shown, told = (each.to("cpu", non_blocking=True) for each in (rounded, is_whole))
-    done = torch.cuda.Event(blocking=True)  # who waits sleeps: the thread that feeds the card needs its core
+    # who waits for it sleeps: the thread that feeds the card needs its core
+    done = torch.cuda.Event(blocking=True)
     done.record(torch.cuda.current_stream(base.device))
     return Decoded(shown, told, done)
 
@@ -92,12 +93,20 @@ class Decoder:
 
     def _is_beside(self, pixels: int) -> bool:
         """Whether a picture of so many pixels is decoded beside the drawing. If one was, the next are."""
+        # a VAE that comes and goes would be moved while it is at work
         if self.stream is None or self.base.is_crowded or "vae" not in self.base.placed:
-            return False  # a VAE that comes and goes would be moved while it is at work
+            return False
         if pixels > self.most_px and _has_room(self.base.device, pixels):
             self.most_px = pixels
         self.base.is_roomy = pixels <= self.most_px
         return self.base.is_roomy
+
+    def gives_way(self) -> bool:
+        """Whether pictures were decoded beside the drawing, which ends here: it wants the memory."""
+        was_beside = self.base.is_roomy
+        self.close()
+        self.stream = None
+        return was_beside
 
     def close(self) -> None:
         """Gives back the memory that only the stream could use; a card is waited for."""

@@ -117,9 +117,12 @@ SMALLER_PICTURES = (
 class BatchLimit:
     """How many pictures are drawn, or encoded, at a time: as many as wanted, until memory runs out."""
 
-    def __init__(self, remedy: str = SMALLER_PICTURES) -> None:
-        """remedy: what to tell the user when there is no room for a single one."""
+    def __init__(self, remedy: str = SMALLER_PICTURES, gives_way: Callable[[], bool] = lambda: False) -> None:
+        """remedy: what to tell the user when there is no room for a single one. gives_way: called when memory
+        runs out; whether there is more of it now, so that as many are tried again.
+        """
         self.remedy = remedy
+        self.gives_way = gives_way
         self.pixels: int | None = None  # at a time, once more were known to be too many
 
     def drawn(self, batch: Sequence[S], draw: Callable[[Sequence[S]], list[T]], pixels: int) -> list[T]:
@@ -138,6 +141,8 @@ class BatchLimit:
         return made
 
     def _halve(self, count: int, pixels: int) -> None:
+        if self.gives_way():
+            return
         if count == 1:
             raise UserError(f"out of memory with one picture at a time; {self.remedy}", Exit.RESOURCES)
         self.pixels = count // 2 * pixels

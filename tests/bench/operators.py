@@ -148,17 +148,18 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
 def peak_memory(step: Callable[[], None]) -> dict[str, float | None]:
     """GiB: what was held before a step, the most during it, and the difference.
 
-    On a card what torch has allocated; else what of this process is resident, read from Linux after it was
-    told to forget the earlier peak. The heap gives back what is free first, so that a step pays for all it
-    takes.
+    On a card what torch has allocated, and what it has reserved for that; else what of this process is
+    resident, read from Linux after it was told to forget the earlier peak. What is free is given back first,
+    so that a step pays for all it takes.
     """
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / GIB
         step()
         synchronize()
-        reserved = round(torch.cuda.max_memory_reserved() / GIB, 3)  # what the card has to give for it
+        reserved = round(torch.cuda.max_memory_reserved() / GIB, 3)
         return _memory(before, torch.cuda.max_memory_allocated() / GIB) | {"reserved_gib": reserved}
     if sys.platform != "linux":
         return {"before_gib": None, "peak_gib": None, "growth_gib": None}
