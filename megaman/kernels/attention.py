@@ -19,7 +19,7 @@ from megaman.kernels import products
 
 SCORES_AT_ONCE = 2**20  # 4 MiB of float32
 # attended to, up to which weights are kept for the way back: a text's take 33 MB a picture of 1.5 at 512 px,
-# 250 MB of XL at 1024 px. Those of more are made again, which takes a fifth of the time; 1.5's would be 1.3 GB
+# 250 MB of XL at 1024 px. Those of more are made again: a fifth of the time, where 1.5 would keep 1.3 GB
 KEPT_TOKENS = 256
 
 
