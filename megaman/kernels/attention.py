@@ -50,28 +50,30 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        """To query, key and value, each added up in float32."""
+        """To query, and to key and value, which are added up in float32."""
         query, key, value, kept = ctx.saved_tensors
         grad = grad.contiguous()
         raised = None if kept is not None else _raised(query, key)
-        to_query, to_key, to_value = sums = [
-            torch.zeros_like(each, dtype=torch.float32) for each in (query, key, value)
-        ]
+        to_query = torch.empty_like(query)
+        to_key, to_value = (torch.zeros_like(each, dtype=torch.float32) for each in (key, value))
         for heads, rows in _parts(query, key):
             weights = kept[heads, rows] if raised is None else _weights(raised, heads, rows)
             given = grad[heads, rows]
             to_value[heads] += torch.bmm(weights.transpose(1, 2), given)
             to_weights = torch.bmm(given, value[heads].transpose(1, 2))
             to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
-            to_query[heads, rows] = torch.bmm(to_scores, key[heads])
-            to_key[heads] += torch.bmm(to_scores.transpose(1, 2), query[heads, rows])
-        for scaled in (to_query, to_key):
-            scaled.mul_(_scale(query))
-        return tuple(each.to(grad.dtype) for each in sums)
+            to_query[heads, rows] = _scaled(to_scores, key[heads])
+            to_key[heads] += _scaled(to_scores.transpose(1, 2), query[heads, rows])
+        return to_query, to_key.to(grad.dtype), to_value.to(grad.dtype)
 
 
 def _scale(query: Tensor) -> float:
     return query.shape[-1] ** -0.5
+
+
+def _scaled(to_scores: Tensor, given: Tensor) -> Tensor:
+    """What scores hand on, rounded once: (G,N,M), (G,M,D) -> (G,N,D)."""
+    return torch.baddbmm(given.new_empty(1), to_scores, given, beta=0, alpha=_scale(given))
 
 
 def _raised(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
