@@ -259,8 +259,7 @@ class PrecisionFlags:
     )
     attention: Attention = flag(
         "auto",
-        "attention kernels: auto is torch's own but for bf16 on AMD's CPUs, sdpa torch's own everywhere; "
-        "xformers needs an NVIDIA card",
+        "attention kernels: sdpa is torch's own, auto has others for bf16 on AMD; xformers wants NVIDIA",
     )
     compile: bool = flag(
         False, "compile the UNet's blocks: a wait at first; equal to rounding, also after a resume"

@@ -98,7 +98,8 @@ def _at_once(query: Tensor, key: Tensor) -> int:
 
 def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
     """Which heads and which of their tokens are computed at a time."""
-    (heads, tokens), at_once = query.shape[:2], _at_once(query, key)
+    heads, tokens, _ = query.shape
+    at_once = _at_once(query, key)
     rows = tokens if at_once > 1 else max(1, SCORES_AT_ONCE // key.shape[1])
     for head in range(0, heads, at_once):
         for row in range(0, tokens, rows):
