@@ -78,7 +78,7 @@ def _scaled(to_scores: Tensor, given: Tensor) -> Tensor:
 
 def _raised(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32, in which their products are scores."""
-    return query.float().mul_(_scale(query)), key.float()
+    return query.float() * _scale(query), key.float()
 
 
 def _weights(raised: tuple[Tensor, Tensor], heads: slice, rows: slice) -> Tensor:
