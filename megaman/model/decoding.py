@@ -64,9 +64,8 @@ def is_crowded(base: StableDiffusion, pixels: int) -> bool:
 def _has_room(card: torch.device, pixels: int) -> bool:
     """Whether a picture of so many pixels can be decoded beside the most that this process has held yet."""
     free, total = torch.cuda.mem_get_info(card)
-    usual = torch.cuda.max_memory_allocated(card) - torch.cuda.memory_reserved(
-        card
-    )  # that it will take again
+    # what it has given back, and will take again
+    usual = torch.cuda.max_memory_allocated(card) - torch.cuda.memory_reserved(card)
     return GIB_A_MEGAPIXEL * GIB * pixels / 2**20 < free - usual - (1 - LARGEST_SHARE) * total
 
 
