@@ -146,7 +146,8 @@ def measure(setting: Setting, flags: argparse.Namespace, folder: Path) -> dict[s
     runs: dict[str, list[dict[str, Any]]] = {}
     adapter = folder / "run 0 warm"
     for number in range(flags.repeats):
-        own = replace(setting, cache=str(folder / f"cache {number}"))
+        filled = number if "cold" in parts else 0  # the cache that a cold run has filled
+        own = replace(setting, cache=str(folder / f"cache {filled}"))
         for part in ("cold", "warm"):
             output = folder / f"run {number} {part}"
             if part in parts or (part, number) == ("cold", 0):  # without it nothing is warm
